@@ -1,3 +1,17 @@
 """ALTER: one small language model, good at all the tasks of a domain."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: torch and transformers take seconds, `alter --help` should not.
+    if name == "load":
+        from alter.predict import load
+
+        return load
+    raise AttributeError(f"module 'alter' has no attribute '{name}'")

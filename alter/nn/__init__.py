@@ -1,0 +1,22 @@
+"""Plain PyTorch: experts, routers, the layer and the model. Knows nothing of Lightning or of the data package."""
+
+from alter.nn.experts import Bottleneck, Expert, FFNCopy, LoRA
+from alter.nn.model import MTAModel
+from alter.nn.mta import MixtureOfTaskAdapters
+from alter.nn.routers import Router, RouterShape, Routing, SharedGate, TaskGate, TaskSelector, TokenGate
+
+__all__ = [
+    "Bottleneck",
+    "Expert",
+    "FFNCopy",
+    "LoRA",
+    "MTAModel",
+    "MixtureOfTaskAdapters",
+    "Router",
+    "RouterShape",
+    "Routing",
+    "SharedGate",
+    "TaskGate",
+    "TaskSelector",
+    "TokenGate",
+]

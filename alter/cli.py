@@ -1,0 +1,143 @@
+"""The ``alter`` command: its verbs, and how it says what is wrong.
+
+Heavy imports wait until a verb needs them, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from alter import __version__
+from alter.errors import AlterError
+
+DESCRIPTION = "One small language model, good at all the tasks of a domain."
+EPILOG = """examples:
+  alter fit --config recipes/medical.yaml               train both stages, then test
+  alter fit --config recipes/medical.yaml --print_config   the whole recipe, with comments
+  alter fit --help                                      every field of a recipe
+  alter test --run runs/medical                         test again
+  alter predict --run runs/medical --task hpo_system --input rows.jsonl
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb; a mistake in the input is one sentence on stderr and exit code 2 (``--debug`` shows the traceback)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        _run(arguments)
+    except AlterError as error:
+        _stop(error, error.messages, debug)
+    except KeyboardInterrupt:
+        print("alter: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing more to say
+        sys.exit(0)
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        message = "The disk is full; free some space and run the same command, it goes on from the last checkpoint."
+        _stop(error, [message], debug)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _stop(error: BaseException, messages: Sequence[str], debug: bool) -> None:
+    if debug:
+        raise error
+    for message in messages:
+        print(f"alter: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["fit"]:
+        return _fit(arguments[1:])
+    options = _parser().parse_args(arguments)
+    {"test": _test, "predict": _predict}[options.verb](options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="alter", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"alter {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("fit", help="train a recipe's stages and test them", add_help=False)
+    test = verbs.add_parser("test", help="measure a finished run beside its references")
+    test.add_argument("--run", required=True, type=Path, help="the run folder")
+    test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
+    predict = verbs.add_parser("predict", help="answer rows with a finished run, as JSON lines")
+    predict.add_argument("--run", required=True, type=Path, help="the run folder")
+    predict.add_argument("--task", required=True, help="a task of the run")
+    predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
+    predict.add_argument("--backbone", help="where the backbone is, when not where it was")
+    return parser
+
+
+def _fit(arguments: list[str]) -> None:
+    if not arguments:
+        arguments = ["--help"]
+    arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
+    from alter import recipe, run
+
+    run.fit(recipe.read_recipe(arguments))
+
+
+def _test(options: argparse.Namespace) -> None:
+    from alter import run
+
+    run.test(options.run, split=options.split)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from alter.predict import load
+
+    predictor = load(options.run, options.backbone)
+    predictor.task(options.task)
+    with _open(options.input) as stream:
+        for answer in predictor.stream(options.task, _rows(stream, options.input)):
+            line: dict[str, Any] = {"answer": answer.text}
+            if answer.probabilities is not None:
+                line["probabilities"] = {label: round(p, 6) for label, p in answer.probabilities.items()}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _open(name: str) -> TextIO:
+    if name == "-":
+        return sys.stdin
+    try:
+        return open(name, encoding="utf-8")
+    except OSError as error:
+        raise AlterError(f"--input: {name} cannot be read ({error.strerror}); name a file of JSON lines, or -.") from error
+
+
+def _rows(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise AlterError(f"{name}, line {number}: not JSON ({error}); write one object a line.") from error
+        if not isinstance(row, dict):
+            raise AlterError(f"{name}, line {number}: expected an object with the task's fields, got {line.strip()[:60]}.")
+        yield row

@@ -1,0 +1,42 @@
+"""The test of a run: every task's metrics beside three references on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from alter import references
+from alter.data import MultiTaskDataModule
+from alter.predict import Predictor
+from alter.results import task_results
+
+
+def evaluate(
+    predictor: Predictor, data: MultiTaskDataModule, split: str = "test", say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measures a model and the references.
+
+    Args:
+        predictor: the model with its tasks.
+        data: prepared and set up.
+        split: test, or validation while tuning.
+        say: told each task as it starts.
+
+    Returns:
+        ``tasks`` of results.json.
+    """
+    results = {}
+    for name in predictor.tasks:
+        task, rows, train = predictor.task(name), data.examples(name, split), data.examples(name, "train")
+        say(f"{split}: {name}, {len(rows)} rows")
+        prompts, targets = rows["prompt_ids"][:], rows["target"][:]
+        predictions = [answer.text for answer in predictor.answer(name, prompts)]
+        with predictor.model.adapters_disabled():
+            untouched = [answer.text for answer in predictor.answer(name, prompts)]
+        found: dict[str, list[str] | None] = {"backbone": untouched, "majority": None, "tfidf": None}
+        if task.choices:
+            labels = train["target"]
+            found["majority"] = references.majority(labels, len(rows))
+            found["tfidf"] = references.tfidf(train["prompt"], labels, rows["prompt"][:])
+        results[name] = task_results(name, task.metrics, targets, predictions, found, task.choices, task.kind)
+    return results

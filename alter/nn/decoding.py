@@ -1,0 +1,133 @@
+"""Answers from a model: generated tokens, and the likelihood of given choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alter.nn.model import MTAModel
+
+MAX_SCORED_POSITIONS = 16_384  # rows x (prompt + choice) of one pass; bounds the key-value cache that choices share
+
+
+@torch.inference_mode()
+def generate(
+    model: MTAModel,
+    prompts: Mapping[str, Tensor],
+    max_new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    **options: Any,
+) -> list[list[int]]:
+    """Decodes an answer for every prompt, greedily unless ``options`` say otherwise.
+
+    Args:
+        model: in evaluation mode.
+        prompts: ``input_ids`` and ``attention_mask`` [batch, seq], ``task_ids`` [batch]; left-padded for causal models.
+        max_new_tokens: the longest answer.
+        stop_tokens: end an answer beside the end-of-sequence token.
+        options: for the backbone's ``generate``, such as ``num_beams``.
+
+    Returns:
+        for each prompt the answer's token ids, without the end-of-sequence token and padding.
+    """
+    model.set_tasks(prompts["task_ids"])
+    config = model.backbone.generation_config
+    end = config.eos_token_id if config.eos_token_id is not None else model.backbone.config.eos_token_id
+    ends = {*(end if isinstance(end, list) else [end]), *stop_tokens}
+    pad = config.pad_token_id if config.pad_token_id is not None else min(ends)
+    settings = {"do_sample": False, "num_beams": 1, "pad_token_id": pad, "eos_token_id": sorted(ends), **options}
+    output = model.backbone.generate(
+        input_ids=prompts["input_ids"],
+        attention_mask=prompts["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        **settings,
+    )
+    start = 1 if model.is_seq2seq else prompts["input_ids"].shape[1]
+    return [_until(row, ends) for row in output[:, start:].tolist()]
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+@torch.inference_mode()
+def choice_log_likelihoods(
+    model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[int]]
+) -> Tensor:
+    """Scores every choice as the answer to every prompt; a prompt is read once for all its choices.
+
+    Args:
+        model: in evaluation mode.
+        prompts: as for ``generate``.
+        choices: token ids of each choice, with the end-of-sequence token.
+
+    Returns:
+        [batch, choices], the summed log-probability of the choice's tokens.
+    """
+    length = max(map(len, choices))
+    tokens = torch.tensor([[*choice, *[-1] * (length - len(choice))] for choice in choices])
+    per_prompt = len(choices) * (prompts["input_ids"].shape[1] + length)
+    size = max(1, MAX_SCORED_POSITIONS // per_prompt)
+    score = _score_seq2seq if model.is_seq2seq else _score_causal
+    scores = []
+    for start in range(0, len(prompts["input_ids"]), size):
+        part = {name: value[start : start + size] for name, value in prompts.items()}
+        scores.append(score(model, part, tokens.to(part["input_ids"].device)))
+    return torch.cat(scores)
+
+
+def _score_causal(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
+    mask = prompts["attention_mask"]
+    batch, (count, length) = len(mask), choices.shape
+    model.set_tasks(prompts["task_ids"])
+    last = torch.zeros_like(mask, dtype=torch.bool)
+    last[:, -1] = True
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    prompt = model.logits_at(
+        last, input_ids=prompts["input_ids"], attention_mask=mask, position_ids=places, use_cache=True
+    )
+    first = prompt.logits.float().log_softmax(-1)[:, choices[:, 0]]  # [batch, choices]
+    if length == 1:
+        return first
+
+    cache = prompt.past_key_values
+    cache.batch_repeat_interleave(count)
+    wanted = choices[:, 1:].repeat(batch, 1)
+    inputs = choices[:, :-1].repeat(batch, 1)
+    rest = model.logits_at(
+        wanted >= 0,
+        input_ids=inputs.clamp_min(0),
+        attention_mask=torch.cat([mask.repeat_interleave(count, 0), (inputs >= 0).to(mask.dtype)], dim=1),
+        position_ids=mask.sum(1).repeat_interleave(count).unsqueeze(1) + torch.arange(length - 1, device=mask.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return first + _sum_by_row(rest.logits, wanted).view(batch, count)
+
+
+def _score_seq2seq(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
+    mask = prompts["attention_mask"]
+    batch, count = len(mask), len(choices)
+    model.set_tasks(prompts["task_ids"])
+    encoded = model.backbone.get_encoder()(input_ids=prompts["input_ids"], attention_mask=mask)
+    encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, 0)
+    wanted = choices.repeat(batch, 1)
+    output = model.logits_at(
+        wanted >= 0,
+        encoder_outputs=encoded,
+        attention_mask=mask.repeat_interleave(count, 0),
+        decoder_input_ids=model.shift_right(wanted.masked_fill(wanted < 0, -100)),
+        use_cache=False,
+    )
+    return _sum_by_row(output.logits, wanted).view(batch, count)
+
+
+def _sum_by_row(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Sums log-probabilities [positions, vocabulary] of the wanted tokens [rows, length], -1 where none, into [rows]."""
+    kept = wanted >= 0
+    chosen = logits.float().log_softmax(-1).gather(1, wanted[kept].unsqueeze(1)).squeeze(1)
+    rows = kept.nonzero()[:, 0]
+    return torch.zeros(len(wanted), device=logits.device).index_add(0, rows, chosen)

@@ -1,0 +1,52 @@
+"""The frozen feed-forward block as experts see it: its linear maps by role, and its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from alter.nn.feed_forward import FeedForward, linear_shape
+
+
+class FrozenFeedForward:
+    """Names the linear maps of a block, so that an expert can vary them; holds references and no parameters of its own.
+
+    Attributes:
+        hidden_size: d, the width of the block's input and output.
+        shapes: role ("gate" where the block is gated, "up", "down") to (in, out) features.
+    """
+
+    def __init__(self, parent: nn.Module, found: FeedForward, dtype: torch.dtype) -> None:
+        """Args: parent: the module that owns the linear maps. found: their names. dtype: the backbone's."""
+        names = {"gate": found.gate, "up": found.up, "down": found.down}
+        self._linears = {role: parent.get_submodule(name) for role, name in names.items() if name is not None}
+        self.activation = found.activation
+        self.hidden_size = found.hidden_size
+        self.shapes = {role: linear_shape(linear) for role, linear in self._linears.items()}
+        self.dtype = dtype
+
+    def module(self, role: str) -> nn.Module:
+        """Returns the frozen linear map of this role."""
+        return self._linears[role]
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        """Applies the frozen linear map of this role, in the backbone's precision."""
+        return self._linears[role](x.to(self.dtype).contiguous())  # Conv1D takes views
+
+    def run(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """Computes the block's formula with another set of linear maps.
+
+        Args:
+            x: [..., d].
+            linear: called with a role and its input.
+
+        Returns:
+            ``down(act(gate(x)) * up(x))`` where the block is gated, else ``down(act(up(x)))``.
+        """
+        if "gate" in self._linears:
+            inner = self.activation(linear("gate", x)) * linear("up", x)
+        else:
+            inner = self.activation(linear("up", x))
+        return linear("down", inner)

@@ -1,0 +1,339 @@
+"""MTAModel: a frozen backbone with a mixture of task adapters in some of its feed-forward blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alter.errors import AlterError
+from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
+from alter.nn.experts import Expert
+from alter.nn.feed_forward import find_feed_forwards, select_layers
+from alter.nn.frozen import FrozenFeedForward
+from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
+from alter.nn.routers import Router, Routing
+from alter.nn.template import make_template
+
+IGNORED = -100
+WEIGHTS_FILE = "adapters.safetensors"
+CONFIG_FILE = "alter.json"
+FORMAT = 1
+
+
+class TokenLosses(NamedTuple):
+    """The loss of every target token.
+
+    Attributes:
+        losses: [tokens], cross-entropy in nats.
+        rows: [tokens], which example of the batch a token belongs to.
+        auxiliary: the routers' own losses, a scalar.
+    """
+
+    losses: Tensor
+    rows: Tensor
+    auxiliary: Tensor
+
+
+class MTAModel(nn.Module):
+    """A frozen backbone and its adapters.
+
+    The backbone runs without dropout, so that it is one fixed function; only adapters ever train.
+
+    Args:
+        backbone: a Hugging Face causal or seq2seq language model.
+        tasks: names; a task's id is its place here.
+        layers: ``all``, ``last:4`` or a list of indices, the blocks that get adapters.
+        ffn: pattern that names the feed-forward blocks where their structure does not show them.
+
+    Raises:
+        AlterError: no feed-forward block is found, or ``layers`` does not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tasks: Sequence[str],
+        layers: str | list[int] = "last:4",
+        ffn: str | None = None,
+    ) -> None:
+        super().__init__()
+        _remove_dropout(backbone.eval())
+        self.backbone = backbone.requires_grad_(False)
+        self.tasks = list(tasks)
+        self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
+        self.routing = Routing()
+        self._layers_setting, self._ffn_setting = layers, ffn
+        self._label_positions: Tensor | None = None
+        backbone.get_output_embeddings().register_forward_pre_hook(self._keep_label_positions)
+        # A plain dict: the layers are already registered as parts of the backbone.
+        self.layers: Mapping[str, MixtureOfTaskAdapters] = self._attach()
+
+    def _attach(self) -> dict[str, MixtureOfTaskAdapters]:
+        layers = {}
+        for found in select_layers(find_feed_forwards(self.backbone, self._ffn_setting), self._layers_setting):
+            owner = self.backbone.get_submodule(found.name)
+            frozen = FrozenFeedForward(owner, found, self.backbone.dtype)
+            path = f"{found.name}.{found.down}" if found.inline else found.name
+            mixture = InlineMixture if found.inline else MixtureOfTaskAdapters
+            layers[found.name] = mixture(self.backbone.get_submodule(path), frozen, self.routing)
+            self.backbone.set_submodule(path, layers[found.name])
+        return layers
+
+    def add_experts(self, expert: Expert, router: Router, own: float = 0.9) -> None:
+        """Stage 1: one expert a task in every chosen layer.
+
+        Args:
+            expert: template of the experts.
+            router: template of the router.
+            own: the share of a task's own expert at the start.
+        """
+        count = len(self.tasks)
+        own = own if count > 1 else 1.0
+        prior = torch.full((count, count), (1 - own) / max(count - 1, 1)).fill_diagonal_(own)
+        for layer in self.layers.values():
+            layer.add_experts(expert, router, prior)
+        self._place_adapters()
+
+    def add_shared(self, expert: Expert, num_shared: int, router: Router, keep: float = 0.9) -> None:
+        """Stage 2: shared experts and the gate over the task experts' mixture and them.
+
+        Args:
+            expert: template of the shared experts.
+            num_shared: how many.
+            router: template of the gate.
+            keep: the task experts' share at the start.
+        """
+        row = torch.tensor([keep, *[(1 - keep) / num_shared] * num_shared])
+        for layer in self.layers.values():
+            layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
+        self._place_adapters()
+
+    def _place_adapters(self) -> None:
+        device = next(self.backbone.parameters()).device
+        for layer in self.layers.values():
+            for part in layer.parts().values():
+                part.to(device)
+
+    def part_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of the backbone and of each kind of adapter part, by name."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for layer in self.layers.values():
+            for name, part in layer.parts().items():
+                parts.setdefault(name, []).extend(part.parameters())
+        adapters = {id(parameter) for group in parts.values() for parameter in group}
+        return {"backbone": [p for p in self.backbone.parameters() if id(p) not in adapters], **parts}
+
+    @contextmanager
+    def adapters_disabled(self) -> Iterator[None]:
+        """The untouched backbone, for as long as the context lasts."""
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+    def set_tasks(self, task_ids: Tensor) -> None:
+        """Says which task each example of the next calls belongs to, [batch]."""
+        self.routing.task_ids = task_ids
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Mapping[str, Tensor]) -> TokenLosses:
+        """Computes the loss of every target token; logits are made at those positions alone.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels`` [batch, seq] (-100 where there is no loss), and
+                ``task_ids`` [batch].
+        """
+        self.set_tasks(batch["task_ids"])
+        labels = batch["labels"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if self.is_seq2seq:
+            inputs["decoder_input_ids"] = self.shift_right(labels)
+        else:  # position i predicts token i + 1
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        positions = labels != IGNORED
+        logits = self.logits_at(positions, **inputs).logits
+        losses = F.cross_entropy(logits.float(), labels[positions], reduction="none")
+        routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
+        extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
+        return TokenLosses(losses, positions.nonzero()[:, 0], torch.stack(extra).sum() if extra else losses.new_zeros(()))
+
+    def shift_right(self, labels: Tensor) -> Tensor:
+        """Decoder inputs from labels: the start token, then every label but the last."""
+        config = self.backbone.config
+        start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
+        return torch.cat([start, labels[:, :-1]], dim=1).masked_fill_(
+            torch.cat([torch.zeros_like(start), labels[:, :-1]], dim=1) == IGNORED, config.pad_token_id
+        )
+
+    def logits_at(self, positions: Tensor, **inputs: Any) -> Any:
+        """Runs the backbone and makes logits at some positions only.
+
+        Args:
+            positions: [batch, seq] of bool, over the decoder's (or only) sequence.
+            inputs: for the backbone.
+
+        Returns:
+            the backbone's output, whose ``logits`` are [positions, vocabulary].
+        """
+        self._label_positions = positions
+        try:
+            output = self.backbone(**inputs)
+        finally:
+            self._label_positions = None
+        output.logits = output.logits[0]
+        return output
+
+    def _keep_label_positions(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._label_positions is None:
+            return None
+        return (args[0][self._label_positions].unsqueeze(0), *args[1:])
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapters' tensors by ``layer.part.name``."""
+        return {
+            f"{name}.{part_name}.{key}": value
+            for name, layer in self.layers.items()
+            for part_name, part in layer.parts().items()
+            for key, value in part.state_dict().items()
+        }
+
+    def load_adapter_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Loads what ``adapter_state`` returned.
+
+        Raises:
+            AlterError: a key is missing, surplus or of another shape.
+        """
+        own = self.adapter_state()
+        problems = [f"{where}: the key '{key}' is missing." for key in own.keys() - state.keys()]
+        problems += [f"{where}: the key '{key}' belongs to no adapter of this model." for key in state.keys() - own.keys()]
+        problems += [
+            f"{where}: the key '{key}' has shape {list(state[key].shape)}, not {list(own[key].shape)}."
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        ]
+        if problems:
+            raise AlterError(*sorted(problems))
+        with torch.no_grad():
+            for key, value in state.items():
+                own[key].copy_(value)
+
+    def save_pretrained(self, folder: str | Path, backbone: str) -> None:
+        """Writes the adapters alone, as safetensors and JSON.
+
+        Args:
+            folder: made where it does not exist; the JSON is written last, so a folder without it is not a model.
+            backbone: the name or folder of the backbone, as ``load_backbone`` takes it.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        layer = next(iter(self.layers.values()))
+        config: dict[str, Any] = {
+            "format": FORMAT,
+            "backbone": {"name": str(backbone), "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone)))},
+            "tasks": self.tasks,
+            "layers": self._layers_setting,
+            "ffn": self._ffn_setting,
+            "parts": {name: part.describe() for name, part in layer.parts().items()},
+            "num_shared": self.num_shared,
+        }
+        state = {key: value.detach().cpu().contiguous() for key, value in self.adapter_state().items()}
+        temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+        save_file(state, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / WEIGHTS_FILE)
+        temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary, folder / CONFIG_FILE)
+
+    @property
+    def num_shared(self) -> int:
+        """K, how many shared experts there are."""
+        return next(iter(self.layers.values())).num_shared
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: str | None = None, precision: str = "fp32") -> Self:
+        """Restores what ``save_pretrained`` wrote.
+
+        Args:
+            folder: of the adapters.
+            backbone: where the backbone is, when not where it was; it must be the same one.
+            precision: fp32, bf16, int8 or nf4.
+
+        Raises:
+            AlterError: a file is missing or damaged, a key is missing, surplus or misshapen, or the backbone is another.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        path = resolve_backbone(backbone or config["backbone"]["name"])
+        if backbone_fingerprint(path) != config["backbone"]["fingerprint"]:
+            raise AlterError(
+                f"{folder / CONFIG_FILE}: the adapters were trained on another backbone than {path} (they name "
+                f"'{config['backbone']['name']}'); pass the right one as backbone."
+            )
+        model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
+        parts, where = config["parts"], str(folder / CONFIG_FILE)
+        model.add_experts(
+            make_template(parts["experts"], Expert, where), make_template(parts["router"], Router, where)
+        )
+        if "shared" in parts:
+            model.add_shared(
+                make_template(parts["shared"], Expert, where),
+                config["num_shared"],
+                make_template(parts["shared_router"], Router, where),
+            )
+        model.load_adapter_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+        return model.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads and checks the JSON of a model folder.
+
+    Raises:
+        AlterError: it is missing, damaged or of another format.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text())
+        complete = config["format"] == FORMAT and {"backbone", "tasks", "layers", "ffn", "parts"} <= config.keys()
+    except FileNotFoundError as error:
+        raise AlterError(f"{folder}: no model here, {CONFIG_FILE} is missing; name a folder that a run has finished.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise AlterError(f"{file}: not a readable ALTER model description ({error}); train or copy it again.") from error
+    if not complete:
+        raise AlterError(f"{file}: not a description of format {FORMAT}; train again or take the version that wrote it.")
+    return config
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise AlterError(f"{file}: not readable as safetensors ({error}); train or copy the model again.") from error
+
+
+def _remove_dropout(backbone: nn.Module) -> None:
+    """Sets every dropout to zero, so that training and evaluation mode are one function."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and name.endswith(("dropout", "layerdrop", "dropout_rate", "dropout_prob")):
+                setattr(module, name, 0.0)

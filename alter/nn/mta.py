@@ -1,0 +1,144 @@
+"""The layer: a frozen feed-forward block with its mixture of task adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from alter.errors import AlterError
+from alter.nn.experts import Expert
+from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers import Router, RouterShape, Routing
+
+
+class MixtureOfTaskAdapters(nn.Module):
+    """Takes the place of one feed-forward block F and adds experts to it.
+
+    Stage 1: ``y = F(x) + e``, ``e = sum_k g_k A_k(x)`` with ``g = router(x, task)``.
+    Stage 2: ``y = F(x) + a_0 e + sum_k a_k S_k(x)`` with ``a = shared_router([e; S_1..S_K], task)``.
+    Where experts return whole feed-forward outputs, F cancels and is not computed. Source: arXiv 2309.11042.
+
+    Args:
+        ffn: the frozen module whose place this takes.
+        frozen: the whole frozen block, by roles.
+        routing: the model's routing state, shared by all layers.
+    """
+
+    def __init__(self, ffn: nn.Module, frozen: FrozenFeedForward, routing: Routing) -> None:
+        super().__init__()
+        self.ffn = ffn
+        self.frozen = frozen
+        self.routing = routing
+        self.enabled = True
+        self.experts: Expert | None = None
+        self.router: Router | None = None
+        self.shared: Expert | None = None
+        self.shared_router: Router | None = None
+        self.num_shared = 0
+
+    def add_experts(self, expert: Expert, router: Router, prior: Tensor) -> None:
+        """Adds the task experts and their router.
+
+        Args:
+            expert: template of the experts.
+            router: template of the router.
+            prior: [tasks, experts], the gates to start from.
+
+        Raises:
+            AlterError: the experts need gates that sum to one and the router's do not.
+        """
+        if expert.contains_ffn and not expert.blends_parameters and not router.normalised:
+            raise AlterError(
+                f"{type(expert).__name__} experts need gates that sum to one, which {type(router).__name__}'s do not; "
+                "take another router or LoRA or Bottleneck experts."
+            )
+        self.experts, self.router = expert.fresh(), router.fresh()
+        self.experts.build(self.frozen, prior.shape[1])
+        self.router.build(RouterShape(*prior.shape, self.frozen.hidden_size, prior))
+
+    def add_shared(self, expert: Expert, num_shared: int, router: Router, prior: Tensor) -> None:
+        """Adds stage 2's shared experts and the gate over the task experts' mixture and them.
+
+        Args:
+            expert: template of the shared experts.
+            num_shared: K.
+            router: template of the gate, which reads ``[e; S_1..S_K]``.
+            prior: [tasks, 1 + K], the gates to start from.
+        """
+        self.shared, self.shared_router, self.num_shared = expert.fresh(), router.fresh(), num_shared
+        self.shared.build(self.frozen, num_shared)
+        width = self.frozen.hidden_size * (1 + num_shared)
+        self.shared_router.build(RouterShape(*prior.shape, width, prior))
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The trainable modules by name: experts, router, shared, shared_router."""
+        names = ("experts", "router", "shared", "shared_router")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, seq, d] -> [batch, seq, d]."""
+        if not self.enabled or self.experts is None:
+            return self.ffn(hidden_states)
+        return self.mix(hidden_states, lambda: self.ffn(hidden_states))
+
+    def mix(self, hidden_states: Tensor, ffn_output: Callable[[], Tensor]) -> Tensor:
+        """Computes the equations above; ``ffn_output()`` gives F(x) where it is needed."""
+        dtype = self.frozen.dtype
+        # Adapters are kept in fp32 whatever the backbone's precision, and compute in the backbone's.
+        with torch.autocast(hidden_states.device.type, dtype, enabled=dtype != torch.float32):
+            return self._mix(hidden_states.float(), ffn_output).to(hidden_states.dtype)
+
+    def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor]) -> Tensor:
+        gates = self.router(x, self.routing)
+        task = self.experts.mix(x, gates, self.frozen, self.router.active)
+        if self.shared is None:
+            y, ffn_share = task, float(self.experts.contains_ffn)
+        else:
+            outputs = torch.cat([task.unsqueeze(-2), self.shared.each(x, self.frozen)], dim=-2)
+            weights = self.shared_router(outputs.float().flatten(-2), self.routing)
+            y = torch.einsum("bsk,bskd->bsd", weights.expand(*outputs.shape[:2], -1).to(outputs.dtype), outputs)
+            ffn_share = self._ffn_share(weights)
+        if isinstance(ffn_share, float) and ffn_share == 1.0:
+            return y
+        return (1.0 - ffn_share) * ffn_output() + y
+
+    def _ffn_share(self, weights: Tensor) -> Tensor | float:
+        """How much of F(x) the weighted outputs already hold: a number where it is the same for all tokens."""
+        held = [self.experts.contains_ffn, self.shared.contains_ffn]
+        if not any(held):
+            return 0.0
+        if all(held) and self.shared_router.normalised:
+            return 1.0
+        counted = torch.tensor([held[0], *[held[1]] * (weights.shape[-1] - 1)], device=weights.device)
+        return (weights * counted).sum(-1, keepdim=True)
+
+
+class InlineMixture(MixtureOfTaskAdapters):
+    """The same for a block whose linear maps stand in the layer itself, without a module of their own (as in BART).
+
+    It takes the place of the second linear map, and remembers what entered the first.
+    """
+
+    def __init__(self, ffn: nn.Module, frozen: FrozenFeedForward, routing: Routing) -> None:
+        super().__init__(ffn, frozen, routing)
+        self._input: Tensor | None = None
+        self._expects_input = True
+        first = "gate" if "gate" in frozen.shapes else "up"
+        frozen.module(first).register_forward_pre_hook(self._remember)
+
+    def _remember(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._expects_input:
+            self._input = args[0]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[batch, seq, intermediate] -> [batch, seq, d]."""
+        x, self._input = self._input, None
+        if not self.enabled or self.experts is None or x is None:
+            return self.ffn(hidden_states)
+        self._expects_input = False  # experts that vary the block call its linear maps themselves
+        try:
+            return self.mix(x, lambda: self.ffn(hidden_states))
+        finally:
+            self._expects_input = True

@@ -1,0 +1,70 @@
+"""Templates: modules described by plain hyperparameters, given their tensors once the sizes of a layer are known."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+from typing import Any, Self
+
+from torch import nn
+
+from alter.errors import AlterError, did_you_mean
+
+
+class Template(nn.Module):
+    """A module whose ``__init__`` takes hyperparameters alone and whose ``build`` makes the parameters.
+
+    Every ``__init__`` argument is kept under its own name (as scikit-learn's estimators do), so that a template can be
+    named in a recipe, copied for every layer, and written into JSON.
+    """
+
+    def fresh(self) -> Self:
+        """Returns an unbuilt copy, for one more layer."""
+        return copy.deepcopy(self)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns ``{"class_path", "init_args"}``, enough to make this template again."""
+        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        return {
+            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+            "init_args": {name: getattr(self, name) for name in names},
+        }
+
+
+def make_template(description: dict[str, Any], base: type[Template], where: str) -> Any:
+    """Makes a template from its description.
+
+    Only ALTER's own classes are imported; any other must have been imported before by the user's own recipe or
+    program, so that a model folder from elsewhere cannot run code.
+
+    Args:
+        description: what ``Template.describe`` returned.
+        base: the class that it must be a subclass of.
+        where: the file, for the message.
+
+    Raises:
+        AlterError: the class is unknown, not imported by the user, of another kind, or its arguments do not fit.
+    """
+    class_path = str(description.get("class_path"))
+    module_name, _, name = class_path.rpartition(".")
+    if module_name.startswith("alter.nn.") and module_name in _OWN_MODULES:
+        module = importlib.import_module(module_name)
+    elif module_name in sys.modules and not module_name.startswith("alter."):
+        module = sys.modules[module_name]
+    else:
+        raise AlterError(
+            f"{where}: the class '{class_path}' is not part of ALTER; import it yourself before loading if you trust it."
+        )
+    found = getattr(module, name, None)
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        known = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)]
+        raise AlterError(f"{where}: '{class_path}' is not a {base.__name__}.{did_you_mean(name, known)}")
+    try:
+        return found(**description.get("init_args", {}))
+    except TypeError as error:
+        raise AlterError(f"{where}: '{class_path}' does not take these init_args: {error}.") from error
+
+
+_OWN_MODULES = ("alter.nn.experts", "alter.nn.routers")

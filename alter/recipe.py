@@ -1,0 +1,281 @@
+"""A recipe: read from YAML files and flags, checked as a whole, split into what each stage takes."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning import Trainer
+
+from alter.data import MultiTaskDataModule, Task, load_tasks
+from alter.errors import AlterError, did_you_mean
+from alter.schema import check
+from alter.stages import Stage1Module, Stage2Module, StageModule
+
+STAGES: dict[str, type[StageModule]] = {"stage1": Stage1Module, "stage2": Stage2Module}
+SET_BY_RUN = {"backbone", "tasks", "precision", "start_from"}  # stage arguments that the recipe's own keys fill
+TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary"}
+DATA_SKIP = {"tokenizer", "seq2seq"}
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser of ``alter fit``: every field of a recipe is a flag, with help from the docstrings."""
+    parser = ArgumentParser(
+        prog="alter fit", description="Trains a two-stage MTA model from a recipe.", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="A recipe; give it again to lay another over it.")
+    parser.add_argument("--run", type=str, default="runs/model", help="The run folder.")
+    parser.add_argument("--stages", type=list[str], default=list(STAGES), help="What to run: stage1, stage2 or both.")
+    parser.add_argument("--test", type=bool, default=True, help="Whether to test at the end.")
+    parser.add_argument("--seed_everything", type=int, default=13, help="Seed of all random numbers.")
+    parser.add_argument("--backbone", type=str, default="smollm2-135m", help="A hub id, a folder or a bundled name.")
+    parser.add_argument("--precision", type=str, default="fp32", help="Of the frozen backbone: fp32, bf16, int8 or nf4.")
+    parser.add_class_arguments(MultiTaskDataModule, "data", skip=DATA_SKIP, instantiate=False, fail_untyped=False)
+    parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP, instantiate=False, fail_untyped=False)
+    for name, module in STAGES.items():
+        parser.add_subclass_arguments(module, f"{name}.model", skip=SET_BY_RUN, instantiate=False, fail_untyped=False)
+        parser.set_defaults({f"{name}.model": {"class_path": f"{module.__module__}.{module.__name__}"}})
+        parser.add_argument(
+            f"--{name}.trainer", type=dict[str, Any], default={}, help=f"Trainer arguments for {name} alone."
+        )
+    return parser
+
+
+@dataclass
+class Recipe:
+    """A checked recipe.
+
+    Attributes:
+        config: all of its values, plain.
+        tasks: in the order of their ids.
+        text: the complete YAML, with the tasks inline, as the run folder keeps it.
+    """
+
+    config: dict[str, Any]
+    tasks: list[Task]
+    text: str
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return Path(self.config["run"])
+
+    def data_args(self, tokenizer: str, seq2seq: bool) -> dict[str, Any]:
+        """Arguments for ``MultiTaskDataModule``."""
+        return {**self.config["data"], "tokenizer": tokenizer, "seq2seq": seq2seq}
+
+    def stage_args(self, stage: str, backbone: str, seq2seq: bool) -> dict[str, Any]:
+        """What one LightningCLI takes for a stage: ``seed_everything``, ``trainer``, ``model``, ``data``."""
+        model = copy.deepcopy(self.config[stage]["model"])
+        arguments = model.setdefault("init_args", {})
+        arguments |= {
+            "backbone": backbone,
+            "tasks": [task.name for task in self.tasks],
+            "precision": self.config["precision"],
+        }
+        if stage == "stage2":
+            arguments["start_from"] = str(self.run / "stage1" / "model")
+        return {
+            "seed_everything": self.config["seed_everything"],
+            "trainer": {**self.config["trainer"], **self.config[stage]["trainer"]},
+            "model": model,
+            "data": self.data_args(backbone, seq2seq),
+        }
+
+
+def read_recipe(arguments: Sequence[str]) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        arguments: of ``alter fit``: ``--config FILE`` and flags.
+
+    Raises:
+        AlterError: with every mistake found, before anything is loaded or written.
+    """
+    arguments = [_find_config(a, previous) for a, previous in zip(arguments, [None, *arguments[:-1]], strict=True)]
+    files = [Path(value) for flag, value in _flag_values(arguments) if flag == "--config"]
+    for folder in {".", *(str(file.parent) for file in files)}:
+        if folder not in sys.path:
+            sys.path.append(folder)  # so that a recipe can name a class in a file beside it
+    problems = [problem for file in files for problem in check_file(file)]
+    parser = recipe_parser()
+    config, tasks = None, []
+    try:
+        config = parser.parse_args(arguments)
+    except AlterError as error:
+        problems += [] if problems else error.messages
+    except Exception as error:
+        if not problems:  # what the files have right may still be wrong on the command line
+            problems.append(_one_sentence(error, parser, files))
+    try:
+        tasks = load_tasks(_task_entries(config, files), files[0].parent if files else Path())
+    except AlterError as error:
+        problems += error.messages
+    if config is not None:
+        problems += _check_values(config)
+    if problems:
+        raise AlterError(*dict.fromkeys(problems))
+    return _complete(parser, config, tasks)
+
+
+def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> Recipe:
+    config.data.tasks = [task.to_dict() for task in tasks]
+    text = parser.dump(config, skip_unset=False, skip_validation=True, format="yaml")
+    plain = yaml.safe_load(text)
+    plain.pop("config", None)
+    return Recipe(plain, tasks, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
+
+
+def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = []
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            pairs.append((flag, value if equals else arguments[i + 1] if i + 1 < len(arguments) else ""))
+    return pairs
+
+
+def _find_config(argument: str, previous: str | None) -> str:
+    """Where ``--config`` names a recipe that is not there, takes the one of this name that ships with ALTER."""
+    if previous != "--config" and not argument.startswith("--config="):
+        return argument
+    name = argument.removeprefix("--config=")
+    if Path(name).is_file():
+        return argument
+    shipped = shipped_recipes()
+    for candidate in (Path(name), Path(name).relative_to("recipes") if name.startswith("recipes/") else Path(name)):
+        for file in (shipped / candidate, shipped / f"{candidate}.yaml"):
+            if file.is_file():
+                return argument.replace(name, str(file))
+    known = [str(p) for p in Path(name).parent.glob("*.yaml")] + [p.stem for p in shipped.glob("*.yaml")]
+    raise AlterError(f"{name}: no such recipe; name a YAML file or a shipped recipe.{did_you_mean(name, known)}")
+
+
+def shipped_recipes() -> Path:
+    """The folder of the recipes that come with ALTER, in a checkout or in a wheel."""
+    package = Path(__file__).parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def _task_entries(config: Namespace | None, files: Sequence[Path]) -> list[Any]:
+    if config is not None:
+        return list(config.data.tasks or [])
+    for file in reversed(files):  # a recipe with mistakes still has its tasks checked
+        data = _read_yaml(file)[0].get("data")
+        if isinstance(data, dict) and isinstance(data.get("tasks"), list):
+            return data["tasks"]
+    return []
+
+
+def _check_values(config: Namespace) -> list[str]:
+    problems = [
+        f"stages: '{name}' is not a stage; it is one of {', '.join(STAGES)}.{did_you_mean(name, STAGES)}"
+        for name in config.stages
+        if name not in STAGES
+    ]
+    if not config.data.tasks:
+        problems.append("data.tasks: the recipe names no task; list task files under it.")
+    precisions = ("fp32", "bf16", "int8", "nf4")
+    if config.precision not in precisions:
+        problems.append(
+            f"precision: '{config.precision}' is not one of {', '.join(precisions)}.{did_you_mean(config.precision, precisions)}"
+        )
+    for stage in STAGES:
+        problems += check(Trainer, config[stage].trainer, f"{stage}.trainer")[1] if config[stage].trainer else []
+    return problems
+
+
+def _one_sentence(error: Exception, parser: ArgumentParser, files: Sequence[Path]) -> str:
+    """The shortest true line of jsonargparse's long message."""
+    text = str(error)
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    where = ", ".join(map(str, files)) or "the command line"
+    unknown = next((line for line in lines if "not accepted" in line or "nrecognized" in line), None)
+    return f"{where}: {lines[0]} {unknown or lines[-1] if len(lines) > 1 else ''}".strip()
+
+
+# -- checking one file -----------------------------------------------------------------------------------------------
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"{file}: cannot be read ({error}); name a YAML recipe."]
+    except yaml.YAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        return {}, [f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend the indentation or quotes."]
+    if not isinstance(content, dict):
+        return {}, [f"{file}: a recipe is a mapping of sections such as data and stage1, this is {type(content).__name__}."]
+    return content, []
+
+
+def check_file(file: Path) -> list[str]:
+    """Finds all misspelt keys and misfit values of a recipe file."""
+    content, problems = _read_yaml(file)
+    plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
+    known = [*plain, "data", "trainer", *STAGES]
+    for key, value in content.items():
+        where = f"{file}: {key}"
+        if key not in known:
+            problems.append(f"{file}: unknown key '{key}'; a recipe has {', '.join(known)}.{did_you_mean(str(key), known)}")
+        elif key in plain:
+            if not isinstance(value, plain[key]):
+                problems.append(f"{where}: expected {plain[key].__name__}, got {value!r}.")
+        elif not isinstance(value, Mapping):
+            problems.append(f"{where}: expected a mapping of settings, got {value!r}.")
+        elif key in STAGES:
+            problems += _check_stage(STAGES[key], value, where)
+        else:
+            cls, skipped = (MultiTaskDataModule, DATA_SKIP) if key == "data" else (Trainer, TRAINER_SKIP)
+            problems += check(cls, value, where, skip=skipped)[1]
+    return problems
+
+
+def _check_stage(default: type[StageModule], section: Mapping[str, Any], where: str) -> list[str]:
+    problems = [
+        f"{where}: unknown key '{key}'; a stage has model and trainer.{did_you_mean(str(key), ['model', 'trainer'])}"
+        for key in section
+        if key not in ("model", "trainer")
+    ]
+    if isinstance(trainer := section.get("trainer", {}), Mapping):
+        problems += check(Trainer, trainer, f"{where}.trainer", skip=TRAINER_SKIP)[1]
+    model = section.get("model", {})
+    if not isinstance(model, Mapping):
+        return [*problems, f"{where}.model: expected class_path and init_args, got {model!r}."]
+    return problems + _check_class(model, StageModule, f"{where}.model", default, SET_BY_RUN)
+
+
+def _check_class(
+    given: Mapping[str, Any], base: type, where: str, default: type | None = None, skip: set[str] = frozenset()
+) -> list[str]:
+    """Checks a ``class_path`` with ``init_args``, each argument by itself."""
+    problems = [
+        f"{where}: unknown key '{key}'; put arguments of the class under init_args.{did_you_mean(str(key), ['class_path', 'init_args'])}"
+        for key in given
+        if key not in ("class_path", "init_args")
+    ]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "value", skip=set(skip), instantiate=False, fail_untyped=False)
+    cls = default
+    if "class_path" in given or default is None:
+        try:
+            cls = _import_class(str(given.get("class_path", "")), base, f"{where}.class_path")
+        except AlterError as error:
+            return [*problems, *error.messages]
+    return problems + check(cls, given.get("init_args") or {}, where, skip=skip, required=False)[1]
+
+
+def _import_class(class_path: str, base: type, where: str) -> type:
+    from alter.schema import import_name
+
+    found = import_name(class_path, where)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise AlterError(f"{where}: '{class_path}' is not a {base.__name__}; name a subclass of it.")
+    return found

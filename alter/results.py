@@ -1,0 +1,284 @@
+"""`results.json` and the table people read: each metric with its interval, beside three references on the same rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from alter.errors import AlterError
+from alter.metrics import bootstrap_interval, check_names, metric
+
+REFERENCES = {"majority": "majority", "backbone": "backbone", "tfidf": "TF-IDF"}  # key in the file -> name in the table
+STEPS = ("data", "stage1", "stage2", "test")
+WIDTH = 110
+_CLASSIFICATION_ONLY = ("majority", "tfidf")
+_DIGITS = 6
+
+
+def task_results(
+    task_name: str,
+    metrics: Sequence[str],
+    targets: Sequence[str],
+    predictions: Sequence[str],
+    references: Mapping[str, Sequence[str] | None],
+    choices: Sequence[str] | None,
+    kind: str,
+) -> dict[str, Any]:
+    """Measures one task's model and references on the same rows.
+
+    Args:
+        task_name: for error messages.
+        metrics: names from `alter.metrics.KNOWN`.
+        targets: what is right, one a row.
+        predictions: what the model answered.
+        references: what each of `REFERENCES` answered; a missing one, or None, becomes null.
+        choices: the labels of a classification, else None.
+        kind: "classification" or "generation"; the majority and TF-IDF make no sense for a generation and become null.
+
+    Returns:
+        `{metric: {"value", "low", "high", "n", "references": {name: {"value", "low", "high"} or None}}}`.
+    """
+    if kind not in ("classification", "generation"):
+        raise ValueError(f"kind is '{kind}', not 'classification' or 'generation'")
+    surplus = set(references) - set(REFERENCES)
+    if surplus:
+        raise ValueError(f"unknown references {sorted(surplus)}; known are {list(REFERENCES)}")
+    problems = check_names(metrics)
+    if not targets:
+        problems.append("The split has no rows to measure: give it at least one.")
+    if problems:
+        raise AlterError(*(f"Task '{task_name}', metrics: {problem}" for problem in problems))
+    answers = {
+        name: None if kind == "generation" and name in _CLASSIFICATION_ONLY else references.get(name)
+        for name in REFERENCES
+    }
+    return {
+        name: {
+            **_measure(name, predictions, targets, choices),
+            "n": len(targets),
+            "references": {
+                reference: None if answer is None else _measure(name, answer, targets, choices)
+                for reference, answer in answers.items()
+            },
+        }
+        for name in metrics
+    }
+
+
+def _measure(
+    name: str, predictions: Sequence[str], targets: Sequence[str], choices: Sequence[str] | None
+) -> dict[str, float]:
+    measured = metric(name, predictions, targets, choices)
+    low, high = bootstrap_interval(measured)
+    return {"value": round(measured.value(), _DIGITS), "low": round(low, _DIGITS), "high": round(high, _DIGITS)}
+
+
+def run_results(
+    tasks: Mapping[str, Any],
+    seconds: Mapping[str, float | None],
+    peak_memory: int,
+    trainable_parameters: int,
+    peak_device_memory: int | None = None,
+) -> dict[str, Any]:
+    """Returns the whole of `results.json`.
+
+    Args:
+        tasks: a `task_results` for each task's name.
+        seconds: how long each of `STEPS` took; one that did not run becomes null.
+        peak_memory: see `peak_memory_bytes`.
+        trainable_parameters: the number of parameters that either stage trained.
+        peak_device_memory: see `peak_device_memory_bytes`; the key is there only when it is given.
+    """
+    results = {
+        "tasks": dict(tasks),
+        "seconds": {step: seconds.get(step) for step in STEPS},
+        "peak_memory_bytes": peak_memory,
+        "trainable_parameters": trainable_parameters,
+    }
+    if peak_device_memory is not None:
+        results["peak_device_memory_bytes"] = peak_device_memory
+    return results
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory this process ever held at once, in bytes, on the host.
+
+    Child processes, such as a data loader's workers, are not in it: they share most of their pages with this one, so a
+    sum would count those twice.
+    """
+    # On Linux, getrusage starts from the peak of the process that started this one. The kernel's own mark does not.
+    try:
+        mark = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), flags=re.MULTILINE)
+    except OSError:
+        mark = None
+    if mark:
+        return int(mark[1]) * 1024
+    import resource  # Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes() -> int | None:
+    """Returns the most memory torch ever held on the CUDA devices, each device's peak added up; None without CUDA."""
+    torch = sys.modules.get("torch")  # what has not been imported has not allocated
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Writes JSON so that the file is, at every moment, the old one or the whole new one.
+
+    NumPy numbers become plain ones, and NaN and infinities, which JSON has not, become null.
+
+    Raises:
+        AlterError: when the file can't be written, such as on a full disk; the old file stays.
+    """
+    path = Path(path)
+    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash after the rename may leave an empty file
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise AlterError(
+            f"Could not write {path}: {error.strerror}. Mend that and run the same command again; "
+            "what was there before is unchanged."
+        ) from error
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, Mapping):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    if hasattr(obj, "tolist") and not isinstance(obj, (str, bytes)):  # NumPy and torch: arrays and scalars
+        return _plain(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
+# The table. A mark stands behind a reference that the model does not clearly beat; the notes below say it in words.
+
+
+class Verdict(NamedTuple):
+    """How a reference stands to the model."""
+
+    above: bool
+    overlap: bool
+
+    @property
+    def mark(self) -> str:
+        """The signs behind the reference's cell."""
+        return ("*" if self.above else "") + ("~" if self.overlap else "")
+
+
+def verdict(model: Mapping[str, float], reference: Mapping[str, float]) -> Verdict:
+    """Returns whether the reference's value is above the model's, and whether their intervals overlap."""
+    overlap = reference["low"] <= model["high"] and model["low"] <= reference["high"]
+    return Verdict(reference["value"] > model["value"], overlap)
+
+
+def render_table(results: Mapping[str, Any]) -> str:
+    """Returns the results as plain text, at most `WIDTH` columns wide."""
+    heads = ["model [95% interval]", *REFERENCES.values()]
+    lines = [f"{'  metric':<14}" + "".join(f"{head:<24}" for head in heads).rstrip(), "-" * WIDTH]
+    for task, metrics in results["tasks"].items():
+        ns = {entry["n"] for entry in metrics.values()}
+        lines.append(_cut(f"{task}  (n = {', '.join(f'{n:,}' for n in sorted(ns))})"))
+        for name, entry in metrics.items():
+            cells = [_cell(entry), *(_marked_cell(entry, reference) for reference in REFERENCES)]
+            lines.append(f"  {name:<12}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
+    lines.append("-" * WIDTH)
+    for note in _notes(results):
+        lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def render_markdown(results: Mapping[str, Any]) -> str:
+    """Returns the results as a Markdown table with the same marks and notes."""
+    heads = ["task", "metric", "n", "model [95% interval]", *REFERENCES.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * 2 + "|---:" + "|---" * (len(heads) - 3) + "|"]
+    for task, metrics in results["tasks"].items():
+        for name, entry in metrics.items():
+            cells = [f"{entry['n']:,}", _cell(entry), *(_marked_cell(entry, reference) for reference in REFERENCES)]
+            lines.append("| " + " | ".join(_escape(cell) for cell in (task, name, *cells)) + " |")
+    return "\n".join([*lines, "", *(f"- {_escape(note)}" for note in _notes(results))]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([|*~_\\])", r"\\\1", text)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+
+
+def _cell(entry: Mapping[str, float] | None) -> str:
+    return "-" if entry is None else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+
+def _marked_cell(entry: Mapping[str, Any], reference: str) -> str:
+    other = entry["references"].get(reference)
+    return _cell(other) if other is None else f"{_cell(other)} {verdict(entry, other).mark}".rstrip()
+
+
+def _notes(results: Mapping[str, Any]) -> Iterator[str]:
+    above: dict[str, list[str]] = {}
+    near: dict[str, list[str]] = {}
+    compared = False
+    for reference, where, found in _verdicts(results):
+        compared = True
+        if found.above:
+            above.setdefault(reference, []).append(where)
+        if found.overlap:
+            near.setdefault(reference, []).append(where)
+    if compared and not above and not near:
+        yield "The model is above every reference, intervals apart."
+    for reference, where in above.items():
+        yield f"* {_spoken(reference)} is above the model on: {', '.join(where)}."
+    for reference, where in near.items():
+        yield f"~ {_spoken(reference)} has an interval that overlaps the model's on: {', '.join(where)}."
+    yield from _costs(results)
+
+
+def _spoken(reference: str) -> str:
+    return {"majority": "The majority class", "backbone": "The untouched backbone"}.get(
+        reference, REFERENCES.get(reference, reference)
+    )
+
+
+def _verdicts(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Verdict]]:
+    """Yields (reference, "task metric", verdict), reference by reference."""
+    for reference in REFERENCES:
+        for task, metrics in results["tasks"].items():
+            for name, entry in metrics.items():
+                other = entry["references"].get(reference)
+                if other is not None:
+                    yield reference, f"{task} {name}", verdict(entry, other)
+
+
+def _costs(results: Mapping[str, Any]) -> Iterator[str]:
+    parts = [f"{step} {took:,.0f} s" for step, took in results.get("seconds", {}).items() if took is not None]
+    memory = {"peak_memory_bytes": "peak memory", "peak_device_memory_bytes": "peak device memory"}
+    parts += [f"{name} {results[key] / 2**30:.2f} GiB" for key, name in memory.items() if results.get(key)]
+    if results.get("trainable_parameters"):
+        parts.append(f"{results['trainable_parameters']:,} parameters trained")
+    if parts:
+        yield "; ".join(parts) + "."

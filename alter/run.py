@@ -1,0 +1,238 @@
+"""The run folder, and the way from a recipe to a tested model.
+
+``recipe.yaml`` (what was run, complete), ``env.txt``, ``stage1/`` and ``stage2/`` (TensorBoard, metrics.csv, checkpoints, the
+stage's model), ``model/`` (what ``alter.load`` reads), ``results.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from alter.callbacks import MetricsCSV
+from alter.data import MultiTaskDataModule
+from alter.errors import AlterError
+from alter.evaluate import evaluate
+from alter.nn.backbone import is_seq2seq, resolve_backbone
+from alter.predict import load
+from alter.recipe import STAGES, Recipe
+from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
+from alter.stages import StageModule
+
+UNCOMPARED = ("run", "stages", "test")  # keys that may differ between two calls for one run folder
+
+
+class StageCLI(LightningCLI):
+    """One stage: instantiates trainer, module and data from the recipe's values."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
+        """Args: folder: of the stage. arguments: what ``Recipe.stage_args`` returned."""
+        self.folder = folder
+        super().__init__(
+            StageModule,
+            MultiTaskDataModule,
+            args=arguments,
+            run=False,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=arguments["seed_everything"],
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Takes the values as they are; the base class would warn that a command line is there too."""
+        self.config = parser.parse_object(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds what every stage has: fixed folders, so that the same command finds its checkpoint, and logs."""
+        loggers = [
+            TensorBoardLogger(self.folder.parent, name=self.folder.name, version=""),
+            MetricsCSV(self.folder / "metrics.csv"),
+        ]
+        trainer = super().instantiate_trainer(
+            logger=loggers,
+            default_root_dir=self.folder,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **kwargs,
+        )
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+        return super()._instantiate_trainer(config, [*callbacks, *self._checkpoints(config.get("callbacks") or [])])
+
+    def _checkpoints(self, given: list[Callback]) -> list[Callback]:
+        if any(isinstance(callback, ModelCheckpoint) for callback in given):
+            return []
+        return [
+            ModelCheckpoint(
+                self.folder / "checkpoints",
+                filename="best",
+                monitor="val/loss",
+                save_last=True,
+                enable_version_counter=False,
+            )
+        ]
+
+
+def fit(recipe: Recipe) -> None:
+    """Runs the stages that are not finished, then the test.
+
+    Raises:
+        AlterError: the run folder holds another recipe, or something on the way is wrong with the input.
+    """
+    run = recipe.run
+    _claim(run, recipe)
+    backbone = resolve_backbone(recipe.config["backbone"])
+    seq2seq = is_seq2seq(backbone)
+    started = time.perf_counter()
+    data = MultiTaskDataModule(**recipe.data_args(str(backbone), seq2seq))
+    data.prepare_data()
+    data.setup()
+    rank_zero_info(data.summary())
+    _record(run, "data", time.perf_counter() - started)
+    for stage in STAGES:
+        if stage in recipe.config["stages"]:
+            _run_stage(stage, recipe, str(backbone), seq2seq)
+    if recipe.config["test"] and rank_zero_only.rank == 0:
+        test(run, data=data)
+
+
+def test(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
+    """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
+    started = time.perf_counter()
+    predictor = load(run)
+    if data is None:
+        arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
+        data = MultiTaskDataModule(
+            **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
+        )
+        data.prepare_data()
+        data.setup()
+    tasks = evaluate(predictor, data, split)
+    records = _records(run)
+    seconds = {name: record["seconds"] for name, record in records.items()}
+    if split == "test":
+        seconds["test"] = time.perf_counter() - started
+    trained = [record for record in records.values() if "trainable_parameters" in record]
+    results = run_results(
+        tasks,
+        seconds,
+        max([peak_memory_bytes(), *(record["peak_memory_bytes"] for record in trained)]),
+        max((record["trainable_parameters"] for record in trained), default=0),
+        peak_device_memory=peak_device_memory_bytes(),
+    )
+    name = "results.json" if split == "test" else f"results.{split}.json"
+    write_json(run / name, results)
+    print(render_table(results))
+    print(f"\nWritten to {run / name}")
+    return results
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Writes the recipe and the environment, or checks that the folder holds the same recipe."""
+    if rank_zero_only.rank != 0:
+        return
+    file = run / "recipe.yaml"
+    if file.is_file():
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        changed = [key for key in _differences(before, recipe.config) if key.split(".")[0] not in UNCOMPARED]
+        if changed:
+            raise AlterError(
+                f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
+                f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
+            )
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "env.txt").write_text(_environment())
+    _write(file, recipe.text)
+
+
+def _differences(before: Any, after: Any, key: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [*before, *(name for name in after if name not in before)]
+        return [d for n in names for d in _differences(before.get(n), after.get(n), f"{key}.{n}".lstrip("."))]
+    return [] if before == after else [key]
+
+
+def _environment() -> str:
+    versions = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    machine = f"python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores, {device}"
+    return "\n".join([f"# {machine}", *versions, ""])
+
+
+def _run_stage(stage: str, recipe: Recipe, backbone: str, seq2seq: bool) -> None:
+    folder = recipe.run / stage
+    if stage in _records(recipe.run):
+        rank_zero_info(f"{stage}: finished before ({folder / 'model'}), skipped.")
+        return
+    if stage == "stage2" and "stage1" not in _records(recipe.run):
+        raise AlterError(f"{recipe.run / 'stage1'}: stage2 needs a finished stage1; run with --stages [stage1,stage2].")
+    started = time.perf_counter()
+    cli = StageCLI(folder, recipe.stage_args(stage, backbone, seq2seq))
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        rank_zero_info(f"{stage}: goes on from {last}.")
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    if cli.trainer.is_global_zero:
+        _keep_best(cli.trainer, cli.model)
+        cli.model.model.save_pretrained(folder / "model", recipe.config["backbone"])
+        _publish(folder / "model", recipe.run / "model")
+        _record(
+            recipe.run,
+            stage,
+            time.perf_counter() - started,
+            trainable_parameters=cli.model.trainable_parameters(),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+    cli.trainer.strategy.barrier()
+
+
+def _keep_best(trainer: Any, module: StageModule) -> None:
+    """Loads the adapters of the checkpoint with the lowest validation loss."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best:
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        module.model.load_adapter_state(state, best)
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
+    beside = target.with_name(f".{target.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    shutil.rmtree(target, ignore_errors=True)
+    beside.rename(target)
+
+
+def _records(run: Path) -> dict[str, dict[str, Any]]:
+    file = run / "progress.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _record(run: Path, step: str, seconds: float, **facts: Any) -> None:
+    """Notes a finished step, with the time it took; the first record stands, since a repeat only reads caches."""
+    if rank_zero_only.rank == 0 and step not in (records := _records(run)):
+        write_json(run / "progress.json", {**records, step: {"seconds": seconds, **facts}})
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)

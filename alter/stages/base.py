@@ -1,0 +1,168 @@
+"""What both stages share: the loss, the learning rates, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from alter.errors import AlterError
+from alter.nn.model import MTAModel
+
+
+class StageModule(LightningModule):
+    """Trains some parts of an MTAModel on the mixture of tasks.
+
+    Args:
+        optimizer: takes the parameter groups; the recipe names its class and arguments.
+        schedule: of the learning rate after the warm-up.
+        warmup: share of the steps over which the learning rate rises.
+        loss_average: over the target tokens of a batch, or over its examples (each example counts the same, however
+            long its answer).
+        gradient_checkpointing: computes activations again in the backward pass, to save memory.
+    """
+
+    model: MTAModel | None
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        schedule: Literal["constant", "linear", "cosine"],
+        warmup: float,
+        loss_average: Literal["token", "example"],
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.model = None
+        self.strict_loading = False  # checkpoints hold the adapters alone; on_load_checkpoint checks that they fit
+        self.make_optimizer = optimizer
+        self.schedule = schedule
+        self.warmup = warmup
+        self.loss_average = loss_average
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @abstractmethod
+    def make_model(self) -> MTAModel:
+        """Loads the backbone and attaches what this stage works with."""
+
+    @abstractmethod
+    def learning_rates(self) -> dict[str, float]:
+        """Says what trains: for each part of the model the factor on the learning rate, 0 or no mention for frozen."""
+
+    def configure_model(self) -> None:
+        """Makes the model once, on the process that trains it; every part not in ``learning_rates`` is frozen."""
+        if self.model is not None:
+            return
+        self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
+        rates = self.learning_rates()
+        for part, parameters in self.model.part_parameters().items():
+            for parameter in parameters:
+                # hard selectors have nothing to learn and say so themselves
+                parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
+        if self.gradient_checkpointing:
+            self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+
+    def parts_table(self) -> str:
+        """A table of the model's parts: part, parameters, whether it trains."""
+        assert self.model is not None
+        lines = [f"{'part':<16}{'parameters':>14}  trains"]
+        for part, parameters in self.model.part_parameters().items():
+            rate = self.learning_rates().get(part, 0.0)
+            trains = "no" if not any(p.requires_grad for p in parameters) else "yes" if rate == 1 else f"yes, lr x {rate:g}"
+            lines.append(f"{part:<16}{sum(p.numel() for p in parameters):>14,}  {trains}")
+        return "\n".join(lines)
+
+    def trainable_parameters(self) -> int:
+        """How many parameters train."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def on_fit_start(self) -> None:
+        """Prints what trains."""
+        self.print(self.parts_table())
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the batch's loss and logs it, over all and per task."""
+        losses, rows, auxiliary = self.model(batch)
+        sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
+        loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
+        self._check_finite(loss, batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
+        task_sums, task_counts = self._per_task(sums.detach(), counts, batch["task_ids"])
+        present = (task_counts > 0).nonzero().flatten().tolist()
+        self.log_dict({f"train/loss/{self.model.tasks[t]}": task_sums[t] / task_counts[t] for t in present})
+        return loss + auxiliary
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums."""
+        self._sums = torch.zeros(2, len(self.model.tasks), device=self.device, dtype=torch.float64)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Adds the batch to its tasks' sums."""
+        losses, rows, _ = self.model(batch)
+        sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
+        self._sums += torch.stack(self._per_task(sums, counts, batch["task_ids"]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs each task's loss a target token, and ``val/loss``, their mean over the tasks."""
+        sums, counts = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        means = (sums / counts.clamp_min(1)).float()
+        self.log_dict({f"val/loss/{task}": means[i] for i, task in enumerate(self.model.tasks)})
+        self.log("val/loss", means[counts > 0].mean(), prog_bar=True)
+
+    def _per_task(self, sums: Tensor, counts: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:
+        zeros = torch.zeros(len(self.model.tasks), device=sums.device)
+        return zeros.index_add(0, task_ids, sums), zeros.index_add(0, task_ids, counts)
+
+    def _check_finite(self, loss: Tensor, batch: Mapping[str, Tensor]) -> None:
+        if torch.isfinite(loss):
+            return
+        tasks = ", ".join(sorted({self.model.tasks[i] for i in batch["task_ids"].tolist()}))
+        raise AlterError(
+            f"The loss is {loss.item()} at step {self.global_step} of {type(self).__name__} (tasks in the batch: {tasks}); "
+            "lower its optimizer.init_args.lr or set trainer.gradient_clip_val in the recipe, and run again: checkpoints "
+            "written before this step are kept."
+        )
+
+    # -- optimisation -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """One parameter group a part, its learning rate times the part's factor."""
+        from transformers import get_scheduler
+
+        rates = self.learning_rates()
+        groups = [
+            {"params": trainable, "name": part}
+            for part, parameters in self.model.part_parameters().items()
+            if (trainable := [p for p in parameters if p.requires_grad])
+        ]
+        optimizer = self.make_optimizer(groups)
+        for group in optimizer.param_groups:
+            group["lr"] *= rates[group["name"]]
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the adapters alone; the backbone does not change."""
+        checkpoint["state_dict"] = self.model.adapter_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Loads the adapters and checks that every key matched, which ``strict_loading=False`` would not."""
+        self.configure_model()
+        self.model.load_adapter_state(checkpoint["state_dict"], "the checkpoint")
+
+
+def _per_example(losses: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Sums and counts of token losses by example, each [batch]."""
+    zeros = torch.zeros(batch, device=losses.device)
+    return zeros.index_add(0, rows, losses.float()), zeros.index_add(0, rows, torch.ones_like(losses, dtype=torch.float))
+

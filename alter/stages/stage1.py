@@ -1,0 +1,73 @@
+"""Stage 1, intra-task: what each task needs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from alter.nn.backbone import load_backbone
+from alter.nn.experts import Expert, LoRA
+from alter.nn.model import MTAModel
+from alter.nn.routers import Router, TaskSelector
+from alter.stages.base import StageModule
+
+
+class Stage1Module(StageModule):
+    """Trains one expert a task and the selector that mixes them; the backbone is frozen.
+
+    Args:
+        backbone: name or folder, set by the recipe's ``backbone``.
+        tasks: names, set by the recipe's ``data.tasks``.
+        precision: of the frozen backbone, set by the recipe's ``precision``.
+        layers: blocks that get adapters: ``all``, ``last:4`` or a list of indices.
+        ffn: pattern of the feed-forward blocks' module names, where their structure does not show them.
+        expert: the kind of the task experts (default LoRA).
+        router: who mixes them (default TaskSelector).
+        own: share of a task's own expert at the start.
+        router_lr: factor on the router's learning rate.
+        optimizer: class and arguments (default AdamW, lr 3e-3).
+        schedule: of the learning rate after the warm-up.
+        warmup: share of the steps over which the learning rate rises.
+        loss_average: over target tokens, or over examples.
+        gradient_checkpointing: computes activations again in the backward pass, to save memory.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "smollm2-135m",
+        tasks: list[str] | None = None,
+        precision: str = "fp32",
+        layers: str | list[int] = "last:4",
+        ffn: str | None = None,
+        expert: Expert | None = None,
+        router: Router | None = None,
+        own: float = 0.9,
+        router_lr: float = 1.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
+        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        warmup: float = 0.05,
+        loss_average: Literal["token", "example"] = "token",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing)
+        self.backbone = backbone
+        self.tasks = tasks or []
+        self.precision = precision
+        self.layers = layers
+        self.ffn = ffn
+        self.expert = expert or LoRA()
+        self.router = router or TaskSelector()
+        self.own = own
+        self.router_lr = router_lr
+
+    def make_model(self) -> MTAModel:
+        """The backbone with fresh experts."""
+        model = MTAModel(load_backbone(self.backbone, self.precision), self.tasks, self.layers, self.ffn)
+        model.add_experts(self.expert, self.router, self.own)
+        return model
+
+    def learning_rates(self) -> dict[str, float]:
+        """Experts and their router train."""
+        return {"experts": 1.0, "router": self.router_lr}

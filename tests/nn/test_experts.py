@@ -1,0 +1,151 @@
+"""Experts against slow references written from their equations: one token, one expert at a time."""
+
+import pytest
+import torch
+from torch import nn
+
+from alter.nn.experts import Bottleneck, FFNCopy, LoRA
+from alter.nn.feed_forward import FeedForward
+from alter.nn.frozen import FrozenFeedForward
+
+D, H, E = 12, 20, 5
+
+
+class Block(nn.Module):
+    """A feed-forward block, gated or not, with biases or not."""
+
+    def __init__(self, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.gated = gated
+        self.up, self.down = nn.Linear(D, H, bias=bias), nn.Linear(H, D, bias=bias)
+        if gated:
+            self.gate = nn.Linear(D, H, bias=bias)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x) if self.gated else nn.functional.silu(self.up(x)))
+
+
+def make(expert, gated=True, bias=False):
+    torch.manual_seed(0)
+    block = Block(gated, bias).requires_grad_(False)
+    found = FeedForward(
+        name="block",
+        layer=0,
+        stack="",
+        index=0,
+        inline=False,
+        gate="gate" if gated else None,
+        up="up",
+        down="down",
+        activation=nn.functional.silu,
+        hidden_size=D,
+        intermediate_size=H,
+    )
+    frozen = FrozenFeedForward(block, found, torch.float32)
+    expert.build(frozen, E)
+    for parameter in expert.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return block, frozen, expert
+
+
+def one_expert(block, expert, k, x):
+    """A_k(x) or F_k(x) of one token [d], from the equations."""
+    if isinstance(expert, Bottleneck):
+        return expert.up[k].T @ nn.functional.gelu(expert.down[:, k].T @ x)
+
+    def linear(role, v):
+        module = getattr(block, role)
+        bias = module.bias if module.bias is not None else 0
+        if isinstance(expert, LoRA):
+            scale = 1.0 if expert.alpha is None else expert.alpha / expert.rank
+            change = scale * (expert.a[role][:, k] @ expert.b[role][k]).T
+            return (module.weight + change) @ v + bias
+        return expert.weight[role][k].T @ v + (expert.bias[role][k] if role in expert.bias else 0)
+
+    inner = nn.functional.silu(linear("gate", x)) * linear("up", x) if block.gated else nn.functional.silu(linear("up", x))
+    return linear("down", inner)
+
+
+KINDS = [lambda: Bottleneck(rank=3), lambda: LoRA(rank=3, alpha=6), FFNCopy]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_equals_its_equation(kind, gated, bias):
+    block, frozen, expert = make(kind(), gated, bias)
+    x = torch.randn(2, 3, D)
+    each = expert.each(x, frozen)
+    assert each.shape == (2, 3, E, D)
+    for b in range(2):
+        for s in range(3):
+            for k in range(E):
+                torch.testing.assert_close(each[b, s, k], one_expert(block, expert, k, x[b, s]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_a_mixture_of_outputs_is_the_weighted_sum_of_the_experts(kind, per_token):
+    _, frozen, expert = make(kind(), bias=True)
+    x = torch.randn(2, 3, D)
+    gates = torch.rand(2, 3 if per_token else 1, E).softmax(-1)
+    expected = (expert.each(x, frozen) * gates.unsqueeze(-1)).sum(-2)
+    torch.testing.assert_close(expert.mix(x, gates, frozen), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mixture_of_lora_blends_the_changes_of_the_weights():
+    block, frozen, expert = make(LoRA(rank=3, alpha=6), bias=True)
+    x, gates = torch.randn(2, 3, D), torch.rand(2, 3, E)
+    mixed = expert.mix(x, gates, frozen)
+
+    def linear(role, v, g):
+        module = getattr(block, role)
+        change = sum(g[k] * 2 * (expert.a[role][:, k] @ expert.b[role][k]).T for k in range(E))
+        return (module.weight + change) @ v + module.bias
+
+    for b in range(2):
+        for s in range(3):
+            g, v = gates[b, s], x[b, s]
+            expected = linear("down", nn.functional.silu(linear("gate", v, g)) * linear("up", v, g), g)
+            torch.testing.assert_close(mixed[b, s], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("active", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sparse_copies_equal_dense_ones_forward_and_backward(active, bias):
+    _, frozen, expert = make(FFNCopy(), bias=bias)
+    x = torch.randn(4, 6, D, requires_grad=True)
+    scores = torch.rand(4, 6, E)
+    gates = torch.zeros_like(scores).scatter(-1, scores.topk(active).indices, scores.topk(active).values)
+    gates.requires_grad_()
+    results = []
+    for setting in (None, active):
+        output = expert.mix(x, gates, frozen, setting)
+        wanted = [x, *expert.parameters()]
+        results.append((output, torch.autograd.grad(output.square().sum(), wanted)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
+    for dense, sparse in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(dense, sparse, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_fresh_experts_start_as_the_frozen_block(gated):
+    torch.manual_seed(0)
+    block = Block(gated, True).requires_grad_(False)
+    found = FeedForward("b", 0, "", 0, False, "gate" if gated else None, "up", "down", nn.functional.silu, D, H)
+    frozen = FrozenFeedForward(block, found, torch.float32)
+    x, gates = torch.randn(2, 3, D), torch.rand(2, 3, E).softmax(-1)
+    lora, bottleneck, copy = LoRA(), Bottleneck(), FFNCopy()
+    for expert in (lora, bottleneck, copy):
+        expert.build(frozen, E)
+    assert torch.equal(lora.mix(x, gates, frozen), block(x))
+    assert torch.equal(bottleneck.mix(x, gates, frozen), torch.zeros_like(x))
+    torch.testing.assert_close(copy.mix(x, gates, frozen), block(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_template_describes_itself_and_its_copies_are_apart():
+    expert = LoRA(rank=7, alpha=3.5)
+    assert expert.describe() == {"class_path": "alter.nn.experts.LoRA", "init_args": {"rank": 7, "alpha": 3.5}}
+    _, _, built = make(expert.fresh())
+    assert list(built.parameters())
+    assert not list(expert.parameters())

@@ -1,0 +1,54 @@
+"""Tiny random models of each family."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
+)
+
+FAMILIES = ["t5", "bart", "gpt2", "llama", "qwen2", "gemma2"]
+_DECODER = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def config(family):
+    if family == "t5":
+        return T5Config(
+            vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+    if family == "bart":
+        return BartConfig(
+            vocab_size=100, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+            pad_token_id=0, bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None,
+        )  # fmt: skip
+    if family == "gpt2":
+        return GPT2Config(
+            vocab_size=100, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=1, pad_token_id=0
+        )
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[family](**_DECODER)
+
+
+def tiny_model(family):
+    """A seeded model in evaluation mode; large enough weights that generated answers differ."""
+    torch.manual_seed(0)
+    found = config(family)
+    model = (AutoModelForSeq2SeqLM if found.is_encoder_decoder else AutoModelForCausalLM).from_config(found)
+    return model.eval()

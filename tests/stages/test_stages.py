@@ -1,0 +1,159 @@
+"""What trains and what stays, stage by stage, with a real Trainer on a tiny backbone."""
+
+import math
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+
+from alter.errors import AlterError
+from alter.nn import LoRA, MTAModel, TaskSelector
+from alter.stages import Stage1Module, Stage2Module
+from tests.nn.tiny import tiny_model
+
+TASKS = ["a", "b"]
+
+
+@pytest.fixture(params=["llama", "t5"])
+def backbone(request, tmp_path):
+    tiny_model(request.param).save_pretrained(tmp_path / "backbone")
+    return str(tmp_path / "backbone")
+
+
+def batches(seq2seq, count=6):
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(5, 90, (4, 8), generator=g)
+        labels = torch.randint(5, 90, (4, 3), generator=g) if seq2seq else ids.masked_fill(torch.arange(8) < 5, -100)
+        found.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": labels,
+                "task_ids": torch.tensor([0, 1, 0, 1]),
+            }
+        )
+    return found
+
+
+def fit(module, seq2seq, folder, **settings):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **settings,
+    )
+    loader = DataLoader(batches(seq2seq), batch_size=None)
+    trainer.fit(module, loader, loader)
+    return trainer
+
+
+def snapshot(model):
+    return {part: [p.detach().clone() for p in group] for part, group in model.part_parameters().items()}
+
+
+def same(before, after):
+    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("task_expert_lr", [0.0, 0.1])
+def test_each_stage_trains_what_it_says_and_nothing_else(backbone, tmp_path, capsys, task_expert_lr):
+    first = Stage1Module(backbone, TASKS, layers="last:1", expert=LoRA(rank=4))
+    first.configure_model()
+    before = snapshot(first.model)
+    trainer = fit(first, first.model.is_seq2seq, tmp_path)
+    after = snapshot(first.model)
+    assert same(before["backbone"], after["backbone"])
+    assert not same(before["experts"], after["experts"])
+    assert not same(before["router"], after["router"])
+    assert math.isfinite(trainer.callback_metrics["val/loss"])
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines() if line.split()[0] in after] == ["backbone", "experts", "router"]
+
+    first.model.save_pretrained(tmp_path / "stage1", backbone)
+    second = Stage2Module(backbone, TASKS, start_from=str(tmp_path / "stage1"), task_expert_lr=task_expert_lr)
+    second.configure_model()
+    fit(second, first.model.is_seq2seq, tmp_path)
+    end = snapshot(second.model)
+    untouched = MTAModel(tiny_model(backbone_family(first)), TASKS, "last:1").part_parameters()["backbone"]
+    assert same(after["backbone"], end["backbone"])
+    assert same(untouched, end["backbone"])
+    assert same(after["experts"], end["experts"]) == (task_expert_lr == 0)
+    assert same(after["router"], end["router"]) == (task_expert_lr == 0)
+    assert second.trainable_parameters() == sum(
+        p.numel() for part, group in second.model.part_parameters().items() for p in group
+        if part in ("shared", "shared_router") or (task_expert_lr and part in ("experts", "router"))
+    )  # fmt: skip
+
+
+def backbone_family(module):
+    return "t5" if module.model.is_seq2seq else "llama"
+
+
+def test_learning_rates_are_the_recipes_times_the_parts_factor(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    module = Stage1Module(
+        str(tmp_path / "backbone"), TASKS, router_lr=5.0, schedule="constant", warmup=0.0,
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01),
+    )  # fmt: skip
+    trainer = fit(module, False, tmp_path)
+    rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+    assert rates == {"experts": pytest.approx(0.01), "router": pytest.approx(0.05)}
+
+
+def test_training_lowers_the_loss_and_an_example_average_weighs_short_answers_more(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    module = Stage1Module(str(tmp_path / "backbone"), TASKS, layers="all")
+    module.configure_model()
+    batch = batches(False, 1)[0]
+    batch["labels"][0, :7] = -100  # one target token against three
+    losses, rows, _ = module.model(batch)
+    per_example = torch.stack([losses[rows == i].mean() for i in range(4)])
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    assert module.training_step(batch, 0).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    module.loss_average = "example"
+    assert module.training_step(batch, 0).item() == pytest.approx(per_example.mean().item(), rel=1e-5)
+    fit(module, False, tmp_path)
+    with torch.no_grad():
+        assert module.model(batches(False, 1)[0]).losses.mean() < losses.mean()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_the_tasks_and_the_remedy(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    module = Stage1Module(
+        str(tmp_path / "backbone"), TASKS, optimizer=lambda groups: torch.optim.SGD(groups, lr=1e30), warmup=0.0
+    )
+    with pytest.raises(AlterError, match=r"step \d+ of Stage1Module \(tasks in the batch: a, b\); lower its optimizer"):
+        fit(module, False, tmp_path)
+
+
+def test_a_hard_selector_is_not_trained(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    module = Stage1Module(str(tmp_path / "backbone"), TASKS, router=TaskSelector(hard=True))
+    fit(module, False, tmp_path)
+    assert not any(p.requires_grad for p in module.model.part_parameters()["router"])
+
+
+@pytest.mark.parametrize("stage", [Stage1Module, Stage2Module])
+def test_a_checkpoint_holds_the_adapters_alone_and_refuses_what_does_not_fit(stage, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    module = Stage1Module(str(tmp_path / "backbone"), TASKS, layers="last:1")
+    module.configure_model()
+    if stage is Stage2Module:
+        module.model.save_pretrained(tmp_path / "stage1", str(tmp_path / "backbone"))
+        module = Stage2Module(str(tmp_path / "backbone"), TASKS, start_from=str(tmp_path / "stage1"))
+    trainer = fit(module, False, tmp_path)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    parts = {key.rsplit("mlp.", 1)[1].split(".")[0] for key in state}
+    assert parts == {"experts", "router", *({"shared", "shared_router"} if stage is Stage2Module else ())}
+    state.pop(next(iter(state)))
+    with pytest.raises(AlterError, match="missing"):
+        module.on_load_checkpoint(checkpoint)

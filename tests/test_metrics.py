@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alter.errors import AlterError
+from alter.metrics import (
+    KNOWN,
+    Metric,
+    bootstrap,
+    bootstrap_interval,
+    check_names,
+    metric,
+    paired_difference,
+)
+
+WORDS = ("heart", "Heart", "of", "the", "skin", "abnormal", "A", "")
+texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
+rows = st.lists(st.tuples(texts, texts), min_size=1, max_size=12)
+labelled_rows = st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from("abcde")), min_size=1, max_size=40)
+
+
+def value(name, predictions, targets, choices=None):
+    return metric(name, predictions, targets, choices).value()
+
+
+def test_the_known_names():
+    assert set(KNOWN) == {"accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "target", "expected"),
+    [
+        ("accuracy", "Neoplasms ", "Neoplasms", 1),
+        ("accuracy", "neoplasms", "Neoplasms", 0),
+        ("exact_match", "  Heart\tattack", "heart attack\n", 1),
+        ("exact_match", "STRASSE", "straße", 1),
+        ("exact_match", "heart", "heart attack", 0),
+        ("token_f1", "acute heart failure", "heart failure", 2 * 2 / 5),
+        ("token_f1", "Heart, failure.", "heart failure", 1),
+        ("token_f1", "hepatitis A", "hepatitis", 2 / 3),
+        ("token_f1", "heart heart", "heart", 2 / 3),
+        ("token_f1", "", "heart", 0),
+        ("token_f1", "", "", 1),
+        ("rouge1", "My name is John", "Is your name John", 0.75),
+        ("rouge2", "a b c d", "a b x d", 1 / 3),
+        ("rougeL", "My name is John", "Is your name John", 0.5),
+        ("rougeL", "", "heart", 0),
+        ("rouge1", "Sjögren", "Sjogren", 0),
+        ("rougeL", "先天性 心脏病", "先天性 心脏病", 1),
+        ("bleu", "the cat is on the mat", "the cat is on the mat", 1),
+        ("bleu", "a b c", "a b c", 0),
+        ("bleu", "", "a b c d", 0),
+        ("macro_f1", "a", "a", 1),
+        ("macro_f1", "a", "b", 0),
+    ],
+)
+def test_one_row_by_hand(name, prediction, target, expected):
+    assert value(name, [prediction], [target]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_bleu_by_hand():
+    # 5 of 6 words, 3 of 5 pairs, 2 of 4 triples and 1 of 3 fours match; 6 words for a target of 7.
+    found = value("bleu", ["the cat sat on a mat"], ["the cat sat on the big mat"])
+    assert found == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25 * np.exp(1 - 7 / 6))
+
+
+@given(rows)
+@settings(deadline=None, max_examples=60)
+def test_bleu_is_torchmetrics_bleu(rows):
+    from torchmetrics.functional.text import bleu_score
+
+    predictions, targets = zip(*rows, strict=True)
+    expected = float(bleu_score(predictions, [[t] for t in targets]))
+    assert value("bleu", predictions, targets) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL"])
+@given(rows=rows)
+@settings(deadline=None, max_examples=40)
+def test_rouge_is_torchmetrics_rouge_on_plain_text(name, rows):
+    from torchmetrics.functional.text import rouge_score
+
+    predictions, targets = map(list, zip(*rows, strict=True))
+    expected = float(rouge_score(predictions, targets, rouge_keys=name)[f"{name}_fmeasure"])
+    assert value(name, predictions, targets) == pytest.approx(expected, abs=1e-5)
+
+
+@given(labelled_rows, st.integers(0, 1000))
+@settings(deadline=None, max_examples=80)
+def test_macro_f1_is_scikit_learns_on_any_draw_of_the_rows(rows, seed):
+    from sklearn.metrics import f1_score
+
+    predictions, targets = map(np.array, zip(*rows, strict=True))
+    drawn = np.random.default_rng(seed).integers(0, len(rows), len(rows))
+    measured = metric("macro_f1", list(predictions), list(targets))
+    expected = [
+        f1_score(targets[index], predictions[index], average="macro", zero_division=0)
+        for index in (np.arange(len(rows)), drawn)
+    ]
+    assert [measured.value(), measured.value(drawn)] == pytest.approx(expected)
+
+
+def test_macro_f1_over_choices_makes_no_class_of_other_answers():
+    predictions, targets = ["a", "b", "nonsense"], ["a", "b", "b"]
+    assert value("macro_f1", predictions, targets) == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert value("macro_f1", predictions, targets, ["a", "b", "c"]) == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("name", list(KNOWN))
+@given(rows=rows, seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=15)
+def test_a_draw_is_the_metric_on_the_drawn_rows(name, rows, seed):
+    predictions, targets = map(np.array, zip(*rows, strict=True))
+    drawn = np.random.default_rng(seed).integers(0, len(rows), len(rows))
+    again = value(name, list(predictions[drawn]), list(targets[drawn]))
+    assert value_of_draw(name, predictions, targets, drawn) == pytest.approx(again)
+
+
+def value_of_draw(name, predictions, targets, drawn):
+    return metric(name, list(predictions), list(targets)).value(drawn)
+
+
+@pytest.mark.parametrize("name", list(KNOWN))
+@given(rows=rows)
+@settings(deadline=None, max_examples=15)
+def test_value_and_interval_lie_between_0_and_1_and_do_not_depend_on_row_order(name, rows):
+    predictions, targets = zip(*rows, strict=True)
+    measured = metric(name, predictions, targets)
+    low, high = bootstrap_interval(measured, resamples=50)
+    assert 0 <= low <= high <= 1
+    assert 0 <= measured.value() <= 1
+    assert value(name, predictions[::-1], targets[::-1]) == pytest.approx(measured.value())
+
+
+def hits(right, wrong):
+    return metric("accuracy", ["a"] * (right + wrong), ["a"] * right + ["b"] * wrong)
+
+
+def test_interval_of_a_proportion_is_the_binomials():
+    from scipy.stats import binom
+
+    low, high = bootstrap_interval(hits(210, 90), resamples=20_000)
+    assert (low, high) == pytest.approx(tuple(binom.ppf([0.025, 0.975], 300, 0.7) / 300), abs=0.005)
+
+
+def test_interval_is_scipys_percentile_bootstrap():
+    from scipy.stats import bootstrap as scipy_bootstrap
+
+    scores = np.random.default_rng(0).beta(2, 5, 200)
+    ours = Metric("scores", np.stack([scores, np.ones(200)], 1), lambda sums: sums[..., 0] / sums[..., 1])
+    theirs = scipy_bootstrap((scores,), np.mean, method="percentile", n_resamples=9999, rng=1).confidence_interval
+    assert bootstrap_interval(ours, resamples=9999) == pytest.approx((theirs.low, theirs.high), abs=0.003)
+
+
+def test_interval_holds_the_truth_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    right = generator.binomial(200, 0.7, size=300)
+    held = [low <= 0.7 <= high for low, high in (bootstrap_interval(hits(r, 200 - r), 400) for r in right)]
+    assert 0.9 <= np.mean(held) <= 0.99
+
+
+def test_same_seed_same_interval():
+    assert bootstrap_interval(hits(30, 10)) == bootstrap_interval(hits(30, 10))
+    assert bootstrap_interval(hits(30, 10), seed=1) != bootstrap_interval(hits(30, 10), seed=2)
+    low, high = bootstrap_interval(hits(30, 10))
+    wider = bootstrap_interval(hits(30, 10), level=0.99)
+    assert wider[0] < low < high < wider[1]
+
+
+def test_many_rows_are_drawn_in_parts(monkeypatch):
+    monkeypatch.setattr("alter.metrics._WEIGHTS_AT_ONCE", 70)
+    values = bootstrap(hits(15, 5), resamples=100)
+    assert values.shape == (100,)
+    assert len(set(values)) > 3
+
+
+@pytest.mark.parametrize(("right", "wrong", "point"), [(1, 0, 1.0), (0, 1, 0.0), (50, 0, 1.0), (0, 50, 0.0)])
+def test_rows_that_score_alike_give_a_point(right, wrong, point):
+    assert bootstrap_interval(hits(right, wrong)) == (point, point)
+
+
+def test_paired_difference_sees_what_two_intervals_hide():
+    better = metric("accuracy", ["a"] * 100, ["a"] * 70 + ["b"] * 30)
+    worse = metric("accuracy", ["b"] * 10 + ["a"] * 90, ["a"] * 70 + ["b"] * 30)
+    assert bootstrap_interval(worse)[1] > bootstrap_interval(better)[0]
+    low, high, p = paired_difference(better, worse)
+    assert 0 < low < 0.1 < high
+    assert p < 0.01
+    backwards = paired_difference(worse, better)
+    assert (backwards.low, backwards.high, backwards.p) == pytest.approx((-high, -low, p))
+
+
+def test_paired_difference_of_a_metric_with_itself_is_nothing():
+    assert paired_difference(hits(30, 10), hits(30, 10)) == (0, 0, 1)
+    with pytest.raises(ValueError, match="same rows"):
+        paired_difference(hits(3, 1), hits(3, 2))
+
+
+def test_bad_input():
+    with pytest.raises(AlterError, match=r"no metric 'acuracy'.*Did you mean 'accuracy'"):
+        metric("acuracy", ["a"], ["a"])
+    with pytest.raises(AlterError, match="no rows"):
+        metric("accuracy", [], [])
+    with pytest.raises(ValueError, match="1 predictions for 2 targets"):
+        metric("accuracy", ["a"], ["a", "b"])
+    assert len(check_names(["f1", "accuracy", "zzz"])) == 2
+    assert "Did you mean" not in check_names(["zzz"])[0]

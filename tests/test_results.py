@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alter import results as results_module
+from alter.errors import AlterError
+from alter.metrics import bootstrap_interval, metric
+from alter.results import (
+    WIDTH,
+    peak_device_memory_bytes,
+    peak_memory_bytes,
+    render_markdown,
+    render_table,
+    run_results,
+    task_results,
+    verdict,
+    write_json,
+)
+
+TARGETS = ["a", "b"] * 50
+GOOD = TARGETS[:90] + ["c"] * 10
+FLIPPED = ["b", "a"] * 50
+
+
+def classification(predictions=GOOD, **references):
+    references = {"majority": ["a"] * 100, "backbone": FLIPPED, "tfidf": TARGETS, **references}
+    return task_results(
+        "system", ["accuracy", "macro_f1"], TARGETS, predictions, references, ["a", "b", "c"], "classification"
+    )
+
+
+def generation():
+    targets = ["an abnormal left heart", "a very short finger"] * 10
+    references = {"majority": targets, "backbone": ["a heart", "hand"] * 10, "tfidf": targets}
+    return task_results("definition", ["rougeL", "bleu"], targets, targets, references, None, "generation")
+
+
+def run(**tasks):
+    seconds = {"data": 12.34, "stage1": 300, "stage2": 200.5, "test": 61}
+    return run_results(tasks, seconds, 3 * 2**30, 4_300_000)
+
+
+def test_schema_is_the_one_that_readers_rely_on():
+    found = run(system=classification(), definition=generation())
+    assert list(found) == ["tasks", "seconds", "peak_memory_bytes", "trainable_parameters"]
+    assert list(found["seconds"]) == ["data", "stage1", "stage2", "test"]
+    for task in found["tasks"].values():
+        for entry in task.values():
+            assert list(entry) == ["value", "low", "high", "n", "references"]
+            assert list(entry["references"]) == ["majority", "backbone", "tfidf"]
+            for reference in entry["references"].values():
+                assert reference is None or list(reference) == ["value", "low", "high"]
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_values_and_intervals_are_the_metrics():
+    entry = classification()["accuracy"]
+    low, high = bootstrap_interval(metric("accuracy", GOOD, TARGETS))
+    assert (entry["value"], entry["n"]) == (0.9, 100)
+    assert (entry["low"], entry["high"]) == pytest.approx((low, high), abs=1e-6)
+    assert [entry["references"][r]["value"] for r in ("majority", "backbone", "tfidf")] == [0.5, 0, 1]
+
+
+def test_a_generation_has_no_majority_and_no_tfidf():
+    for entry in generation().values():
+        assert entry["references"]["majority"] is None
+        assert entry["references"]["tfidf"] is None
+        assert entry["references"]["backbone"]["value"] < entry["value"]
+
+
+def test_a_missing_reference_is_null():
+    found = task_results("t", ["accuracy"], ["a"], ["a"], {"majority": None}, ["a"], "classification")
+    assert found["accuracy"]["references"] == {"majority": None, "backbone": None, "tfidf": None}
+
+
+def test_task_results_names_all_that_is_wrong():
+    with pytest.raises(AlterError) as caught:
+        task_results("system", ["acuracy", "f2"], [], [], {}, None, "classification")
+    assert len(caught.value.messages) == 3
+    assert all("Task 'system'" in message for message in caught.value.messages)
+    assert "Did you mean 'accuracy'" in caught.value.messages[0]
+    with pytest.raises(ValueError, match="unknown references"):
+        task_results("t", ["accuracy"], ["a"], ["a"], {"tf-idf": ["a"]}, ["a"], "classification")
+    with pytest.raises(ValueError, match="kind"):
+        task_results("t", ["accuracy"], ["a"], ["a"], {}, ["a"], "regression")
+
+
+def test_a_step_that_did_not_run_is_null_and_cuda_adds_a_key():
+    found = run_results({}, {"test": 3.0}, 1, 2, peak_device_memory=2**30)
+    assert found["seconds"] == {"data": None, "stage1": None, "stage2": None, "test": 3.0}
+    assert found["peak_device_memory_bytes"] == 2**30
+    assert "test 3 s" in render_table(found)
+    assert "device memory 1.00 GiB" in render_table(found)
+
+
+@pytest.mark.parametrize(
+    ("reference", "above", "overlap", "mark"),
+    [
+        ((0.5, 0.4, 0.6), False, False, ""),
+        ((0.75, 0.65, 0.85), False, True, "~"),
+        ((0.8, 0.7, 0.9), False, True, "~"),
+        ((0.85, 0.75, 0.95), True, True, "*~"),
+        ((0.97, 0.95, 0.99), True, False, "*"),
+    ],
+)
+def test_verdict(reference, above, overlap, mark):
+    model = {"value": 0.8, "low": 0.7, "high": 0.9}
+    found = verdict(model, dict(zip(("value", "low", "high"), reference, strict=True)))
+    assert found == (above, overlap)
+    assert found.mark == mark
+
+
+def test_table_says_in_words_where_a_reference_wins():
+    table = render_table(run(system=classification(), definition=generation()))
+    assert "system  (n = 100)" in table
+    assert "0.900 [" in table
+    assert "* TF-IDF is above the model on: system accuracy, system macro_f1." in table
+    assert "The untouched backbone" not in table
+    assert "data 12 s; stage1 300 s" in table
+    assert "peak memory 3.00 GiB; 4,300,000 parameters trained" in table
+    rouge = next(line for line in table.splitlines() if line.startswith("  rougeL"))
+    assert rouge.split()[4] == rouge.split()[-1] == "-"
+
+
+def test_table_says_where_intervals_overlap_and_where_nothing_comes_near():
+    near = render_table(run(system=classification(backbone=GOOD)))
+    assert "~ The untouched backbone has an interval that overlaps the model's on: system accuracy" in near
+    clear = render_table(run(system=classification(predictions=TARGETS, tfidf=None)))
+    assert "The model is above every reference, intervals apart." in clear
+    alone = run(system=classification(majority=None, backbone=None, tfidf=None))
+    assert "every reference" not in render_table(alone)
+
+
+@given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=130), max_size=6))
+def test_table_fits_its_width(names):
+    entry = {"value": 1.0, "low": 1.0, "high": 1.0, "n": 123_456}
+    entry["references"] = {r: {"value": 1.0, "low": 1.0, "high": 1.0} for r in ("majority", "backbone", "tfidf")}
+    entry["references"]["tfidf"] = {"value": 1.1, "low": 1.0, "high": 1.2}
+    table = render_table(run_results({name: {"exact_match": entry} for name in names}, {}, 1, 2))
+    assert max(len(line) for line in table.splitlines()) <= WIDTH
+
+
+def test_markdown_has_the_same_marks_and_notes():
+    text = render_markdown(run(system=classification(), definition=generation()))
+    lines = text.splitlines()
+    assert {line.count("|") - line.count("\\|") for line in lines if line.startswith("|")} == {8}
+    assert r"macro\_f1" in text
+    assert r"- \* TF-IDF is above the model on: system accuracy" in text
+    assert lines[2].endswith(r"1.000 [1.000, 1.000] \* |")
+
+
+def test_write_json_round_trips_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "runs" / "results.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"π": np.float32(0.5), "n": np.int64(3), "xs": (np.nan, float("inf"), [None]), "r": np.arange(2)})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"π": 0.5, "n": 3, "xs": [None, None, [None]], "r": [0, 1]}
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_write_json_is_always_strict_json(tmp_path_factory, obj):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    before = copy.deepcopy(obj)
+    write_json(path, obj)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert repr(obj) == repr(before)
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_json(path, {"old": True})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(results_module.os, "fsync", full)
+    with pytest.raises(AlterError, match=r"results\.json: No space left"):
+        write_json(path, {"new": True})
+    assert json.loads(path.read_text()) == {"old": True}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(AlterError, match=r"Could not write .*results\.json"):
+        write_json(tmp_path / "runs" / "results.json", {})
+
+
+def peak_of(code):
+    code = f"from alter.results import peak_memory_bytes\n{code}\nprint(peak_memory_bytes())"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_peak_memory_is_a_mark_that_stays():
+    small = peak_of("")
+    large = peak_of("x = b'1' * 300_000_000; del x")
+    assert 5_000_000 < small < 1_000_000_000
+    assert 250_000_000 < large - small < 400_000_000
+    assert peak_memory_bytes() > 5_000_000
+
+
+def test_peak_memory_without_proc(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(results_module.Path, "read_text", missing)
+    assert 5_000_000 < peak_memory_bytes() < 100_000_000_000
+
+
+def test_no_device_memory_without_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert peak_device_memory_bytes() is None
+
+
+def test_importing_these_modules_brings_in_nothing_slow():
+    code = (
+        "import sys, alter.metrics, alter.references, alter.results\n"
+        "assert not {'torch', 'sklearn', 'scipy', 'torchmetrics'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

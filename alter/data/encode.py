@@ -1,0 +1,239 @@
+"""Tokens on disk: each task is encoded once into Arrow files and read from there, memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from alter.data.sources import SPLITS, Row, stable_fraction
+from alter.data.task import Task
+from alter.errors import AlterError
+
+VERSION = 1  # raise whenever the same task would be encoded differently
+CHUNK = 1000
+MAX_MESSAGES = 5
+
+
+def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: int) -> Path:
+    """Encodes all splits of a task, or finds them encoded before.
+
+    Args:
+        task: the task.
+        tokenizer: of the backbone.
+        seq2seq: whether the backbone has an encoder.
+        cache: folder of all encoded tasks.
+        seed: of the drawn ``limit``.
+
+    Returns:
+        the folder with one data set a split and ``stats.json``.
+
+    Raises:
+        AlterError: with the first mistakes found in the rows; nothing is kept then.
+    """
+    folder = cache / f"{task.name}-{_fingerprint(task, tokenizer, seq2seq, seed)}"
+    if (folder / "stats.json").is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "stats.json").is_file():
+            beside = cache / f".{folder.name}.{os.getpid()}"
+            shutil.rmtree(beside, ignore_errors=True)
+            try:
+                _encode(task, tokenizer, seq2seq, beside, seed)
+                shutil.rmtree(folder, ignore_errors=True)
+                beside.rename(folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "prompt_ids": datasets.List(datasets.Value("int32")),
+            "target_ids": datasets.List(datasets.Value("int32")),
+            "choice": datasets.Value("int32"),
+            "prompt": datasets.Value("string"),
+            "target": datasets.Value("string"),
+        }
+    )
+    stats = {}
+    for split in SPLITS:
+        encoder = _Encoder(task, tokenizer, seq2seq, split)
+        (folder / split).mkdir(parents=True)
+        writer = datasets.arrow_writer.ArrowWriter(path=str(folder / split / "data.arrow"), features=features)
+        with writer:
+            for chunk in _chunks(_limited(task, split, seed)):
+                for example in encoder.encode(chunk):
+                    writer.write(example)
+            encoder.finish()
+            writer.finalize()
+        stats[split] = encoder.stats
+    (folder / "stats.json").write_text(json.dumps(stats, indent=2))
+
+
+class _Encoder:
+    """Encodes one split in chunks, counts, and collects the rows' mistakes."""
+
+    def __init__(self, task: Task, tokenizer: Any, seq2seq: bool, split: str) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self.seq2seq = seq2seq
+        self.split = split
+        self.problems: list[str] = []
+        self.stats = {"rows": 0, "truncated": 0, "tokens": 0, "longest": 0}
+
+    def encode(self, rows: Sequence[tuple[int, Row]]) -> Iterator[dict[str, Any]]:
+        good = []
+        for number, row in rows:
+            place = f"{self.split} row {number}"
+            try:
+                good.append((row, self.task.render_prompt(row, place), self.task.render_target(row, place), place))
+            except AlterError as error:
+                self._add(error)
+        if not good:
+            return
+        prompts = self._ids([prompt for _, prompt, _, _ in good], prompt=True)
+        targets = self._ids([target for _, _, target, _ in good], prompt=False)
+        for (row, prompt, target, place), prompt_ids, target_ids in zip(good, prompts, targets, strict=True):
+            try:
+                if len(target_ids) > self.task.max_target_tokens:
+                    raise AlterError(
+                        f"{self.task.where}: task '{self.task.name}', {place}: the target has {len(target_ids)} tokens, more than "
+                        f"max_target_tokens {self.task.max_target_tokens}; raise it or shorten the target."
+                    )
+                if len(prompt_ids) > self.task.max_prompt_tokens:
+                    prompt, prompt_ids = shorten(self.task, row, self.tokenizer, self.seq2seq, place)
+                    self.stats["truncated"] += 1
+            except AlterError as error:
+                self._add(error)
+                continue
+            size = len(prompt_ids) + len(target_ids)
+            self.stats["rows"] += 1
+            self.stats["tokens"] += size
+            self.stats["longest"] = max(self.stats["longest"], size)
+            yield {
+                "prompt_ids": prompt_ids,
+                "target_ids": target_ids,
+                "choice": self.task.choices.index(target) if self.task.choices else -1,
+                "prompt": prompt,
+                "target": target,
+            }
+
+    def finish(self) -> None:
+        """Raises what was wrong with the rows, or that there were none."""
+        if self.problems:
+            raise AlterError(*self.problems)
+        if not self.stats["rows"]:
+            raise AlterError(
+                f"{self.task.where}: task '{self.task.name}', key 'source': the {self.split} split has no rows; name a file or "
+                "split that has some."
+            )
+
+    def _ids(self, texts: list[str], prompt: bool) -> list[list[int]]:
+        make = prompt_ids if prompt else target_ids
+        return make(texts, self.tokenizer, self.seq2seq)
+
+    def _add(self, error: AlterError) -> None:
+        self.problems += error.messages
+        if len(self.problems) >= MAX_MESSAGES:
+            raise AlterError(*self.problems[:MAX_MESSAGES])
+
+
+def prompt_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int]]:
+    """Token ids of prompts: with what the tokenizer puts in front; ending in eos for an encoder, never for a decoder."""
+    ids = tokenizer(texts).input_ids
+    end = tokenizer.eos_token_id
+    if seq2seq:
+        return [row if row[-1:] == [end] else [*row, end] for row in ids]
+    return [row[:-1] if row[-1:] == [end] and len(row) > 1 else row for row in ids]
+
+
+def target_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int]]:
+    """Token ids of targets, ending in eos. A decoder's continues its prompt, hence the space."""
+    spaced = texts if seq2seq else [f" {text}" for text in texts]
+    return [[*row, tokenizer.eos_token_id] for row in tokenizer(spaced, add_special_tokens=False).input_ids]
+
+
+def encode_choices(task: Task, tokenizer: Any, seq2seq: bool) -> list[list[int]]:
+    """Token ids of each choice, just as of a row's target."""
+    return target_ids(list(task.choices or []), tokenizer, seq2seq)
+
+
+def encode_prompt(task: Task, row: Row, tokenizer: Any, seq2seq: bool, place: str = "the row") -> list[int]:
+    """Token ids of one row's prompt, shortened where it is too long.
+
+    Raises:
+        AlterError: the row lacks a field, or cannot be shortened.
+    """
+    ids = prompt_ids([task.render_prompt(row, place)], tokenizer, seq2seq)[0]
+    return ids if len(ids) <= task.max_prompt_tokens else shorten(task, row, tokenizer, seq2seq, place)[1]
+
+
+def shorten(task: Task, row: Row, tokenizer: Any, seq2seq: bool, place: str) -> tuple[str, list[int]]:
+    """Cuts the end of the field that the task names until the prompt fits; nothing else of the prompt changes.
+
+    Raises:
+        AlterError: the task names no field, or the rest alone does not fit.
+    """
+    name = f"{task.where}: task '{task.name}', {place}"
+    limit = task.max_prompt_tokens
+    if task.truncate is None or task.truncate not in row:
+        raise AlterError(
+            f"{name}: the prompt has more than max_prompt_tokens {limit} tokens and the key 'truncate' names "
+            f"{'no field' if task.truncate is None else repr(task.truncate) + ', which the row does not have'}; "
+            "name the field to shorten, or raise max_prompt_tokens."
+        )
+    text = str(row[task.truncate])
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    low, high = 0, len(offsets)  # the most tokens of the field that fit; tokens at the seam may merge, so search
+    best: tuple[str, list[int]] | None = None
+    while low <= high:
+        middle = (low + high) // 2
+        prompt = task.render_prompt({**row, task.truncate: text[: offsets[middle - 1][1]] if middle else ""}, place)
+        ids = prompt_ids([prompt], tokenizer, seq2seq)[0]
+        if len(ids) <= limit:
+            best, low = (prompt, ids), middle + 1
+        else:
+            high = middle - 1
+    if best is None:
+        raise AlterError(
+            f"{name}: the prompt is longer than max_prompt_tokens {limit} even without its field '{task.truncate}'; "
+            "raise max_prompt_tokens."
+        )
+    return best
+
+
+def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:
+    """The split's rows, or ``limit`` of them drawn by seed; a second pass keeps memory flat."""
+    limit = task.limit.get(split)
+    rows = enumerate(task.opened.rows(split), 1)
+    if limit is None:
+        yield from rows
+        return
+    chosen = {n for _, n in heapq.nsmallest(limit, ((stable_fraction(f"{seed}:{n}"), n) for n, _ in rows))}
+    yield from ((n, row) for n, row in enumerate(task.opened.rows(split), 1) if n in chosen)
+
+
+def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int) -> str:
+    plain = {key: value for key, value in task.to_dict().items() if key not in ("where", "weight", "metrics")}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [VERSION, plain, task.opened.fingerprint(), vocabulary, tokenizer.eos_token_id, seq2seq, seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]

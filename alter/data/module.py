@@ -1,0 +1,205 @@
+"""The mixture of tasks as a LightningDataModule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from alter.data.collate import Collator
+from alter.data.encode import encode_task
+from alter.data.mixture import mixture_rates
+from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches
+from alter.data.sources import SPLITS
+from alter.data.task import Task, load_tasks
+from alter.errors import AlterError
+from alter.home import alter_home
+
+
+class MultiTaskDataModule(LightningDataModule):
+    """Merges tasks, drawn at rates ``weight * min(n, K) ** (1 / T)``, into batches of a token budget.
+
+    Args:
+        tasks: paths of task files, relative to the recipe, or tasks written out.
+        tokenizer: folder of the backbone's tokenizer, set by the run.
+        seq2seq: whether the backbone has an encoder, set by the run.
+        temperature: T of the rates; 1 draws in proportion to size, large draws all tasks alike.
+        cap: K of the rates, the size above which a task counts as no larger.
+        examples_per_epoch: draws an epoch; by default as many as there are training rows, each capped at K.
+        max_tokens: of a training batch, padding counted.
+        eval_max_tokens: of a validation batch.
+        mixed_batches: whether a batch mixes tasks.
+        num_workers: processes that load batches.
+        seed: of the mixture and of drawn limits.
+        cache_dir: for encoded tasks; by default ``tokens`` in ALTER's cache folder.
+        root: folder that data files are looked for in, for recipes that leave it to the user.
+    """
+
+    def __init__(
+        self,
+        tasks: list[Any] | None = None,
+        tokenizer: str = "",
+        seq2seq: bool = False,
+        temperature: float = 2.0,
+        cap: int | None = None,
+        examples_per_epoch: int | None = None,
+        max_tokens: int = 4096,
+        eval_max_tokens: int = 8192,
+        mixed_batches: bool = True,
+        num_workers: int = 0,
+        seed: int = 13,
+        cache_dir: str | None = None,
+        root: str = ".",
+    ) -> None:
+        super().__init__()
+        self.tasks: list[Task] = load_tasks(tasks or [], Path(root))
+        self.tokenizer = tokenizer
+        self.seq2seq = seq2seq
+        self.temperature = temperature
+        self.cap = cap
+        self.examples_per_epoch = examples_per_epoch
+        self.max_tokens = max_tokens
+        self.eval_max_tokens = eval_max_tokens
+        self.mixed_batches = mixed_batches
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = Path(cache_dir) if cache_dir else alter_home() / "tokens"
+        self._folders: dict[str, Path] = {}
+        self._splits: dict[tuple[str, str], Any] = {}
+
+    # -- preparing --------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Encodes what is not encoded yet.
+
+        Raises:
+            AlterError: with the mistakes found in the rows of all tasks.
+        """
+        if len(self._folders) == len(self.tasks):
+            return
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        problems: list[str] = []
+        for task in self.tasks:
+            try:
+                self._folders[task.name] = encode_task(task, tokenizer, self.seq2seq, self.cache_dir, self.seed)
+            except AlterError as error:
+                problems += error.messages
+        if problems:
+            self._folders.clear()
+            raise AlterError(*problems)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens the encoded tasks; on a process that did not prepare them, finds them first."""
+        import datasets
+
+        self.prepare_data()
+        if self._splits:
+            return
+        for task in self.tasks:
+            for split in SPLITS:
+                file = self._folders[task.name] / split / "data.arrow"
+                self._splits[task.name, split] = datasets.Dataset.from_file(str(file))
+
+    # -- facts ------------------------------------------------------------------------------------------------------
+
+    def examples(self, task: str, split: str) -> Any:
+        """The encoded examples of a task's split, a memory-mapped ``datasets.Dataset``."""
+        return self._splits[task, split]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training rows of each task."""
+        return [len(self.examples(task.name, "train")) for task in self.tasks]
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Each task's share of the draws."""
+        return mixture_rates(self.sizes, self.temperature, self.cap, [task.weight for task in self.tasks])
+
+    def statistics(self, task: str) -> dict[str, dict[str, int]]:
+        """Rows, truncated prompts, tokens and the longest example of each split."""
+        return json.loads((self._folders[task] / "stats.json").read_text())
+
+    def summary(self) -> str:
+        """A table of the tasks: sizes, rate, tokens, truncated prompts."""
+        width = max(len("task"), *(len(task.name) for task in self.tasks))
+        lines = [f"{'task':<{width}}  kind            train  validation   test    rate  tokens/row  truncated"]
+        for task, rate in zip(self.tasks, self.rates, strict=True):
+            stats = self.statistics(task.name)
+            rows = [stats[split]["rows"] for split in SPLITS]
+            cut = sum(stats[split]["truncated"] for split in SPLITS)
+            mean = stats["train"]["tokens"] / rows[0]
+            lines.append(
+                f"{task.name:<{width}}  {task.kind:<14}{rows[0]:>7,}{rows[1]:>12,}{rows[2]:>7,}{rate:>8.1%}{mean:>12.1f}{cut:>11,}"
+            )
+        return "\n".join(lines)
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the mixture, each process its own share; a resumed epoch goes on after its last batch."""
+        rank, world = self._place()
+        lengths = [_lengths(self.examples(task.name, "train")) for task in self.tasks]
+        draws = self.examples_per_epoch or int(sum(min(size, self.cap or size) for size in self.sizes))
+        sampler = MixtureBatchSampler(
+            lengths, self.rates, draws, self.max_tokens, self.seed, rank, world, self.mixed_batches
+        )
+        if self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)
+            sampler.start_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation example once, sorted by length, shared out over the processes."""
+        rank, world = self._place()
+        pairs, lengths = [], []
+        for index, task in enumerate(self.tasks):
+            own = _lengths(self.examples(task.name, "validation"))
+            pairs += [(index, row) for row in range(len(own))]
+            lengths += own.tolist()
+        batches = [[pairs[i] for i in rows] for rows in eval_batches(lengths, self.eval_max_tokens)]
+        return self._loader("validation", batches[rank::world])
+
+    def _loader(self, split: str, batches: Any) -> DataLoader:
+        dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=Collator(self._pad, self.seq2seq),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+class _Mixture(Dataset):
+    """All tasks' examples of one split, by task and row."""
+
+    def __init__(self, tasks: Sequence[Any]) -> None:
+        self.tasks = [task.select_columns(["prompt_ids", "target_ids"]) for task in tasks]
+
+    def __getitem__(self, pair: Pair) -> dict[str, Any]:
+        return {**self.tasks[pair[0]][pair[1]], "task_id": pair[0]}
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tasks))
+
+
+def _lengths(examples: Any) -> np.ndarray:
+    """Tokens of each example, read from Arrow's offsets without making lists."""
+    import pyarrow.compute
+
+    table = examples.data
+    prompts = pyarrow.compute.list_value_length(table["prompt_ids"])
+    targets = pyarrow.compute.list_value_length(table["target_ids"])
+    return pyarrow.compute.add(prompts, targets).to_numpy()

@@ -1,0 +1,138 @@
+"""Which examples make up each batch: a pure function of seed, epoch, rank and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Pair = tuple[int, int]  # task, example
+WINDOW = 4096  # examples sorted by length together: large enough for little padding, small enough to stay mixed
+
+
+class MixtureBatchSampler(Sampler[list[Pair]]):
+    """Draws tasks at their rates and packs examples of like length into batches of a token budget.
+
+    An epoch draws ``examples_per_epoch`` examples. Each task's share is its rate exactly, up to rounding at random; its
+    examples come without replacement, in a new order for every pass over the task, and the next epoch goes on where this
+    one ended. Nothing is remembered: what earlier epochs drew is computed again from the seed, so a resumed run and every
+    rank see the same plan.
+
+    Args:
+        lengths: for each task the tokens of its examples.
+        rates: for each task its share of the draws.
+        examples_per_epoch: draws an epoch.
+        max_tokens: of a batch, padding counted; a longer example makes a batch by itself.
+        seed: of the draws.
+        rank: this process; it takes every ``world_size``-th batch.
+        world_size: number of processes.
+        mixed: whether a batch mixes tasks.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[np.ndarray],
+        rates: np.ndarray,
+        examples_per_epoch: int,
+        max_tokens: int,
+        seed: int = 13,
+        rank: int = 0,
+        world_size: int = 1,
+        mixed: bool = True,
+    ) -> None:
+        self.lengths = [np.asarray(task_lengths) for task_lengths in lengths]
+        self.rates = np.asarray(rates, dtype=float)
+        self.examples_per_epoch = examples_per_epoch
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.mixed = mixed
+        self.epoch = 0
+        self.start_batch = 0
+        self._planned: tuple[int, list[list[Pair]]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch; Lightning calls it before each."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        start, self.start_batch = self.start_batch, 0
+        yield from self._own_batches()[start:]
+
+    def __len__(self) -> int:
+        return len(self._own_batches())
+
+    def counts(self, epoch: int) -> np.ndarray:
+        """How many examples of each task an epoch draws, [tasks], summing to ``examples_per_epoch``."""
+        expected = self.rates * self.examples_per_epoch
+        counts = np.floor(expected).astype(int)
+        rest = expected - counts
+        missing = self.examples_per_epoch - counts.sum()
+        if missing:  # systematic sampling: each task gets its remainder with just that probability
+            point = self._rng(epoch, "counts").random()
+            counts += np.diff(np.floor(np.concatenate([[0], rest.cumsum().round(9)]) + point)).astype(int)
+        return counts
+
+    def draws(self, epoch: int) -> list[Pair]:
+        """The epoch's examples, in shuffled order."""
+        before = sum((self.counts(e) for e in range(epoch)), np.zeros(len(self.rates), dtype=int))
+        pairs = [
+            (task, int(example))
+            for task, count in enumerate(self.counts(epoch))
+            for example in self._examples(task, before[task], count)
+        ]
+        order = self._rng(epoch, "order").permutation(len(pairs))
+        return [pairs[i] for i in order]
+
+    def _examples(self, task: int, start: int, count: int) -> np.ndarray:
+        """Draws number ``start`` to ``start + count`` of a task, one permutation after another."""
+        size = len(self.lengths[task])
+        passes = range(start // size, (start + count - 1) // size + 1) if count else []
+        drawn = [self._rng(task, "pass", number).permutation(size) for number in passes]
+        return np.concatenate([*drawn, np.empty(0, dtype=int)])[start % size :][:count]
+
+    def _own_batches(self) -> list[list[Pair]]:
+        if self._planned is None or self._planned[0] != self.epoch:
+            batches = self._batches(self.epoch)
+            short = -len(batches) % self.world_size
+            batches += batches[:short]  # every rank takes the same number of steps
+            self._planned = (self.epoch, batches[self.rank :: self.world_size])
+        return self._planned[1]
+
+    def _batches(self, epoch: int) -> list[list[Pair]]:
+        draws = self.draws(epoch)
+        groups = [draws] if self.mixed else [[p for p in draws if p[0] == task] for task in range(len(self.rates))]
+        batches = []
+        for group in groups:
+            for start in range(0, len(group), WINDOW):
+                window = group[start : start + WINDOW]
+                lengths = [int(self.lengths[task][example]) for task, example in window]
+                batches += [[window[i] for i in rows] for rows in eval_batches(lengths, self.max_tokens)]
+        return [batches[i] for i in self._rng(epoch, "batches").permutation(len(batches))]
+
+    def _rng(self, *key: int | str) -> np.random.Generator:
+        numbers = [part if isinstance(part, int) else int.from_bytes(part.encode(), "big") for part in key]
+        return np.random.default_rng([self.seed, *numbers])
+
+
+def eval_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Packs every example once, sorted by length, longest first, so that the largest batch comes first.
+
+    Args:
+        lengths: tokens of each example.
+        max_tokens: of a batch, padding counted; a longer example makes a batch by itself.
+
+    Returns:
+        the examples' indices, batch by batch.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        if batches and (len(batches[-1]) + 1) * longest <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            longest = int(lengths[index])
+    return batches

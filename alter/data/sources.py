@@ -1,0 +1,236 @@
+"""Where rows come from: files, a hub data set, or a function."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from alter.errors import AlterError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+Row = dict[str, Any]
+
+
+class Source(ABC):
+    """Rows of a task by split; streams them, so that data need not fit into memory."""
+
+    @abstractmethod
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields the rows of ``train``, ``validation`` or ``test``, always in the same order.
+
+        Raises:
+            AlterError: the split is not there, or cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever the rows may have changed."""
+
+
+class Files(Source):
+    """Local CSV, TSV, JSONL or Parquet files, told apart by their endings.
+
+    Args:
+        train: file of the training rows.
+        validation: a file, or the share of ``train`` to set aside.
+        test: a file, or the share of ``train`` to set aside.
+        group: column whose equal values stay in one split (a patient, a customer); by default only equal rows do.
+        seed: of the shares.
+        folder: that relative paths start from.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str | float = 0.1,
+        test: str | float = 0.1,
+        group: str | None = None,
+        seed: int = 13,
+        folder: str = ".",
+    ) -> None:
+        self.splits = {"train": train, "validation": validation, "test": test}
+        self.group = group
+        self.seed = seed
+        self.folder = Path(folder)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields the rows of a split."""
+        place = self.splits[split]
+        if split != "train" and isinstance(place, str):
+            yield from read_file(self._path(place))
+            return
+        for row in read_file(self._path(str(self.splits["train"]))):
+            if self._drawn_split(row) == split:
+                yield row
+
+    def _path(self, name: str) -> Path:
+        beside = self.folder / name
+        return beside if beside.is_file() else Path(name)
+
+    def _drawn_split(self, row: Row) -> str:
+        shares = {name: self.splits[name] for name in ("validation", "test") if isinstance(self.splits[name], float)}
+        if not shares:
+            return "train"
+        if self.group is not None and self.group not in row:
+            raise AlterError(
+                f"{self.splits['train']}: there is no column '{self.group}' as the source's group says; "
+                f"its columns are {', '.join(row)}.{did_you_mean(self.group, row)}"
+            )
+        key = row[self.group] if self.group is not None else json.dumps(row, sort_keys=True, default=str)
+        point = stable_fraction(f"{self.seed}:{key}")
+        for name, share in shares.items():
+            if point < share:
+                return name
+            point -= share
+        return "train"
+
+    def fingerprint(self) -> str:
+        """Of the settings and of each file's size and time of change."""
+        stats = []
+        for place in self.splits.values():
+            if isinstance(place, str):
+                path = self._path(place)
+                stat = path.stat() if path.is_file() else None
+                stats.append((str(path), stat and (stat.st_size, stat.st_mtime_ns)))
+        return _digest(self.splits, self.group, self.seed, stats)
+
+
+class Hub(Source):
+    """A data set of the Hugging Face hub, or of its local cache.
+
+    Args:
+        path: the data set's id.
+        name: its configuration.
+        splits: what the hub calls train, validation and test.
+        revision: a branch, tag or commit.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        splits: dict[str, str] | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.splits = {**{split: split for split in SPLITS}, **(splits or {})}
+        self.revision = revision
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields the rows of a split, memory-mapped."""
+        import datasets
+
+        try:
+            yield from datasets.load_dataset(self.path, self.name, split=self.splits[split], revision=self.revision)
+        except Exception as error:
+            raise AlterError(
+                f"hub data set '{self.path}', split '{self.splits[split]}': cannot be loaded ({_first_line(error)}); check "
+                "the id, name and splits, or download it where the hub is reached and name the files with a Files source."
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Of the settings; a moving revision is not noticed, so name a commit where that matters."""
+        return _digest(self.path, self.name, self.splits, self.revision)
+
+
+class Function(Source):
+    """A Python function ``f(split, **arguments)`` that yields rows.
+
+    Args:
+        function: called once a split.
+        arguments: passed on.
+    """
+
+    def __init__(self, function: Callable[..., Iterator[Row]], **arguments: Any) -> None:
+        self.function = function
+        self.arguments = arguments
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields what the function yields."""
+        yield from self.function(split, **self.arguments)
+
+    def fingerprint(self) -> str:
+        """Of the arguments and of the source of the function's whole module, where its helpers are."""
+        module = inspect.getmodule(self.function)
+        version = getattr(module, "data_version", lambda: "")()
+        return _digest(self.function.__qualname__, self.arguments, inspect.getsource(module), version)
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Streams the rows of a CSV, TSV, JSONL or Parquet file.
+
+    Raises:
+        AlterError: the file is missing, of another kind, or damaged; says the line where there is one.
+    """
+    if not path.is_file():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise AlterError(f"{path}: no such file; correct the path in the task's source.{did_you_mean(path.name, near)}")
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise AlterError(f"{path}: the ending is not one of {', '.join(readers)}; convert the file to one of these.")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise AlterError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise AlterError(
+                        f"{path}, line {reader.line_num}: not as many fields as the header has ({len(reader.fieldnames)}); "
+                        "quote fields that hold the separator."
+                    )
+                yield row
+        except csv.Error as error:
+            raise AlterError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend the quotes.") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise AlterError(f"{path}, line {number}: not JSON ({error}); write one object a line.") from error
+            if not isinstance(row, dict):
+                raise AlterError(f"{path}, line {number}: not an object; write one object a line.")
+            yield row
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise AlterError(f"{path}: not readable as Parquet ({_first_line(error)}); write the file again.") from error
+
+
+def stable_fraction(text: str) -> float:
+    """Maps a text to [0, 1), the same in every process and on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,256 @@
+"""A task: where its rows come from, and how a row becomes a prompt and a target."""
+
+from __future__ import annotations
+
+import copy
+import glob
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import SandboxedEnvironment, SecurityError
+
+from alter.data import sources
+from alter.data.sources import SPLITS, Files, Function, Row, Source
+from alter.errors import AlterError, did_you_mean
+from alter.schema import check, import_name
+
+CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
+GENERATION_METRICS = ("exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu")
+_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@dataclass
+class Task:
+    """A task, as about 20 lines of YAML.
+
+    Attributes:
+        name: unique in the mixture.
+        source: ``class_path`` and ``init_args`` of a Source (``Files``, ``Hub``) or of a function ``f(split, ...)``.
+        prompt: Jinja template over the fields of a row.
+        target: Jinja template of the answer.
+        choices: the possible answers; present for a classification task, absent for a generation task.
+        metrics: by default accuracy and macro_f1 for classification, rouge1, rougeL and exact_match for generation.
+        truncate: the field that is shortened where the prompt is too long.
+        max_prompt_tokens: longest prompt.
+        max_target_tokens: longest target.
+        weight: multiplies the mixture rate.
+        limit: most rows of a split, drawn by a seed.
+        where: the file it was read from, for messages.
+    """
+
+    name: str
+    source: dict[str, Any]
+    prompt: str
+    target: str
+    choices: list[str] | None = None
+    metrics: list[str] | None = None
+    truncate: str | None = None
+    max_prompt_tokens: int = 512
+    max_target_tokens: int = 128
+    weight: float = 1.0
+    limit: dict[str, int] = field(default_factory=dict)
+    where: str = "task"
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise AlterError(*problems)
+        if self.metrics is None:
+            self.metrics = list(CLASSIFICATION_METRICS) if self.choices else ["rouge1", "rougeL", "exact_match"]
+
+    def _problems(self) -> Sequence[str]:
+        where = f"{self.where}: task '{self.name}'"
+        for key in ("prompt", "target"):
+            try:
+                _TEMPLATES.parse(getattr(self, key))
+            except TemplateSyntaxError as error:
+                yield f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it."
+        known = CLASSIFICATION_METRICS + GENERATION_METRICS if self.choices else GENERATION_METRICS
+        for name in self.metrics or []:
+            if name not in known:
+                kind = "classification" if self.choices else "generation"
+                yield f"{where}, key 'metrics': '{name}' is not a {kind} metric; known are {', '.join(known)}.{did_you_mean(name, known)}"
+        for name in self.limit:
+            if name not in SPLITS:
+                yield f"{where}, key 'limit': '{name}' is not a split; splits are {', '.join(SPLITS)}.{did_you_mean(name, SPLITS)}"
+        if self.choices is not None and (len(self.choices) < 2 or len(set(self.choices)) < len(self.choices)):
+            yield f"{where}, key 'choices': give at least two choices, each once."
+        if self.weight <= 0:
+            yield f"{where}, key 'weight': {self.weight} is not above 0; remove the task from the recipe instead."
+        for key in ("max_prompt_tokens", "max_target_tokens"):
+            if getattr(self, key) < 1:
+                yield f"{where}, key '{key}': {getattr(self, key)} is below 1; give a positive number."
+
+    @property
+    def kind(self) -> str:
+        """``classification`` where there are choices, else ``generation``."""
+        return "classification" if self.choices else "generation"
+
+    @cached_property
+    def opened(self) -> Source:
+        """The source, ready to read."""
+        class_path, arguments = str(self.source.get("class_path", "")), self.source.get("init_args") or {}
+        where = f"{self.where}: task '{self.name}', key 'source'"
+        if "." not in class_path:
+            found = getattr(sources, class_path, None)
+            if not (inspect.isclass(found) and issubclass(found, Source)):
+                known = ["Files", "Hub"]
+                raise AlterError(f"{where}: '{class_path}' is not one of {', '.join(known)} or a dotted class_path.{did_you_mean(class_path, known)}")
+        else:
+            found = import_name(class_path, where)
+        if inspect.isclass(found) and issubclass(found, Source):
+            if problems := check(found, arguments, where):
+                raise AlterError(*problems)
+            return found(**arguments)
+        if not callable(found):
+            raise AlterError(f"{where}: '{class_path}' is neither a Source nor a function; name one.")
+        try:
+            inspect.signature(found).bind("train", **arguments)
+        except TypeError as error:
+            raise AlterError(f"{where}: '{class_path}' does not take these init_args ({error}); correct them.") from error
+        return Function(found, **arguments)
+
+    @cached_property
+    def _compiled(self) -> dict[str, Any]:
+        return {key: _TEMPLATES.from_string(getattr(self, key)) for key in ("prompt", "target")}
+
+    def render_prompt(self, row: Row, place: str = "") -> str:
+        """Renders the prompt of a row.
+
+        Raises:
+            AlterError: the template names a field that the row does not have, or does what the sandbox forbids.
+        """
+        return self._render("prompt", row, place).rstrip()
+
+    def render_target(self, row: Row, place: str = "") -> str:
+        """Renders the target of a row.
+
+        Raises:
+            AlterError: as ``render_prompt``; or the target is empty or not one of the choices.
+        """
+        target = self._render("target", row, place).strip()
+        if self.choices and target not in self.choices:
+            raise AlterError(
+                f"{self._place(place)}: the label '{target}' is not one of the choices; add it to choices or mend the row."
+                f"{did_you_mean(target, self.choices)}"
+            )
+        if not target:
+            raise AlterError(f"{self._place(place)}: the target is empty; mend the row or the key 'target'.")
+        return target
+
+    def _render(self, key: str, row: Row, place: str) -> str:
+        try:
+            return self._compiled[key].render(row)
+        except UndefinedError as error:
+            name = str(error).split("'")[1] if "'" in str(error) else ""
+            raise AlterError(
+                f"{self._place(place)}, key '{key}': the template names '{name}', which is not a field of the row; its fields "
+                f"are {', '.join(map(str, row))}.{did_you_mean(name, map(str, row))}"
+            ) from error
+        except SecurityError as error:
+            raise AlterError(f"{self._place(place)}, key '{key}': the sandbox forbids this template ({error}).") from error
+        except Exception as error:  # a filter given what it cannot take, a division by zero
+            raise AlterError(f"{self._place(place)}, key '{key}': the template fails on this row ({error}); mend it.") from error
+
+    def _place(self, place: str) -> str:
+        return f"{self.where}: task '{self.name}'" + (f", {place}" if place else "")
+
+    @classmethod
+    def from_dict(cls, mapping: Any, where: str, folder: Path | None = None) -> Task:
+        """Makes a task from YAML's mapping.
+
+        Args:
+            mapping: the task's keys.
+            where: the file, for messages.
+            folder: that the paths of a Files source start from.
+
+        Raises:
+            AlterError: with every mistake found.
+        """
+        if not isinstance(mapping, Mapping):
+            raise AlterError(f"{where}: a task is a mapping with name, source, prompt and target, not {mapping!r}.")
+        mapping = {"where": where, **copy.deepcopy(dict(mapping))}
+        # a choice such as `yes` or `1` is no string to YAML
+        if isinstance(mapping.get("choices"), list):
+            names = {True: "yes", False: "no"}
+            mapping["choices"] = [names[c] if isinstance(c, bool) else str(c) for c in mapping["choices"]]
+        label = f"{where}: task '{mapping.get('name', '?')}'"
+        problems = check(cls, mapping, label)
+        source = mapping.get("source")
+        if isinstance(source, dict) and folder is not None and source.get("class_path") in ("Files", "alter.data.Files"):
+            arguments = source.setdefault("init_args", {}) or {}
+            source["init_args"] = {"folder": str(folder.resolve()), **arguments}
+        if problems:
+            raise AlterError(*problems)
+        return cls(**mapping)
+
+    @classmethod
+    def from_file(cls, file: Path) -> Task:
+        """Reads a task's YAML file.
+
+        Raises:
+            AlterError: it cannot be read, or has mistakes.
+        """
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise AlterError(f"{file}: cannot be read ({error}); name a YAML file.") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            raise AlterError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend it.") from error
+        return cls.from_dict(content, str(file), file.parent)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``from_dict`` takes back."""
+        return asdict(self)
+
+
+def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path) -> list[Task]:
+    """Makes the tasks of a mixture.
+
+    Args:
+        entries: paths of task files (``*`` allowed) relative to ``folder`` or to where we are, or tasks themselves.
+        folder: of the recipe.
+
+    Raises:
+        AlterError: with the mistakes of all tasks.
+    """
+    tasks, problems = [], []
+    for entry in entries:
+        try:
+            if isinstance(entry, Task):
+                tasks.append(entry)
+            elif isinstance(entry, str):
+                tasks += [Task.from_file(file) for file in _task_files(entry, folder)]
+            else:
+                tasks.append(Task.from_dict(entry, str(entry.get("where", "data.tasks")) if isinstance(entry, dict) else "data.tasks", folder))
+        except AlterError as error:
+            problems += error.messages
+    for task in tasks:
+        try:
+            _ = task.opened
+        except AlterError as error:
+            problems += error.messages
+    names = [task.name for task in tasks]
+    problems += [f"data.tasks: two tasks are named '{name}'; give each its own name." for name in sorted(set(names)) if names.count(name) > 1]
+    if problems:
+        raise AlterError(*problems)
+    return tasks
+
+
+def _task_files(entry: str, folder: Path) -> list[Path]:
+    for base in (folder, Path()):
+        if found := sorted(glob.glob(str(base / entry))):
+            return [Path(name) for name in found]
+    near = [str(p.relative_to(folder)) for p in (folder / entry).parent.glob("*.yaml")]
+    raise AlterError(f"data.tasks: there is no task file '{entry}' in {folder}; correct the path.{did_you_mean(entry, near)}")
+
+
+__all__ = ["SPLITS", "Files", "Task", "load_tasks"]

@@ -1,0 +1,125 @@
+"""Checks a mapping from YAML against the constructor it is for, and says everything that is wrong at once."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from alter.errors import AlterError, did_you_mean
+
+
+def check(
+    cls: type, given: Mapping[str, Any], where: str, skip: Collection[str] = (), required: bool = True
+) -> list[str]:
+    """Finds all mistakes in the arguments for a class.
+
+    Args:
+        cls: a class or dataclass with type hints.
+        given: its arguments as they stand in the file.
+        where: file and section, which every sentence begins with.
+        skip: arguments that the file must not set.
+        required: whether arguments without a default must be there.
+
+    Returns:
+        a sentence for each unknown key, missing key and value that does not fit its type.
+    """
+    parameters = {
+        name: parameter
+        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
+        if name not in skip and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    problems = []
+    for key, value in given.items():
+        if key not in parameters:
+            problems.append(
+                f"{where}: unknown key '{key}'; the keys are {', '.join(parameters)}.{did_you_mean(str(key), parameters)}"
+            )
+        else:
+            problems += _check_value(cls, key, value, where)
+    if required:
+        missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in given]
+        problems += [f"{where}: the key '{name}' is missing; add it." for name in missing]
+    return problems
+
+
+def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
+    base = template_base(cls, key)
+    if base is not None and isinstance(value, Mapping):
+        return check_class(value, base, f"{where}.{key}")
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    others = set(inspect.signature(cls.__init__).parameters) - {"self", key}
+    parser.add_class_arguments(cls, skip=others, instantiate=False, fail_untyped=False)
+    try:
+        parser.parse_object({key: value})
+    except Exception:
+        hint = typing.get_type_hints(cls.__init__).get(key, cls.__annotations__.get(key))
+        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+        return [f"{where}: the key '{key}' is {value!r}, which is not {wanted}; correct it."]
+    return []
+
+
+def template_base(cls: type, key: str) -> type | None:
+    """The class that an argument must be a subclass of, where the argument is named by ``class_path``."""
+    hint = typing.get_type_hints(cls.__init__).get(key)
+    options = [o for o in (typing.get_args(hint) or (hint,)) if inspect.isclass(o)]
+    own = [o for o in options if o.__module__.startswith("alter.nn")]
+    return own[0] if own else None
+
+
+def check_class(given: Mapping[str, Any], base: type, where: str, default: type | None = None, skip: Collection[str] = ()) -> list[str]:
+    """Finds all mistakes in a ``class_path`` with ``init_args``.
+
+    Args:
+        given: the mapping.
+        base: what the class must be a subclass of.
+        where: file and section.
+        default: the class where ``class_path`` is left out.
+        skip: arguments that the file must not set.
+    """
+    allowed = ("class_path", "init_args")
+    problems = [
+        f"{where}: unknown key '{key}'; arguments of the class stand under init_args.{did_you_mean(str(key), allowed)}"
+        for key in given
+        if key not in allowed
+    ]
+    cls = default
+    if default is None or "class_path" in given:
+        try:
+            cls = import_name(str(given.get("class_path")), f"{where}.class_path", base)
+        except AlterError as error:
+            return [*problems, *error.messages]
+    arguments = given.get("init_args") or {}
+    if not isinstance(arguments, Mapping):
+        return [*problems, f"{where}.init_args: expected a mapping of arguments, got {arguments!r}."]
+    return problems + check(cls, arguments, where, skip, required=False)
+
+
+def import_name(path: str, where: str, base: type | None = None) -> Any:
+    """Imports what a dotted ``class_path`` names; a name without dots is looked for beside ``base``.
+
+    Raises:
+        AlterError: there is no such module or name, or it is no subclass of ``base``.
+    """
+    module_name, _, name = path.rpartition(".")
+    if not module_name and base is not None:
+        module_name = base.__module__
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise AlterError(f"{where}: '{path}' cannot be imported ({error}); give module.name, reachable from here.") from error
+    except ValueError as error:
+        raise AlterError(f"{where}: '{path}' is not a dotted name; give module.name.") from error
+    found = getattr(module, name, None)
+    wrong = base is not None and not (inspect.isclass(found) and issubclass(found, base))
+    if found is None or wrong:
+        known = [
+            n for n, v in vars(module).items() if not n.startswith("_") and (base is None or inspect.isclass(v) and issubclass(v, base))
+        ]
+        what = f"is not a {base.__name__}" if found is not None else f"is not in {module_name}"
+        raise AlterError(f"{where}: '{path}' {what}; known there: {', '.join(sorted(known)[:12])}.{did_you_mean(name, known)}")
+    return found

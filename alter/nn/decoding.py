@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alter.nn.model import MTAModel
 
-MAX_SCORED_POSITIONS = 16_384  # rows x (prompt + choice) of one pass; bounds the key-value cache that choices share
+MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass; bounds the choices' caches and logits
 
 
 @torch.inference_mode()
@@ -54,9 +54,7 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def choice_log_likelihoods(
-    model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[int]]
-) -> Tensor:
+def choice_log_likelihoods(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[int]]) -> Tensor:
     """Scores every choice as the answer to every prompt; a prompt is read once for all its choices.
 
     Args:

@@ -223,6 +223,7 @@ def convert_gguf(gguf: Path, made: Path) -> None:
 def _write_manifest(made: Path, name: str, source: str) -> None:
     files = {}
     for file in sorted(path for path in made.rglob("*") if path.is_file()):
+        shutil.copymode(made / "config.json", file)  # safetensors leaves weights to their owner alone
         with file.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         files[file.relative_to(made).as_posix()] = {"size": file.stat().st_size, "sha256": digest}

@@ -77,7 +77,7 @@ class Bottleneck(Expert):
         self.up = nn.Parameter(torch.zeros(num_experts, self.rank, d))
 
     def _units(self, hidden_states: Tensor) -> Tensor:
-        return getattr(F, self.activation)((hidden_states @ self.down.flatten(1))).unflatten(-1, self.down.shape[1:])
+        return getattr(F, self.activation)(hidden_states @ self.down.flatten(1)).unflatten(-1, self.down.shape[1:])
 
     def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
         return (self._units(hidden_states) * gates.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1)

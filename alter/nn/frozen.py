@@ -45,7 +45,7 @@ class FrozenFeedForward:
         Returns:
             ``down(act(gate(x)) * up(x))`` where the block is gated, else ``down(act(up(x)))``.
         """
-        if "gate" in self._linears:
+        if "gate" in self._linears:  # noqa: SIM108 (two formulas, two lines)
             inner = self.activation(linear("gate", x)) * linear("up", x)
         else:
             inner = self.activation(linear("up", x))

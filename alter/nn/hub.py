@@ -88,13 +88,12 @@ def cached_snapshot(repo_id: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        # Without patterns: an older cache may hold this model fetched by someone else with others.
-        folder = Path(snapshot_download(repo_id, local_files_only=True))
+        found = snapshot_download(repo_id, local_files_only=True, allow_patterns=WANTED, ignore_patterns=UNWANTED)
     except HFValidationError as error:
         raise AlterError(f"backbone: '{repo_id}' is neither a folder nor a hub id such as 'owner/model'.") from error
-    except Exception:  # not cached, or incomplete: the hub's own classes for this change with its versions
-        return None
-    return folder if is_whole(folder) else None
+    except Exception as error:  # not cached, or fetched by another program that left out files we may not need
+        found = getattr(error, "snapshot_path", None)
+    return Path(found) if found and is_whole(Path(found)) else None
 
 
 def download_snapshot(repo_id: str, into: Path | None = None) -> Path:

@@ -167,7 +167,9 @@ class MTAModel(nn.Module):
         losses = F.cross_entropy(logits.float(), labels[positions], reduction="none")
         routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
         extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
-        return TokenLosses(losses, positions.nonzero()[:, 0], torch.stack(extra).sum() if extra else losses.new_zeros(()))
+        return TokenLosses(
+            losses, positions.nonzero()[:, 0], torch.stack(extra).sum() if extra else losses.new_zeros(())
+        )
 
     def shift_right(self, labels: Tensor) -> Tensor:
         """Decoder inputs from labels: the start token, then every label but the last."""
@@ -219,7 +221,9 @@ class MTAModel(nn.Module):
         """
         own = self.adapter_state()
         problems = [f"{where}: the key '{key}' is missing." for key in own.keys() - state.keys()]
-        problems += [f"{where}: the key '{key}' belongs to no adapter of this model." for key in state.keys() - own.keys()]
+        problems += [
+            f"{where}: the key '{key}' belongs to no adapter of this model." for key in state.keys() - own.keys()
+        ]
         problems += [
             f"{where}: the key '{key}' has shape {list(state[key].shape)}, not {list(own[key].shape)}."
             for key in own.keys() & state.keys()
@@ -287,9 +291,7 @@ class MTAModel(nn.Module):
             )
         model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
         parts, where = config["parts"], str(folder / CONFIG_FILE)
-        model.add_experts(
-            make_template(parts["experts"], Expert, where), make_template(parts["router"], Router, where)
-        )
+        model.add_experts(make_template(parts["experts"], Expert, where), make_template(parts["router"], Router, where))
         if "shared" in parts:
             model.add_shared(
                 make_template(parts["shared"], Expert, where),
@@ -311,11 +313,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
         complete = config["format"] == FORMAT and {"backbone", "tasks", "layers", "ffn", "parts"} <= config.keys()
     except FileNotFoundError as error:
-        raise AlterError(f"{folder}: no model here, {CONFIG_FILE} is missing; name a folder that a run has finished.") from error
+        raise AlterError(
+            f"{folder}: no model here, {CONFIG_FILE} is missing; name a folder that a run has finished."
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise AlterError(f"{file}: not a readable ALTER model description ({error}); train or copy it again.") from error
+        raise AlterError(
+            f"{file}: not a readable ALTER model description ({error}); train or copy it again."
+        ) from error
     if not complete:
-        raise AlterError(f"{file}: not a description of format {FORMAT}; train again or take the version that wrote it.")
+        raise AlterError(
+            f"{file}: not a description of format {FORMAT}; train again or take the version that wrote it."
+        )
     return config
 
 

@@ -22,7 +22,9 @@ class Block(nn.Module):
             self.gate = nn.Linear(D, H, bias=bias)
 
     def forward(self, x):
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x) if self.gated else nn.functional.silu(self.up(x)))
+        return self.down(
+            nn.functional.silu(self.gate(x)) * self.up(x) if self.gated else nn.functional.silu(self.up(x))
+        )
 
 
 def make(expert, gated=True, bias=False):
@@ -62,7 +64,9 @@ def one_expert(block, expert, k, x):
             return (module.weight + change) @ v + bias
         return expert.weight[role][k].T @ v + (expert.bias[role][k] if role in expert.bias else 0)
 
-    inner = nn.functional.silu(linear("gate", x)) * linear("up", x) if block.gated else nn.functional.silu(linear("up", x))
+    inner = (
+        nn.functional.silu(linear("gate", x)) * linear("up", x) if block.gated else nn.functional.silu(linear("up", x))
+    )
     return linear("down", inner)
 
 

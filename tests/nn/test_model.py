@@ -280,7 +280,10 @@ def test_a_moved_backbone_is_taken(saved, tmp_path):
     ("change", "message"),
     [
         (lambda c: c["parts"]["router"].update(class_path="os.system"), "not part of ALTER|not a Router"),
-        (lambda c: c["parts"]["router"].update(class_path="alter.nn.routers.TaskSelektor"), "Did you mean 'TaskSelector'"),
+        (
+            lambda c: c["parts"]["router"].update(class_path="alter.nn.routers.TaskSelektor"),
+            "Did you mean 'TaskSelector'",
+        ),
         (lambda c: c["parts"]["router"].update(init_args={"heat": 1}), "heat"),
         (lambda c: c.update(format=99), "format"),
     ],

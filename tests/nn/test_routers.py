@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alter.nn.routers import Routing, RouterShape, SharedGate, TaskGate, TaskSelector, TokenGate
+from alter.nn.routers import RouterShape, Routing, SharedGate, TaskGate, TaskSelector, TokenGate
 
 T, E, D = 3, 4, 6
 PRIOR = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])

@@ -41,7 +41,14 @@ def config(family):
         )  # fmt: skip
     if family == "gpt2":
         return GPT2Config(
-            vocab_size=100, n_embd=32, n_layer=4, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=1, pad_token_id=0
+            vocab_size=100,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            n_positions=64,
+            bos_token_id=2,
+            eos_token_id=1,
+            pad_token_id=0,
         )
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[family](**_DECODER)
 

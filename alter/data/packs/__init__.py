@@ -1,0 +1,1 @@
+"""Tasks built from data that ships inside Python packages."""

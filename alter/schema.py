@@ -58,7 +58,11 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
         parser.parse_object({key: value})
     except Exception:
         hint = typing.get_type_hints(cls.__init__).get(key, cls.__annotations__.get(key))
-        wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+        wanted = (
+            hint.__name__
+            if isinstance(hint, type)
+            else str(hint).replace("typing.", "").replace("collections.abc.", "")
+        )
         return [f"{where}: the key '{key}' is {value!r}, which is not {wanted}; correct it."]
     return []
 
@@ -71,7 +75,9 @@ def template_base(cls: type, key: str) -> type | None:
     return own[0] if own else None
 
 
-def check_class(given: Mapping[str, Any], base: type, where: str, default: type | None = None, skip: Collection[str] = ()) -> list[str]:
+def check_class(
+    given: Mapping[str, Any], base: type, where: str, default: type | None = None, skip: Collection[str] = ()
+) -> list[str]:
     """Finds all mistakes in a ``class_path`` with ``init_args``.
 
     Args:
@@ -111,15 +117,21 @@ def import_name(path: str, where: str, base: type | None = None) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise AlterError(f"{where}: '{path}' cannot be imported ({error}); give module.name, reachable from here.") from error
+        raise AlterError(
+            f"{where}: '{path}' cannot be imported ({error}); give module.name, reachable from here."
+        ) from error
     except ValueError as error:
         raise AlterError(f"{where}: '{path}' is not a dotted name; give module.name.") from error
     found = getattr(module, name, None)
     wrong = base is not None and not (inspect.isclass(found) and issubclass(found, base))
     if found is None or wrong:
         known = [
-            n for n, v in vars(module).items() if not n.startswith("_") and (base is None or inspect.isclass(v) and issubclass(v, base))
+            n
+            for n, v in vars(module).items()
+            if not n.startswith("_") and (base is None or (inspect.isclass(v) and issubclass(v, base)))
         ]
         what = f"is not a {base.__name__}" if found is not None else f"is not in {module_name}"
-        raise AlterError(f"{where}: '{path}' {what}; known there: {', '.join(sorted(known)[:12])}.{did_you_mean(name, known)}")
+        raise AlterError(
+            f"{where}: '{path}' {what}; known there: {', '.join(sorted(known)[:12])}.{did_you_mean(name, known)}"
+        )
     return found

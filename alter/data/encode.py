@@ -75,8 +75,8 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int) 
         writer = datasets.arrow_writer.ArrowWriter(path=str(folder / split / "data.arrow"), features=features)
         with writer:
             for chunk in _chunks(_limited(task, split, seed)):
-                for example in encoder.encode(chunk):
-                    writer.write(example)
+                if examples := list(encoder.encode(chunk)):
+                    writer.write_batch({name: [example[name] for example in examples] for name in features})
             encoder.finish()
             writer.finalize()
         stats[split] = encoder.stats

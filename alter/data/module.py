@@ -69,6 +69,7 @@ class MultiTaskDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = Path(cache_dir) if cache_dir else alter_home() / "tokens"
+        self._resumed = (0, 0)  # epoch, batches taken of it
         self._folders: dict[str, Path] = {}
         self._splits: dict[tuple[str, str], Any] = {}
 
@@ -100,6 +101,7 @@ class MultiTaskDataModule(LightningDataModule):
         """Opens the encoded tasks; on a process that did not prepare them, finds them first."""
         import datasets
 
+        self._resumed = (0, 0)
         self.prepare_data()
         if self._splits:
             return
@@ -152,9 +154,7 @@ class MultiTaskDataModule(LightningDataModule):
         sampler = MixtureBatchSampler(
             lengths, self.rates, draws, self.max_tokens, self.seed, rank, world, self.mixed_batches
         )
-        if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)
-            sampler.start_batch = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        sampler.resume(*self._resumed)
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -167,6 +167,17 @@ class MultiTaskDataModule(LightningDataModule):
             lengths += own.tolist()
         batches = [[pairs[i] for i in rows] for rows in eval_batches(lengths, self.eval_max_tokens)]
         return self._loader("validation", batches[rank::world])
+
+    def state_dict(self) -> dict[str, int]:
+        """Where a checkpoint stands in the data. Lightning's own counts come back only after it has made the loader."""
+        return {
+            "epoch": self.trainer.current_epoch,
+            "taken": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Lets the next training loader go on there."""
+        self._resumed = (state_dict["epoch"], state_dict["taken"])
 
     def _loader(self, split: str, batches: Any) -> DataLoader:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])

@@ -50,16 +50,28 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         self.world_size = world_size
         self.mixed = mixed
         self.epoch = 0
-        self.start_batch = 0
+        self._resumed = (0, 0)  # epoch, batches of it that were taken before
         self._planned: tuple[int, list[list[Pair]]] | None = None
+
+    @property
+    def sampler(self) -> MixtureBatchSampler:
+        """Itself: where Lightning looks for ``set_epoch`` of a batch sampler."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch; Lightning calls it before each."""
         self.epoch = epoch
 
+    def resume(self, epoch: int, taken: int) -> None:
+        """Goes on in an epoch of which some batches were taken before, or in the next where all were."""
+        self.epoch = epoch
+        if taken >= len(self):
+            self.epoch, taken = epoch + 1, 0
+        self._resumed = (self.epoch, taken)
+
     def __iter__(self) -> Iterator[list[Pair]]:
-        start, self.start_batch = self.start_batch, 0
-        yield from self._own_batches()[start:]
+        epoch, taken = self._resumed
+        yield from self._own_batches()[taken if epoch == self.epoch else 0 :]
 
     def __len__(self) -> int:
         return len(self._own_batches())

@@ -8,6 +8,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,13 @@ class Function(Source):
         yield from self.function(split, **self.arguments)
 
     def fingerprint(self) -> str:
-        """Of the arguments and of the source of the function's whole module, where its helpers are."""
+        """Of the arguments, the source of the function's whole module, where its helpers are, and its ``PACKAGES``.
+
+        A module that reads the data of other packages names them in ``PACKAGES``; new versions are then noticed.
+        """
         module = inspect.getmodule(self.function)
-        version = getattr(module, "data_version", lambda: "")()
-        return _digest(self.function.__qualname__, self.arguments, inspect.getsource(module), version)
+        versions = [_version(package) for package in getattr(module, "PACKAGES", ())]
+        return _digest(self.function.__qualname__, self.arguments, inspect.getsource(module), versions)
 
 
 def read_file(path: Path) -> Iterator[Row]:
@@ -172,7 +176,13 @@ def read_file(path: Path) -> Iterator[Row]:
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise AlterError(f"{path}: no such file; correct the path in the task's source.{did_you_mean(path.name, near)}")
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".json": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise AlterError(f"{path}: the ending is not one of {', '.join(readers)}; convert the file to one of these.")
@@ -226,6 +236,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def stable_fraction(text: str) -> float:
     """Maps a text to [0, 1), the same in every process and on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _digest(*parts: Any) -> str:

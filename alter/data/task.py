@@ -101,7 +101,9 @@ class Task:
             found = getattr(sources, class_path, None)
             if not (inspect.isclass(found) and issubclass(found, Source)):
                 known = ["Files", "Hub"]
-                raise AlterError(f"{where}: '{class_path}' is not one of {', '.join(known)} or a dotted class_path.{did_you_mean(class_path, known)}")
+                raise AlterError(
+                    f"{where}: '{class_path}' is not one of {', '.join(known)} or a dotted class_path.{did_you_mean(class_path, known)}"
+                )
         else:
             found = import_name(class_path, where)
         if inspect.isclass(found) and issubclass(found, Source):
@@ -113,7 +115,9 @@ class Task:
         try:
             inspect.signature(found).bind("train", **arguments)
         except TypeError as error:
-            raise AlterError(f"{where}: '{class_path}' does not take these init_args ({error}); correct them.") from error
+            raise AlterError(
+                f"{where}: '{class_path}' does not take these init_args ({error}); correct them."
+            ) from error
         return Function(found, **arguments)
 
     @cached_property
@@ -154,9 +158,13 @@ class Task:
                 f"are {', '.join(map(str, row))}.{did_you_mean(name, map(str, row))}"
             ) from error
         except SecurityError as error:
-            raise AlterError(f"{self._place(place)}, key '{key}': the sandbox forbids this template ({error}).") from error
+            raise AlterError(
+                f"{self._place(place)}, key '{key}': the sandbox forbids this template ({error})."
+            ) from error
         except Exception as error:  # a filter given what it cannot take, a division by zero
-            raise AlterError(f"{self._place(place)}, key '{key}': the template fails on this row ({error}); mend it.") from error
+            raise AlterError(
+                f"{self._place(place)}, key '{key}': the template fails on this row ({error}); mend it."
+            ) from error
 
     def _place(self, place: str) -> str:
         return f"{self.where}: task '{self.name}'" + (f", {place}" if place else "")
@@ -180,10 +188,16 @@ class Task:
         if isinstance(mapping.get("choices"), list):
             names = {True: "yes", False: "no"}
             mapping["choices"] = [names[c] if isinstance(c, bool) else str(c) for c in mapping["choices"]]
+        if hasattr(mapping.get("source"), "as_dict"):  # jsonargparse hands class_path on in a type of its own
+            mapping["source"] = mapping["source"].as_dict()
         label = f"{where}: task '{mapping.get('name', '?')}'"
         problems = check(cls, mapping, label)
         source = mapping.get("source")
-        if isinstance(source, dict) and folder is not None and source.get("class_path") in ("Files", "alter.data.Files"):
+        if (
+            isinstance(source, dict)
+            and folder is not None
+            and source.get("class_path") in ("Files", "alter.data.Files")
+        ):
             arguments = source.setdefault("init_args", {}) or {}
             source["init_args"] = {"folder": str(folder.resolve()), **arguments}
         if problems:
@@ -230,7 +244,13 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path) -> 
             elif isinstance(entry, str):
                 tasks += [Task.from_file(file) for file in _task_files(entry, folder)]
             else:
-                tasks.append(Task.from_dict(entry, str(entry.get("where", "data.tasks")) if isinstance(entry, dict) else "data.tasks", folder))
+                tasks.append(
+                    Task.from_dict(
+                        entry,
+                        str(entry.get("where", "data.tasks")) if isinstance(entry, dict) else "data.tasks",
+                        folder,
+                    )
+                )
         except AlterError as error:
             problems += error.messages
     for task in tasks:
@@ -239,7 +259,11 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path) -> 
         except AlterError as error:
             problems += error.messages
     names = [task.name for task in tasks]
-    problems += [f"data.tasks: two tasks are named '{name}'; give each its own name." for name in sorted(set(names)) if names.count(name) > 1]
+    problems += [
+        f"data.tasks: two tasks are named '{name}'; give each its own name."
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
     if problems:
         raise AlterError(*problems)
     return tasks
@@ -250,7 +274,9 @@ def _task_files(entry: str, folder: Path) -> list[Path]:
         if found := sorted(glob.glob(str(base / entry))):
             return [Path(name) for name in found]
     near = [str(p.relative_to(folder)) for p in (folder / entry).parent.glob("*.yaml")]
-    raise AlterError(f"data.tasks: there is no task file '{entry}' in {folder}; correct the path.{did_you_mean(entry, near)}")
+    raise AlterError(
+        f"data.tasks: there is no task file '{entry}' in {folder}; correct the path.{did_you_mean(entry, near)}"
+    )
 
 
 __all__ = ["SPLITS", "Files", "Task", "load_tasks"]

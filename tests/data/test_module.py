@@ -1,0 +1,94 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+
+from alter.data import MultiTaskDataModule
+from alter.errors import AlterError
+from tests.data.conftest import task_dict
+
+
+def make(tmp_path, words, **changes):
+    tasks = [task_dict(tmp_path, "small", 40), task_dict(tmp_path, "large", 160, choices=None, metrics=["rougeL"])]
+    data = MultiTaskDataModule(
+        **{"tasks": tasks, "tokenizer": str(words), "max_tokens": 64, "cache_dir": str(tmp_path / "cache"), **changes}
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_rates_follow_the_sizes_the_temperature_the_cap_and_the_weights(tmp_path, words):
+    np.testing.assert_allclose(make(tmp_path, words, temperature=1).rates, [0.2, 0.8])
+    np.testing.assert_allclose(make(tmp_path, words, temperature=2).rates, [1 / 3, 2 / 3])
+    np.testing.assert_allclose(make(tmp_path, words, temperature=1, cap=40).rates, [0.5, 0.5])
+
+
+def test_an_epoch_draws_what_it_says_and_validation_sees_every_example_once(tmp_path, words):
+    data = make(tmp_path, words, examples_per_epoch=90, temperature=2)
+    counts = Counter(t for batch in data.train_dataloader() for t in batch["task_ids"].tolist())
+    assert counts == {0: 30, 1: 60}
+    assert Counter(t for batch in data.val_dataloader() for t in batch["task_ids"].tolist()) == {0: 6, 1: 6}
+
+
+def test_the_summary_tells_sizes_and_rates(tmp_path, words):
+    lines = make(tmp_path, words, temperature=1).summary().splitlines()
+    assert lines[1].split()[:6] == ["small", "classification", "40", "6", "6", "20.0%"]
+    assert lines[2].split()[:6] == ["large", "generation", "160", "6", "6", "80.0%"]
+
+
+def test_mistakes_in_the_rows_of_all_tasks_come_at_once(tmp_path, words):
+    tasks = [task_dict(tmp_path, "a", max_target_tokens=1), task_dict(tmp_path, "b", choices=["yes", "maybe"])]
+    data = MultiTaskDataModule(tasks, str(words), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(AlterError) as error:
+        data.prepare_data()
+    assert "task 'a', train row 1" in str(error.value)
+    assert "task 'b', train row 2" in str(error.value)
+
+
+class Recorder(LightningModule):
+    """Remembers the batches that it is trained on, and stops where it is told."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = []
+        self.stop_at = stop_at
+
+    def training_step(self, batch, batch_idx):
+        if len(self.seen) == self.stop_at:
+            raise KeyboardInterrupt
+        self.seen.append(batch["input_ids"].tolist())
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_at", [5, 9, 10, 18, 21])
+def test_a_run_resumed_in_mid_epoch_sees_just_the_remaining_batches(tmp_path, words, workers, stop_at):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def run(module, checkpoint=None):
+        data = make(tmp_path, words, examples_per_epoch=90, num_workers=workers)
+        keep = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=1, save_top_k=0)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=3, callbacks=[keep], logger=False, enable_progress_bar=False,
+            enable_model_summary=False, use_distributed_sampler=False, reload_dataloaders_every_n_epochs=0,
+        )  # fmt: skip
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except (KeyboardInterrupt, SystemExit):
+            assert module.stop_at is not None
+        return module.seen
+
+    whole = run(Recorder())
+    assert whole[: len(whole) // 3] != whole[len(whole) // 3 : 2 * len(whole) // 3]  # epochs differ
+    for file in (tmp_path / "ckpt").iterdir():
+        file.unlink()
+    before = run(Recorder(stop_at))
+    after = run(Recorder(), str(tmp_path / "ckpt" / "last.ckpt"))
+    assert before + after == whole

@@ -1,0 +1,100 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from alter.data import MixtureBatchSampler, eval_batches
+
+LENGTHS = [np.arange(5, 45), np.full(200, 12), np.random.default_rng(0).integers(3, 60, 900)]
+RATES = np.array([0.2, 0.3, 0.5])
+
+
+def make(**changes):
+    return MixtureBatchSampler(
+        **{"lengths": LENGTHS, "rates": RATES, "examples_per_epoch": 700, "max_tokens": 256, **changes}
+    )
+
+
+def flat(batches):
+    return [pair for batch in batches for pair in batch]
+
+
+def test_over_many_draws_the_tasks_come_at_their_rates_and_the_examples_evenly():
+    rates = np.array([0.123, 0.345, 0.532])
+    sampler = make(rates=rates, examples_per_epoch=1003)
+    drawn = []
+    for epoch in range(100):
+        sampler.set_epoch(epoch)
+        drawn += flat(sampler)
+    assert len(drawn) == 100_300
+    tasks = Counter(task for task, _ in drawn)
+    assert chisquare([tasks[t] for t in range(3)], rates * len(drawn)).pvalue > 0.01
+    for task, lengths in enumerate(LENGTHS):
+        counts = Counter(example for t, example in drawn if t == task)
+        assert max(counts.values()) - min(counts[i] for i in range(len(lengths))) <= 1  # without replacement
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 100), budget=st.integers(60, 600), epoch=st.integers(0, 3), mixed=st.booleans())
+def test_batches_keep_the_budget_and_lose_nothing(seed, budget, epoch, mixed):
+    sampler = make(seed=seed, max_tokens=budget, mixed=mixed)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    for batch in batches:
+        longest = max(LENGTHS[t][i] for t, i in batch)
+        assert len(batch) == 1 or len(batch) * longest <= budget
+        assert mixed or len({t for t, _ in batch}) == 1
+    assert sorted(flat(batches)) == sorted(sampler.draws(epoch))
+
+
+def test_padding_is_small():
+    batches = list(make(examples_per_epoch=4000, max_tokens=512))
+    tokens = sum(LENGTHS[t][i] for t, i in flat(batches))
+    padded = sum(len(b) * max(LENGTHS[t][i] for t, i in b) for b in batches)
+    assert 1 - tokens / padded < 0.05
+
+
+def test_the_plan_is_a_pure_function_of_seed_and_epoch():
+    first, second = make(), make()
+    for epoch in (3, 1, 3, 0):
+        first.set_epoch(epoch)
+        list(first)
+    second.set_epoch(0)
+    assert list(first) == list(second)
+    second.set_epoch(1)
+    assert list(first) != list(second)
+    assert list(make(seed=14)) != list(first)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_batches_without_overlap_and_take_equally_many(world):
+    whole = list(make())
+    shards = [list(make(rank=rank, world_size=world)) for rank in range(world)]
+    assert len({len(shard) for shard in shards}) == 1
+    seen = [batch for shard in shards for batch in shard]
+    assert {tuple(b) for b in seen} == {tuple(b) for b in whole}
+    assert len(seen) - len(whole) < world
+
+
+@pytest.mark.parametrize("start", [0, 1, 7])
+def test_a_resumed_epoch_yields_just_the_rest(start):
+    whole = list(make())
+    resumed = make()
+    resumed.resume(0, start)
+    assert list(resumed) == whole[start:]
+    for sampler in (resumed, whole_run := make()):
+        sampler.set_epoch(1)
+    assert list(resumed) == list(whole_run)  # the next epoch begins at its beginning
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(10, 200))
+def test_evaluation_batches_hold_every_example_once_longest_first(lengths, budget):
+    batches = eval_batches(lengths, budget)
+    order = [i for batch in batches for i in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)

@@ -1,0 +1,116 @@
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alter.data import Files
+from alter.data.sources import Function, read_file
+from alter.errors import AlterError
+from tests.data.conftest import write_jsonl
+
+ROWS = [{"text": 'a "quoted", text', "label": "1"}, {"text": "zwei\nZeilen", "label": "ü"}]
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        write_jsonl(path, rows)
+    else:
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, ending):
+    assert list(read_file(write(tmp_path / f"x.{ending}", ROWS))) == ROWS
+
+
+def test_shares_are_carved_out_by_group_and_never_mixed(tmp_path):
+    rows = [{"text": f"w{i}", "patient": str(i % 50)} for i in range(1000)]
+    file = write(tmp_path / "x.jsonl", rows)
+    source = Files(str(file), 0.2, 0.2, group="patient")
+    parts = {split: list(source.rows(split)) for split in ("train", "validation", "test")}
+    assert sorted(r["text"] for part in parts.values() for r in part) == sorted(r["text"] for r in rows)
+    groups = {split: {r["patient"] for r in part} for split, part in parts.items()}
+    assert all(groups.values())
+    assert not groups["train"] & groups["validation"]
+    assert not groups["train"] & groups["test"]
+    assert not groups["validation"] & groups["test"]
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=40), st.integers(0, 20))
+def test_equal_rows_stay_on_one_side(tmp_path_factory, texts, seed):
+    file = write_jsonl(tmp_path_factory.mktemp("x") / "x.jsonl", [{"text": t} for t in texts])
+    source = Files(str(file), 0.3, 0.3, seed=seed)
+    parts = [{r["text"] for r in source.rows(split)} for split in ("train", "validation", "test")]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+
+
+def test_shares_come_close_to_what_was_asked(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"text": str(i)} for i in range(4000)])
+    source = Files(str(file), 0.1, 0.25)
+    assert len(list(source.rows("validation"))) == pytest.approx(400, rel=0.15)
+    assert len(list(source.rows("test"))) == pytest.approx(1000, rel=0.1)
+
+
+def test_a_fingerprint_changes_with_the_file_and_the_settings(tmp_path):
+    file = write(tmp_path / "x.jsonl", ROWS)
+    first = Files(str(file)).fingerprint()
+    assert Files(str(file)).fingerprint() == first
+    assert Files(str(file), seed=14).fingerprint() != first
+    write(file, [*ROWS, ROWS[0]])
+    assert Files(str(file)).fingerprint() != first
+
+
+def numbers(split, count=2):
+    yield from ({"n": i, "split": split} for i in range(count))
+
+
+def test_a_function_is_given_the_split_and_its_arguments():
+    assert list(Function(numbers, count=1).rows("test")) == [{"n": 0, "split": "test"}]
+    assert Function(numbers).fingerprint() != Function(numbers, count=3).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.csv", None, r"no such file.*Did you mean 'missin.csv'"),
+        ("x.xlsx", b"", r"ending is not one of \.csv"),
+        ("x.jsonl", b'{"a": 1}\n{"a": \n', r"x.jsonl, line 2: not JSON"),
+        ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: not an object"),
+        ("x.csv", b"a,b\n1,2\n1\n", r"line 3: not as many fields"),
+        ("x.csv", b'a,b\n1,"2\n', r"x.csv, line \d: not valid CSV|not as many fields"),
+        ("x.parquet", b"PAR1 is not enough", r"not readable as Parquet"),
+        ("x.jsonl", b'{"a": "\xff"}\n', r"not UTF-8"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_with_the_place_and_the_remedy(tmp_path, name, content, message):
+    (tmp_path / "missin.csv").write_text("a\n")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(AlterError, match=message):
+        list(read_file(tmp_path / name))
+
+
+def test_a_misspelt_group_names_the_columns(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"text": "a", "patient": 1}])
+    with pytest.raises(AlterError, match=r"no column 'patiant'.*Did you mean 'patient'"):
+        list(Files(str(file), group="patiant").rows("train"))
+
+
+def test_json_is_streamed(tmp_path):
+    file = tmp_path / "x.jsonl"
+    with file.open("w") as stream:
+        stream.write(json.dumps({"a": 1}) + "\n")
+        stream.write("broken")
+    assert next(read_file(file)) == {"a": 1}  # the first row comes before the last is read

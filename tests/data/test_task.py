@@ -1,0 +1,150 @@
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alter.data import Task, load_tasks
+from alter.errors import AlterError
+from tests.data.conftest import task_dict
+
+
+def make(tmp_path, **changes):
+    return Task.from_dict(task_dict(tmp_path, **changes), "t.yaml")
+
+
+def test_a_row_becomes_prompt_and_target(tmp_path):
+    task = make(tmp_path, prompt="Say: {{ text|upper }}\nAnswer: \n", target=" {{ label }} ")
+    assert task.render_prompt({"text": "a", "label": "yes"}) == "Say: A\nAnswer:"
+    assert task.render_target({"text": "a", "label": "yes"}) == "yes"
+    assert task.kind == "classification"
+    assert task.metrics == ["accuracy", "macro_f1"]
+
+
+def test_choices_that_yaml_takes_for_something_else_are_text(tmp_path):
+    task = make(tmp_path, choices=yaml.safe_load("[yes, no, 1, 2.5]"))
+    assert task.choices == ["yes", "no", "1", "2.5"]
+
+
+def test_a_task_comes_back_from_its_plain_values(tmp_path):
+    task = make(tmp_path, limit={"test": 3}, weight=2.0)
+    again = Task.from_dict(yaml.safe_load(yaml.safe_dump(task.to_dict())), "recipe.yaml")
+    assert again == task
+
+
+def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    content = task_dict(tmp_path)
+    content["source"]["init_args"] = {split: f"t.{split}.jsonl" for split in ("train", "validation", "test")}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(content))
+    task = Task.from_file(tmp_path / "t.yaml")
+    monkeypatch.chdir("/")
+    assert len(list(task.opened.rows("train"))) == 40
+    assert len(list(Task.from_dict(task.to_dict(), "recipe.yaml").opened.rows("test"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"promt": "x"}, r"t.yaml: task 't': unknown key 'promt'.*Did you mean 'prompt'"),
+        ({"weight": "heavy"}, r"the key 'weight' is 'heavy', which is not float"),
+        ({"metrics": ["acuracy"]}, r"key 'metrics': 'acuracy' is not a classification metric.*Did you mean 'accuracy'"),
+        ({"choices": None, "metrics": ["accuracy"]}, r"not a generation metric"),
+        ({"prompt": "{{ text"}, r"key 'prompt': not a Jinja template"),
+        ({"limit": {"trian": 3}}, r"key 'limit': 'trian' is not a split.*Did you mean 'train'"),
+        ({"choices": ["yes"]}, r"at least two choices"),
+        ({"weight": 0}, r"key 'weight'"),
+        ({"max_target_tokens": 0}, r"key 'max_target_tokens'"),
+        ({"source": {"class_path": "Flies"}}, r"'Flies' is not one of Files, Hub.*Did you mean 'Files'"),
+        (
+            {"source": {"class_path": "Files", "init_args": {"trian": "x"}}},
+            r"unknown key 'trian'.*Did you mean 'train'",
+        ),
+        ({"source": {"class_path": "Files", "init_args": {}}}, r"the key 'train' is missing"),
+        ({"source": {"class_path": "alter.data.packs.medical.hpo_sam"}}, r"Did you mean 'hpo_same'"),
+        ({"source": {"class_path": "no.such.module"}}, r"'no.such.module' cannot be imported"),
+        (
+            {"source": {"class_path": "alter.data.packs.medical.hpo_same", "init_args": {"sed": 1}}},
+            r"does not take these",
+        ),
+    ],
+)
+def test_a_bad_task_is_one_sentence_with_file_key_and_remedy(tmp_path, changes, message):
+    with pytest.raises(AlterError, match=message):
+        load_tasks([{**task_dict(tmp_path), "where": "t.yaml", **changes}], tmp_path)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    content = task_dict(tmp_path)
+    del content["prompt"], content["target"]
+    with pytest.raises(AlterError) as error:
+        Task.from_dict(content, "t.yaml")
+    assert [m for m in error.value.messages if "'prompt' is missing" in m]
+    assert [m for m in error.value.messages if "'target' is missing" in m]
+
+
+def test_the_mistakes_of_all_tasks_are_told_at_once(tmp_path):
+    first = {**task_dict(tmp_path, "a"), "metrics": ["f2"], "where": "a.yaml"}
+    second = {**task_dict(tmp_path, "b"), "promt": "", "where": "b.yaml"}
+    with pytest.raises(AlterError) as error:
+        load_tasks([first, second, "c.yaml"], tmp_path)
+    text = str(error.value)
+    assert "a.yaml" in text
+    assert "b.yaml" in text
+    assert "'c.yaml'" in text
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path):
+    with pytest.raises(AlterError, match="two tasks are named 't'"):
+        load_tasks([task_dict(tmp_path), task_dict(tmp_path)], tmp_path)
+
+
+def test_a_misspelt_file_finds_its_neighbour(tmp_path):
+    (tmp_path / "intents.yaml").write_text("")
+    with pytest.raises(AlterError, match=r"no task file 'intent.yaml'.*Did you mean 'intents.yaml'"):
+        load_tasks(["intent.yaml"], tmp_path)
+
+
+def test_an_unknown_template_variable_names_the_fields(tmp_path):
+    task = make(tmp_path, prompt="{{ txt }}")
+    with pytest.raises(
+        AlterError, match=r"key 'prompt': the template names 'txt'.*fields are text, label.*Did you mean 'text'"
+    ):
+        task.render_prompt({"text": "a", "label": "yes"}, "train row 3")
+
+
+def test_a_label_outside_the_choices_is_named_with_its_row(tmp_path):
+    with pytest.raises(
+        AlterError,
+        match=r"t.yaml: task 't', train row 3: the label 'yess' is not one of the choices.*Did you mean 'yes'",
+    ):
+        make(tmp_path).render_target({"label": "yess"}, "train row 3")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ text.__init__.__globals__ }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ 1/0 }}",
+    ],
+)
+def test_a_template_cannot_leave_the_sandbox(tmp_path, template):
+    task = make(tmp_path, prompt=template)
+    with pytest.raises(AlterError):
+        task.render_prompt({"text": "a"})
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12),
+        st.one_of(st.none(), st.text(max_size=5), st.integers(), st.lists(st.integers())),
+        max_size=6,
+    )
+)
+def test_whatever_stands_in_a_task_file_is_a_sentence_or_a_task(content):
+    messages = ()
+    try:
+        Task.from_dict(content, "t.yaml")
+    except AlterError as error:
+        messages = error.messages
+    assert all(message.startswith("t.yaml") for message in messages)

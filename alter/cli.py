@@ -105,7 +105,7 @@ def _fit(arguments: list[str]) -> None:
 def _test(options: argparse.Namespace) -> None:
     from alter import run
 
-    run.test(options.run, split=options.split)
+    run.measure(options.run, split=options.split)
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -127,7 +127,9 @@ def _open(name: str) -> TextIO:
     try:
         return open(name, encoding="utf-8")
     except OSError as error:
-        raise AlterError(f"--input: {name} cannot be read ({error.strerror}); name a file of JSON lines, or -.") from error
+        raise AlterError(
+            f"--input: {name} cannot be read ({error.strerror}); name a file of JSON lines, or -."
+        ) from error
 
 
 def _rows(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
@@ -139,5 +141,7 @@ def _rows(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise AlterError(f"{name}, line {number}: not JSON ({error}); write one object a line.") from error
         if not isinstance(row, dict):
-            raise AlterError(f"{name}, line {number}: expected an object with the task's fields, got {line.strip()[:60]}.")
+            raise AlterError(
+                f"{name}, line {number}: expected an object with the task's fields, got {line.strip()[:60]}."
+            )
         yield row

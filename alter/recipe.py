@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from lightning import Trainer
 
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
-from alter.schema import check
+from alter.schema import check, check_class
 from alter.stages import Stage1Module, Stage2Module, StageModule
 
 STAGES: dict[str, type[StageModule]] = {"stage1": Stage1Module, "stage2": Stage2Module}
+DEFAULTS = {  # named here too, so that their arguments are flags even where a recipe leaves the class out
+    "stage1": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.TaskSelector"}},
+    "stage2": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.SharedGate"}},
+}
 SET_BY_RUN = {"backbone", "tasks", "precision", "start_from"}  # stage arguments that the recipe's own keys fill
 TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary"}
 DATA_SKIP = {"tokenizer", "seq2seq"}
@@ -35,12 +40,16 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--test", type=bool, default=True, help="Whether to test at the end.")
     parser.add_argument("--seed_everything", type=int, default=13, help="Seed of all random numbers.")
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="A hub id, a folder or a bundled name.")
-    parser.add_argument("--precision", type=str, default="fp32", help="Of the frozen backbone: fp32, bf16, int8 or nf4.")
+    parser.add_argument(
+        "--precision", type=str, default="fp32", help="Of the frozen backbone: fp32, bf16, int8 or nf4."
+    )
     parser.add_class_arguments(MultiTaskDataModule, "data", skip=DATA_SKIP, instantiate=False, fail_untyped=False)
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP, instantiate=False, fail_untyped=False)
     for name, module in STAGES.items():
         parser.add_subclass_arguments(module, f"{name}.model", skip=SET_BY_RUN, instantiate=False, fail_untyped=False)
-        parser.set_defaults({f"{name}.model": {"class_path": f"{module.__module__}.{module.__name__}"}})
+        parser.set_defaults(
+            {f"{name}.model": {"class_path": f"alter.stages.{module.__name__}", "init_args": DEFAULTS[name]}}
+        )
         parser.add_argument(
             f"--{name}.trainer", type=dict[str, Any], default={}, help=f"Trainer arguments for {name} alone."
         )
@@ -68,10 +77,10 @@ class Recipe:
 
     def data_args(self, tokenizer: str, seq2seq: bool) -> dict[str, Any]:
         """Arguments for ``MultiTaskDataModule``."""
-        return {**self.config["data"], "tokenizer": tokenizer, "seq2seq": seq2seq}
+        return {**self.config["data"], "tasks": self.tasks, "tokenizer": tokenizer, "seq2seq": seq2seq}
 
-    def stage_args(self, stage: str, backbone: str, seq2seq: bool) -> dict[str, Any]:
-        """What one LightningCLI takes for a stage: ``seed_everything``, ``trainer``, ``model``, ``data``."""
+    def stage_args(self, stage: str, backbone: str) -> dict[str, Any]:
+        """What one LightningCLI takes for a stage: ``seed_everything``, ``trainer`` and ``model``."""
         model = copy.deepcopy(self.config[stage]["model"])
         arguments = model.setdefault("init_args", {})
         arguments |= {
@@ -85,7 +94,6 @@ class Recipe:
             "seed_everything": self.config["seed_everything"],
             "trainer": {**self.config["trainer"], **self.config[stage]["trainer"]},
             "model": model,
-            "data": self.data_args(backbone, seq2seq),
         }
 
 
@@ -105,7 +113,8 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
             sys.path.append(folder)  # so that a recipe can name a class in a file beside it
     problems = [problem for file in files for problem in check_file(file)]
     parser = recipe_parser()
-    config, tasks = None, []
+    config: Namespace | None = None
+    tasks: list[Task] = []
     try:
         config = parser.parse_args(arguments)
     except AlterError as error:
@@ -114,7 +123,7 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
         if not problems:  # what the files have right may still be wrong on the command line
             problems.append(_one_sentence(error, parser, files))
     try:
-        tasks = load_tasks(_task_entries(config, files), files[0].parent if files else Path())
+        tasks = load_tasks(_task_entries(config, files, arguments), files[0].parent if files else Path())
     except AlterError as error:
         problems += error.messages
     if config is not None:
@@ -125,9 +134,9 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
 
 
 def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> Recipe:
-    config.data.tasks = [task.to_dict() for task in tasks]
-    text = parser.dump(config, skip_unset=False, skip_validation=True, format="yaml")
-    plain = yaml.safe_load(text)
+    config.data.tasks = []
+    plain = json.loads(parser.dump(config, skip_unset=False, skip_validation=True, format="json"))
+    plain["data"]["tasks"] = [task.to_dict() for task in tasks]
     plain.pop("config", None)
     return Recipe(plain, tasks, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
 
@@ -163,10 +172,12 @@ def shipped_recipes() -> Path:
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
 
-def _task_entries(config: Namespace | None, files: Sequence[Path]) -> list[Any]:
-    if config is not None:
+def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Sequence[str]) -> list[Any]:
+    if config is not None and any(argument.startswith("--data.tasks") for argument in arguments):
         return list(config.data.tasks or [])
-    for file in reversed(files):  # a recipe with mistakes still has its tasks checked
+    # From the files themselves: jsonargparse takes a label such as "yes" for true. A recipe with mistakes still has its
+    # tasks checked.
+    for file in reversed(files):
         data = _read_yaml(file)[0].get("data")
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
             return data["tasks"]
@@ -187,7 +198,7 @@ def _check_values(config: Namespace) -> list[str]:
             f"precision: '{config.precision}' is not one of {', '.join(precisions)}.{did_you_mean(config.precision, precisions)}"
         )
     for stage in STAGES:
-        problems += check(Trainer, config[stage].trainer, f"{stage}.trainer")[1] if config[stage].trainer else []
+        problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
     return problems
 
 
@@ -210,9 +221,13 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"{file}: cannot be read ({error}); name a YAML recipe."]
     except yaml.YAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        return {}, [f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend the indentation or quotes."]
+        return {}, [
+            f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend the indentation or quotes."
+        ]
     if not isinstance(content, dict):
-        return {}, [f"{file}: a recipe is a mapping of sections such as data and stage1, this is {type(content).__name__}."]
+        return {}, [
+            f"{file}: a recipe is a mapping of sections such as data and stage1, this is {type(content).__name__}."
+        ]
     return content, []
 
 
@@ -224,7 +239,9 @@ def check_file(file: Path) -> list[str]:
     for key, value in content.items():
         where = f"{file}: {key}"
         if key not in known:
-            problems.append(f"{file}: unknown key '{key}'; a recipe has {', '.join(known)}.{did_you_mean(str(key), known)}")
+            problems.append(
+                f"{file}: unknown key '{key}'; a recipe has {', '.join(known)}.{did_you_mean(str(key), known)}"
+            )
         elif key in plain:
             if not isinstance(value, plain[key]):
                 problems.append(f"{where}: expected {plain[key].__name__}, got {value!r}.")
@@ -234,7 +251,7 @@ def check_file(file: Path) -> list[str]:
             problems += _check_stage(STAGES[key], value, where)
         else:
             cls, skipped = (MultiTaskDataModule, DATA_SKIP) if key == "data" else (Trainer, TRAINER_SKIP)
-            problems += check(cls, value, where, skip=skipped)[1]
+            problems += check(cls, value, where, skip=skipped)
     return problems
 
 
@@ -245,37 +262,8 @@ def _check_stage(default: type[StageModule], section: Mapping[str, Any], where: 
         if key not in ("model", "trainer")
     ]
     if isinstance(trainer := section.get("trainer", {}), Mapping):
-        problems += check(Trainer, trainer, f"{where}.trainer", skip=TRAINER_SKIP)[1]
+        problems += check(Trainer, trainer, f"{where}.trainer", skip=TRAINER_SKIP)
     model = section.get("model", {})
     if not isinstance(model, Mapping):
         return [*problems, f"{where}.model: expected class_path and init_args, got {model!r}."]
-    return problems + _check_class(model, StageModule, f"{where}.model", default, SET_BY_RUN)
-
-
-def _check_class(
-    given: Mapping[str, Any], base: type, where: str, default: type | None = None, skip: set[str] = frozenset()
-) -> list[str]:
-    """Checks a ``class_path`` with ``init_args``, each argument by itself."""
-    problems = [
-        f"{where}: unknown key '{key}'; put arguments of the class under init_args.{did_you_mean(str(key), ['class_path', 'init_args'])}"
-        for key in given
-        if key not in ("class_path", "init_args")
-    ]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "value", skip=set(skip), instantiate=False, fail_untyped=False)
-    cls = default
-    if "class_path" in given or default is None:
-        try:
-            cls = _import_class(str(given.get("class_path", "")), base, f"{where}.class_path")
-        except AlterError as error:
-            return [*problems, *error.messages]
-    return problems + check(cls, given.get("init_args") or {}, where, skip=skip, required=False)[1]
-
-
-def _import_class(class_path: str, base: type, where: str) -> type:
-    from alter.schema import import_name
-
-    found = import_name(class_path, where)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise AlterError(f"{where}: '{class_path}' is not a {base.__name__}; name a subclass of it.")
-    return found
+    return problems + check_class(model, StageModule, f"{where}.model", default, SET_BY_RUN)

@@ -6,11 +6,14 @@ stage's model), ``model/`` (what ``alter.load`` reads), ``results.json``.
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import platform
 import shutil
 import time
+import warnings
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from alter.callbacks import MetricsCSV
 from alter.data import MultiTaskDataModule
@@ -32,18 +35,19 @@ from alter.recipe import STAGES, Recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
 from alter.stages import StageModule
 
+say = rank_zero_only(print)
 UNCOMPARED = ("run", "stages", "test")  # keys that may differ between two calls for one run folder
 
 
 class StageCLI(LightningCLI):
-    """One stage: instantiates trainer, module and data from the recipe's values."""
+    """One stage: instantiates trainer and module from the recipe's values."""
 
     def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
         """Args: folder: of the stage. arguments: what ``Recipe.stage_args`` returned."""
         self.folder = folder
+        self.metrics = MetricsCSV(folder / "metrics.csv")
         super().__init__(
             StageModule,
-            MultiTaskDataModule,
             args=arguments,
             run=False,
             subclass_mode_model=True,
@@ -58,18 +62,14 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds what every stage has: fixed folders, so that the same command finds its checkpoint, and logs."""
-        loggers = [
-            TensorBoardLogger(self.folder.parent, name=self.folder.name, version=""),
-            MetricsCSV(self.folder / "metrics.csv"),
-        ]
-        trainer = super().instantiate_trainer(
+        loggers = [TensorBoardLogger(self.folder.parent, name=self.folder.name, version=""), self.metrics]
+        return super().instantiate_trainer(
             logger=loggers,
             default_root_dir=self.folder,
             use_distributed_sampler=False,
             enable_model_summary=False,
             **kwargs,
         )
-        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         return super()._instantiate_trainer(config, [*callbacks, *self._checkpoints(config.get("callbacks") or [])])
@@ -95,25 +95,28 @@ def fit(recipe: Recipe) -> None:
         AlterError: the run folder holds another recipe, or something on the way is wrong with the input.
     """
     run = recipe.run
+    _quiet()
     _claim(run, recipe)
     backbone = resolve_backbone(recipe.config["backbone"])
-    seq2seq = is_seq2seq(backbone)
     started = time.perf_counter()
-    data = MultiTaskDataModule(**recipe.data_args(str(backbone), seq2seq))
+    data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
     data.prepare_data()
     data.setup()
-    rank_zero_info(data.summary())
+    say(f"run folder: {run}\nbackbone: {recipe.config['backbone']} ({backbone}), {recipe.config['precision']}\n")
+    say(data.summary())
     _record(run, "data", time.perf_counter() - started)
     for stage in STAGES:
         if stage in recipe.config["stages"]:
-            _run_stage(stage, recipe, str(backbone), seq2seq)
+            _run_stage(stage, recipe, str(backbone), data)
+    gc.collect()  # the stages' models, before the test loads another
     if recipe.config["test"] and rank_zero_only.rank == 0:
-        test(run, data=data)
+        measure(run, data=data)
 
 
-def test(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
+def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
     """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
     started = time.perf_counter()
+    _quiet()
     predictor = load(run)
     if data is None:
         arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
@@ -138,8 +141,22 @@ def test(run: Path, data: MultiTaskDataModule | None = None, split: str = "test"
     name = "results.json" if split == "test" else f"results.{split}.json"
     write_json(run / name, results)
     print(render_table(results))
-    print(f"\nWritten to {run / name}")
+    print(
+        f"\nWritten to {run / name}; answer new rows with: alter predict --run {run} --task {predictor.tasks[0]} --input FILE"
+    )
     return results
+
+
+def _quiet() -> None:
+    """Keeps the libraries' advertisements and progress bars from the screen; their warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
@@ -175,19 +192,21 @@ def _environment() -> str:
     return "\n".join([f"# {machine}", *versions, ""])
 
 
-def _run_stage(stage: str, recipe: Recipe, backbone: str, seq2seq: bool) -> None:
+def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataModule) -> None:
     folder = recipe.run / stage
     if stage in _records(recipe.run):
-        rank_zero_info(f"{stage}: finished before ({folder / 'model'}), skipped.")
+        say(f"{stage}: finished before ({folder / 'model'}), skipped.")
         return
     if stage == "stage2" and "stage1" not in _records(recipe.run):
         raise AlterError(f"{recipe.run / 'stage1'}: stage2 needs a finished stage1; run with --stages [stage1,stage2].")
+    say(f"\n{stage}: trains in {folder}")
     started = time.perf_counter()
-    cli = StageCLI(folder, recipe.stage_args(stage, backbone, seq2seq))
+    cli = StageCLI(folder, recipe.stage_args(stage, backbone))
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
-        rank_zero_info(f"{stage}: goes on from {last}.")
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+        say(f"{stage}: goes on from {last}.")
+        cli.metrics.forget_after(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+    cli.trainer.fit(cli.model, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     if cli.trainer.is_global_zero:

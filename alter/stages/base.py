@@ -73,7 +73,9 @@ class StageModule(LightningModule):
         lines = [f"{'part':<16}{'parameters':>14}  trains"]
         for part, parameters in self.model.part_parameters().items():
             rate = self.learning_rates().get(part, 0.0)
-            trains = "no" if not any(p.requires_grad for p in parameters) else "yes" if rate == 1 else f"yes, lr x {rate:g}"
+            trains = (
+                "no" if not any(p.requires_grad for p in parameters) else "yes" if rate == 1 else f"yes, lr x {rate:g}"
+            )
             lines.append(f"{part:<16}{sum(p.numel() for p in parameters):>14,}  {trains}")
         return "\n".join(lines)
 
@@ -146,7 +148,9 @@ class StageModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] *= rates[group["name"]]
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_scheduler(self.schedule, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps)
+        scheduler = get_scheduler(
+            self.schedule, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -164,5 +168,6 @@ class StageModule(LightningModule):
 def _per_example(losses: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Sums and counts of token losses by example, each [batch]."""
     zeros = torch.zeros(batch, device=losses.device)
-    return zeros.index_add(0, rows, losses.float()), zeros.index_add(0, rows, torch.ones_like(losses, dtype=torch.float))
-
+    return zeros.index_add(0, rows, losses.float()), zeros.index_add(
+        0, rows, torch.ones_like(losses, dtype=torch.float)
+    )

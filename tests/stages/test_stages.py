@@ -74,7 +74,11 @@ def test_each_stage_trains_what_it_says_and_nothing_else(backbone, tmp_path, cap
     assert not same(before["router"], after["router"])
     assert math.isfinite(trainer.callback_metrics["val/loss"])
     table = capsys.readouterr().out
-    assert [line.split()[0] for line in table.splitlines() if line.split()[0] in after] == ["backbone", "experts", "router"]
+    assert [line.split()[0] for line in table.splitlines() if line.split()[0] in after] == [
+        "backbone",
+        "experts",
+        "router",
+    ]
 
     first.model.save_pretrained(tmp_path / "stage1", backbone)
     second = Stage2Module(backbone, TASKS, start_from=str(tmp_path / "stage1"), task_expert_lr=task_expert_lr)

@@ -119,7 +119,7 @@ def select_layers(found: list[FeedForward], layers: str | list[int]) -> list[Fee
 
     Args:
         found: what ``find_feed_forwards`` returned.
-        layers: ``all``; ``last:4``, of each stack; or a list of indices over the whole model.
+        layers: ``all``; ``last:4`` or ``last:40%`` (rounded up), of each stack; or a list of indices over the whole model.
 
     Raises:
         AlterError: ``layers`` is malformed or asks for a layer that is not there.
@@ -138,7 +138,7 @@ def select_layers(found: list[FeedForward], layers: str | list[int]) -> list[Fee
 
 
 def _last(found: list[FeedForward], layers: str) -> list[FeedForward]:
-    match = re.fullmatch(r"last:\s*(\d+)", layers.strip())
+    match = re.fullmatch(r"last:\s*(\d+)(%?)", layers.strip())
     if match is None or int(match[1]) == 0:
         raise AlterError(
             f"layers: '{layers}' is not understood; write all, last:4 or a list of indices such as [0, 5]."
@@ -147,13 +147,15 @@ def _last(found: list[FeedForward], layers: str) -> list[FeedForward]:
     stacks: dict[str, list[int]] = {}
     for block in found:
         stacks.setdefault(block.stack, []).append(block.layer)
-    shortest = min(len(set(indices)) for indices in stacks.values())
-    if (count := int(match[1])) > shortest:
+    sizes = {stack: len(set(indices)) for stack, indices in stacks.items()}
+    shortest, number = min(sizes.values()), int(match[1])
+    counts = {stack: math.ceil(number * size / 100) if match[2] else number for stack, size in sizes.items()}
+    if any(counts[stack] > sizes[stack] for stack in stacks):
         raise AlterError(
             f"layers: '{layers}' asks for more layers than the backbone's {shortest}"
             f"{' in a stack' if len(stacks) > 1 else ''}; write last:{shortest} or fewer, or all."
         )
-    chosen = {layer for indices in stacks.values() for layer in sorted(set(indices))[-count:]}
+    chosen = {layer for stack, indices in stacks.items() for layer in sorted(set(indices))[-counts[stack] :]}
     return [block for block in found if block.layer in chosen]
 
 

@@ -50,7 +50,7 @@ class MTAModel(nn.Module):
     Args:
         backbone: a Hugging Face causal or seq2seq language model.
         tasks: names; a task's id is its place here.
-        layers: ``all``, ``last:4`` or a list of indices, the blocks that get adapters.
+        layers: the blocks that get adapters: ``all``, ``last:4`` or ``last:40%`` of each stack, or a list of indices.
         ffn: pattern that names the feed-forward blocks where their structure does not show them.
 
     Raises:

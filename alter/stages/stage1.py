@@ -21,7 +21,7 @@ class Stage1Module(StageModule):
         backbone: name or folder, set by the recipe's ``backbone``.
         tasks: names, set by the recipe's ``data.tasks``.
         precision: of the frozen backbone, set by the recipe's ``precision``.
-        layers: blocks that get adapters: ``all``, ``last:4`` or a list of indices.
+        layers: blocks that get adapters: ``all``, ``last:4`` or ``last:40%`` of each stack, or a list of indices.
         ffn: pattern of the feed-forward blocks' module names, where their structure does not show them.
         expert: the kind of the task experts (default LoRA).
         router: who mixes them (default TaskSelector).

@@ -279,6 +279,7 @@ def test_select_layers(family):
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
+        ("last:101%", "layers: 'last:101%' asks for more"),
         ("last:40", "layers: 'last:40' asks for more layers than the backbone's 4; write last:4"),
         ("last:0", "layers: 'last:0' is not understood"),
         ("lest:4", "layers: 'lest:4' is not understood.*Did you mean 'last:4'"),
@@ -332,3 +333,9 @@ def test_the_real_models(smollm2, t5_small):
             x = torch.randn(2, 3, block.hidden_size)
             expected = model.get_submodule(block.name)(x)
             torch.testing.assert_close(down(block.activation(gate(x)) * up(x)), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("share", "of_three", "of_four"), [("last:40%", 2, 2), ("last:1%", 1, 1), ("last:100%", 3, 4)])
+def test_a_share_of_the_layers_is_taken_of_each_stack_and_rounded_up(share, of_three, of_four):
+    assert len(select_layers(find_feed_forwards(tiny_model("t5")), share)) == 2 * of_three
+    assert len(select_layers(find_feed_forwards(tiny_model("llama")), share)) == of_four

@@ -406,7 +406,7 @@ def test_a_recipe_loads_and_its_choices_are_the_labels(name):
     task = Task.from_file(RECIPES[name])
     assert task.name == name
     assert task.limit["validation"] <= 100
-    assert 300 <= task.limit["test"] <= 400
+    assert 150 <= task.limit["test"] <= 400
     targets = {task.render_target(row) for split in SPLITS for row in task.opened.rows(split)}
     if task.choices is not None:
         assert set(task.choices) == targets

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import sys
@@ -71,6 +72,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["fit"]:
         return _fit(arguments[1:])
     options = _parser().parse_args(arguments)
+    _import(options.modules)
     {"test": _test, "predict": _predict}[options.verb](options)
 
 
@@ -90,7 +92,24 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--task", required=True, help="a task of the run")
     predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
     predict.add_argument("--backbone", help="where the backbone is, when not where it was")
+    for verb in (test, predict):
+        verb.add_argument(
+            "--import", dest="modules", action="append", default=[], metavar="MODULE",
+            help="import a module of your own first, where the run uses a router or expert from it",
+        )  # fmt: skip
     return parser
+
+
+def _import(modules: Sequence[str]) -> None:
+    if modules:
+        sys.path.append(".")
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise AlterError(
+                f"--import: '{module}' cannot be imported from here ({error}); correct the name."
+            ) from error
 
 
 def _fit(arguments: list[str]) -> None:

@@ -1,6 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
+
+from alter.errors import AlterError
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +19,25 @@ def _own_environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def _real(name):
+    folder = os.environ.get("ALTER_TEST_MODELS")
+    return Path(folder, name) if folder and Path(folder, name).is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the real SmolLM2-135M: from ALTER_TEST_MODELS, or fetched as a user's would be."""
+    from alter.nn.backbone import resolve_backbone
+
+    try:
+        return _real("smollm2-135m") or resolve_backbone("smollm2-135m")
+    except AlterError as error:
+        pytest.skip(f"no real smollm2-135m: {error}")
+
+
+@pytest.fixture(scope="session")
+def t5_small():
+    """The folder of a real T5, from ALTER_TEST_MODELS."""
+    return _real("t5-small") or pytest.skip("no real t5-small: ALTER_TEST_MODELS names no folder that holds it")

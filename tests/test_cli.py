@@ -216,6 +216,41 @@ def test_predict_streams_answers_as_json_lines(project, capsys, monkeypatch):
     assert [set(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [{"answer"}, {"answer"}]
 
 
+ROUTER = '''
+import torch
+from alter.nn import Router
+
+
+class Fixed(Router):
+    """Gates that are the same for every token."""
+
+    def __init__(self, sharpness: float = 1.0) -> None:
+        super().__init__()
+        self.sharpness = sharpness
+
+    def build(self, shape):
+        self.logits = torch.nn.Parameter(shape.prior.mean(0).log() * self.sharpness)
+
+    def forward(self, hidden_states, routing):
+        return self.logits.softmax(-1).expand(len(hidden_states), 1, -1)
+'''
+
+
+def test_a_router_from_a_users_own_file_trains_and_is_imported_only_when_asked_for(project, capsys, monkeypatch):
+    (project / "own_router.py").write_text(ROUTER)
+    (project / "rows.jsonl").write_text('{"text": "w1 w2"}\n')
+    router = {"class_path": "own_router.Fixed", "init_args": {"sharpness": 2.0}}
+    change(project, stage2__model__init_args__router=router)
+    fit("--test", "false")
+    assert json.loads((project / "run/model/alter.json").read_text())["parts"]["shared_router"] == router
+    monkeypatch.delitem(sys.modules, "own_router")
+    predict = ("predict", "--run", "run", "--task", "sort", "--input", "rows.jsonl")
+    assert "'own_router.Fixed' is not part of ALTER; import its module" in refused(capsys, *predict)[0]
+    assert "'no_router' cannot be imported" in refused(capsys, *predict, "--import", "no_router")[0]
+    main([*predict, "--import", "own_router"])
+    assert json.loads(capsys.readouterr().out)["answer"] in ("yes", "no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "content", "message"),
     [

@@ -55,7 +55,8 @@ def make_template(description: dict[str, Any], base: type[Template], where: str)
         module = sys.modules[module_name]
     else:
         raise AlterError(
-            f"{where}: the class '{class_path}' is not part of ALTER; import it yourself before loading if you trust it."
+            f"{where}: the class '{class_path}' is not part of ALTER; import its module before loading if you trust it "
+            "(on the command line: --import MODULE)."
         )
     found = getattr(module, name, None)
     if not (inspect.isclass(found) and issubclass(found, base)):

@@ -16,7 +16,7 @@ from alter.nn.backbone import load_tokenizer, resolve_backbone
 from alter.nn.decoding import choice_log_likelihoods, generate
 from alter.nn.model import MTAModel, read_config
 
-MAX_BATCH_TOKENS = 4096
+MAX_BATCH_TOKENS = 2048
 
 
 class Answer(NamedTuple):
@@ -73,7 +73,7 @@ class Predictor:
         device = next(self.model.parameters()).device
         answers: list[Answer | None] = [None] * len(prompts)
         choices = encode_choices(task, self.tokenizer, self.model.is_seq2seq) if task.choices else None
-        budget = MAX_BATCH_TOKENS if choices is None else MAX_BATCH_TOKENS // 2
+        budget = MAX_BATCH_TOKENS
         longest = 0 if choices else task.max_target_tokens
         for rows in eval_batches([len(p) + longest for p in prompts], budget):
             batch = self.collator.prompts([prompts[i] for i in rows], [task_id] * len(rows))

@@ -108,7 +108,8 @@ def fit(recipe: Recipe) -> None:
     for stage in STAGES:
         if stage in recipe.config["stages"]:
             _run_stage(stage, recipe, str(backbone), data)
-    gc.collect()  # the stages' models, before the test loads another
+    data.trainer = None
+    gc.collect()  # the stages' models and optimizers, before the test loads another
     if recipe.config["test"] and rank_zero_only.rank == 0:
         measure(run, data=data)
 

@@ -49,7 +49,7 @@ class MultiTaskDataModule(LightningDataModule):
         cap: int | None = None,
         examples_per_epoch: int | None = None,
         max_tokens: int = 4096,
-        eval_max_tokens: int = 8192,
+        eval_max_tokens: int = 2048,
         mixed_batches: bool = True,
         num_workers: int = 0,
         seed: int = 13,

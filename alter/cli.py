@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(modules: Sequence[str]) -> None:
     if modules:
-        sys.path.append(".")
+        sys.path.append(os.getcwd())
     for module in modules:
         try:
             importlib.import_module(module)

@@ -108,9 +108,9 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
     """
     arguments = [_find_config(a, previous) for a, previous in zip(arguments, [None, *arguments[:-1]], strict=True)]
     files = [Path(value) for flag, value in _flag_values(arguments) if flag == "--config"]
-    for folder in {".", *(str(file.parent) for file in files)}:
-        if folder not in sys.path:
-            sys.path.append(folder)  # so that a recipe can name a class in a file beside it
+    for folder in {Path(), *(file.parent for file in files)}:
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))  # so that a recipe can name a class in a file beside it
     problems = [problem for file in files for problem in check_file(file)]
     parser = recipe_parser()
     config: Namespace | None = None

@@ -105,12 +105,16 @@ def fit(recipe: Recipe) -> None:
     say(f"run folder: {run}\nbackbone: {recipe.config['backbone']} ({backbone}), {recipe.config['precision']}\n")
     say(data.summary())
     _record(run, "data", time.perf_counter() - started)
-    for stage in STAGES:
-        if stage in recipe.config["stages"]:
-            _run_stage(stage, recipe, str(backbone), data)
+    trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
     data.trainer = None
     gc.collect()  # the stages' models and optimizers, before the test loads another
-    if recipe.config["test"] and rank_zero_only.rank == 0:
+    if not recipe.config["test"] or rank_zero_only.rank != 0:
+        return
+    results = run / "results.json"
+    if results.is_file() and not any(trained):
+        say(f"test: finished before ({results}), skipped; `alter test --run {run}` tests again.\n")
+        print(render_table(json.loads(results.read_text())))
+    else:
         measure(run, data=data)
 
 
@@ -165,7 +169,10 @@ def _claim(run: Path, recipe: Recipe) -> None:
     if rank_zero_only.rank != 0:
         return
     file = run / "recipe.yaml"
-    if file.is_file():
+    begun = any(
+        (run / stage / "checkpoints").is_dir() for stage in STAGES
+    )  # else there is nothing to lose or to mix up
+    if file.is_file() and begun:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
         changed = [key for key in _differences(before, recipe.config) if key.split(".")[0] not in UNCOMPARED]
         if changed:
@@ -193,11 +200,12 @@ def _environment() -> str:
     return "\n".join([f"# {machine}", *versions, ""])
 
 
-def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataModule) -> None:
+def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataModule) -> bool:
+    """Trains a stage, or goes on with it; returns False where it was finished before."""
     folder = recipe.run / stage
     if stage in _records(recipe.run):
         say(f"{stage}: finished before ({folder / 'model'}), skipped.")
-        return
+        return False
     if stage == "stage2" and "stage1" not in _records(recipe.run):
         raise AlterError(f"{recipe.run / 'stage1'}: stage2 needs a finished stage1; run with --stages [stage1,stage2].")
     say(f"\n{stage}: trains in {folder}")
@@ -222,6 +230,7 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
             peak_memory_bytes=peak_memory_bytes(),
         )
     cli.trainer.strategy.barrier()
+    return True
 
 
 def _keep_best(trainer: Any, module: StageModule) -> None:

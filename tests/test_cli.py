@@ -121,6 +121,8 @@ def test_the_same_command_skips_what_is_finished_and_says_so(project, capsys):
     text = "".join(capsys.readouterr())
     assert "stage1: finished before" in text
     assert "stage2: finished before" in text
+    assert "test: finished before" in text
+    assert "accuracy" in text
     assert {p: p.stat().st_mtime_ns for p in (project / "run").rglob("*.safetensors")} == stamps
 
 
@@ -182,6 +184,16 @@ def test_a_run_folder_of_another_recipe_is_not_overwritten(project, capsys):
     assert "data.temperature" in sentence
     assert "--run" in sentence
     assert (project / "run" / "recipe.yaml").read_text() == before
+
+
+def test_a_recipe_mended_after_a_failed_start_is_taken(project, capsys):
+    change(project, data__tasks=["tasks/sort.yaml"])
+    task = yaml.safe_load((project / "tasks" / "sort.yaml").read_text())
+    (project / "tasks" / "sort.yaml").write_text(yaml.safe_dump({**task, "max_target_tokens": 1}))
+    assert "max_target_tokens" in refused(capsys)[0]
+    (project / "tasks" / "sort.yaml").write_text(yaml.safe_dump(task))
+    fit("--test", "false")
+    assert yaml.safe_load((project / "run" / "recipe.yaml").read_text())["data"]["tasks"][0]["max_target_tokens"] == 4
 
 
 def test_every_field_is_a_flag(project):

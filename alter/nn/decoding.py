@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alter.nn.model import MTAModel
+from alter.nn.loss import token_losses
+from alter.nn.model import IGNORED, MTAModel
 
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass; bounds the choices' caches and logits
 
@@ -81,13 +82,10 @@ def _score_causal(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tenso
     mask = prompts["attention_mask"]
     batch, (count, length) = len(mask), choices.shape
     model.set_tasks(prompts["task_ids"])
-    last = torch.zeros_like(mask, dtype=torch.bool)
-    last[:, -1] = True
     places = (mask.cumsum(1) - 1).clamp_min(0)
-    prompt = model.logits_at(
-        last, input_ids=prompts["input_ids"], attention_mask=mask, position_ids=places, use_cache=True
-    )
-    first = prompt.logits.float().log_softmax(-1)[:, choices[:, 0]]  # [batch, choices]
+    prompt = model.body.decode(prompts["input_ids"], attention_mask=mask, position_ids=places, use_cache=True)
+    last = model.body.logits(prompt.last_hidden_state[:, -1])
+    first = last.float().log_softmax(-1)[:, choices[:, 0]]  # [batch, choices]
     if length == 1:
         return first
 
@@ -95,37 +93,32 @@ def _score_causal(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tenso
     cache.batch_repeat_interleave(count)
     wanted = choices[:, 1:].repeat(batch, 1)
     inputs = choices[:, :-1].repeat(batch, 1)
-    rest = model.logits_at(
-        wanted >= 0,
-        input_ids=inputs.clamp_min(0),
+    rest = model.body.decode(
+        inputs.clamp_min(0),
         attention_mask=torch.cat([mask.repeat_interleave(count, 0), (inputs >= 0).to(mask.dtype)], dim=1),
         position_ids=mask.sum(1).repeat_interleave(count).unsqueeze(1) + torch.arange(length - 1, device=mask.device),
         past_key_values=cache,
         use_cache=True,
     )
-    return first + _sum_by_row(rest.logits, wanted).view(batch, count)
+    return first + _sum_by_row(model, rest.last_hidden_state, wanted).view(batch, count)
 
 
 def _score_seq2seq(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
     mask = prompts["attention_mask"]
     batch, count = len(mask), len(choices)
     model.set_tasks(prompts["task_ids"])
-    encoded = model.backbone.get_encoder()(input_ids=prompts["input_ids"], attention_mask=mask)
-    encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, 0)
+    encoded = model.body.encode(prompts["input_ids"], mask)
     wanted = choices.repeat(batch, 1)
-    output = model.logits_at(
-        wanted >= 0,
-        encoder_outputs=encoded,
-        attention_mask=mask.repeat_interleave(count, 0),
-        decoder_input_ids=model.shift_right(wanted.masked_fill(wanted < 0, -100)),
-        use_cache=False,
+    output = model.body.decode(
+        model.body.shift_right(wanted.masked_fill(wanted < 0, IGNORED)),
+        encoder_hidden_states=encoded.repeat_interleave(count, 0),
+        encoder_attention_mask=mask.repeat_interleave(count, 0),
     )
-    return _sum_by_row(output.logits, wanted).view(batch, count)
+    return _sum_by_row(model, output.last_hidden_state, wanted).view(batch, count)
 
 
-def _sum_by_row(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Sums log-probabilities [positions, vocabulary] of the wanted tokens [rows, length], -1 where none, into [rows]."""
+def _sum_by_row(model: MTAModel, hidden_states: Tensor, wanted: Tensor) -> Tensor:
+    """Sums log-probabilities of the wanted tokens [rows, length], -1 where none, into [rows]."""
     kept = wanted >= 0
-    chosen = logits.float().log_softmax(-1).gather(1, wanted[kept].unsqueeze(1)).squeeze(1)
-    rows = kept.nonzero()[:, 0]
-    return torch.zeros(len(wanted), device=logits.device).index_add(0, rows, chosen)
+    losses = token_losses(hidden_states[kept], wanted[kept], model.body.logits, model.body.vocabulary)
+    return torch.zeros(len(wanted), device=losses.device).index_add(0, kept.nonzero()[:, 0], -losses)

@@ -15,14 +15,15 @@ from torch.nn import functional as F
 
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
+from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
-from alter.nn.feed_forward import find_feed_forwards, select_layers
+from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.loss import token_losses
 from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
 from alter.nn.routers import Router, Routing
 from alter.nn.template import make_template
 
-IGNORED = -100
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "alter.json"
 FORMAT = 1
@@ -71,14 +72,14 @@ class MTAModel(nn.Module):
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
         self.routing = Routing()
         self._layers_setting, self._ffn_setting = layers, ffn
-        self._label_positions: Tensor | None = None
-        backbone.get_output_embeddings().register_forward_pre_hook(self._keep_label_positions)
+        adapted = select_layers(find_feed_forwards(backbone, ffn), layers)
+        self.body = Body(backbone, adapted)
         # A plain dict: the layers are already registered as parts of the backbone.
-        self.layers: Mapping[str, MixtureOfTaskAdapters] = self._attach()
+        self.layers: Mapping[str, MixtureOfTaskAdapters] = self._attach(adapted)
 
-    def _attach(self) -> dict[str, MixtureOfTaskAdapters]:
+    def _attach(self, adapted: Sequence[FeedForward]) -> dict[str, MixtureOfTaskAdapters]:
         layers = {}
-        for found in select_layers(find_feed_forwards(self.backbone, self._ffn_setting), self._layers_setting):
+        for found in adapted:
             owner = self.backbone.get_submodule(found.name)
             frozen = FrozenFeedForward(owner, found, self.backbone.dtype)
             path = f"{found.name}.{found.down}" if found.inline else found.name
@@ -157,50 +158,16 @@ class MTAModel(nn.Module):
         """
         self.set_tasks(batch["task_ids"])
         labels = batch["labels"]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-        if self.is_seq2seq:
-            inputs["decoder_input_ids"] = self.shift_right(labels)
-        else:  # position i predicts token i + 1
+        hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
+        if not self.is_seq2seq:  # position i predicts token i + 1
             labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         positions = labels != IGNORED
-        logits = self.logits_at(positions, **inputs).logits
-        losses = F.cross_entropy(logits.float(), labels[positions], reduction="none")
+        losses = token_losses(hidden_states[positions], labels[positions], self.body.logits, self.body.vocabulary)
         routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
         extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
         return TokenLosses(
             losses, positions.nonzero()[:, 0], torch.stack(extra).sum() if extra else losses.new_zeros(())
         )
-
-    def shift_right(self, labels: Tensor) -> Tensor:
-        """Decoder inputs from labels: the start token, then every label but the last."""
-        config = self.backbone.config
-        start = labels.new_full((len(labels), 1), config.decoder_start_token_id)
-        return torch.cat([start, labels[:, :-1]], dim=1).masked_fill_(
-            torch.cat([torch.zeros_like(start), labels[:, :-1]], dim=1) == IGNORED, config.pad_token_id
-        )
-
-    def logits_at(self, positions: Tensor, **inputs: Any) -> Any:
-        """Runs the backbone and makes logits at some positions only.
-
-        Args:
-            positions: [batch, seq] of bool, over the decoder's (or only) sequence.
-            inputs: for the backbone.
-
-        Returns:
-            the backbone's output, whose ``logits`` are [positions, vocabulary].
-        """
-        self._label_positions = positions
-        try:
-            output = self.backbone(**inputs)
-        finally:
-            self._label_positions = None
-        output.logits = output.logits[0]
-        return output
-
-    def _keep_label_positions(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self._label_positions is None:
-            return None
-        return (args[0][self._label_positions].unsqueeze(0), *args[1:])
 
     # -- saving -----------------------------------------------------------------------------------------------------
 

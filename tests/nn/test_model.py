@@ -60,7 +60,7 @@ def prompts(model, tasks=(0, 2, 1), seed=0):
 
 def logits(model, batch, backbone=None):
     labels = batch["labels"]
-    extra = {"decoder_input_ids": model.shift_right(labels)} if model.is_seq2seq else {}
+    extra = {"decoder_input_ids": model.body.shift_right(labels)} if model.is_seq2seq else {}
     model.set_tasks(batch["task_ids"])
     with torch.no_grad():
         return (backbone or model.backbone)(

@@ -1,0 +1,59 @@
+"""The loss of target tokens, without ever holding all of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MAX_LOGITS = 2**24  # entries of one chunk: 64 MB in fp32
+
+
+def token_losses(hidden_states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
+    """Cross-entropy of every target token, a chunk of logits at a time.
+
+    A token's loss depends on its own hidden state alone, so the gradient of each chunk is taken while its logits are
+    there, and only scaled in the backward pass. So the head must be frozen.
+
+    Args:
+        hidden_states: [tokens, d], what enters the head at the target positions.
+        targets: [tokens], token ids.
+        logits: the frozen head, [n, d] -> [n, vocabulary].
+        vocabulary: how many logits a token has; sets the chunks.
+
+    Returns:
+        [tokens] in fp32, nats.
+    """
+    rows = max(1, MAX_LOGITS // vocabulary)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        return _ChunkedLoss.apply(hidden_states, targets, logits, rows)
+    chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+    return torch.cat([_losses(logits(states), wanted) for states, wanted in chunks])
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], rows: int
+    ) -> Tensor:
+        losses, gradients = [], []
+        for states, wanted in zip(hidden_states.split(rows), targets.split(rows), strict=True):
+            with torch.enable_grad():
+                states = states.detach().requires_grad_()
+                chunk = _losses(logits(states), wanted)
+                gradients += torch.autograd.grad(chunk.sum(), states)
+            losses.append(chunk.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        return gradients * upstream.unsqueeze(1).to(gradients.dtype), None, None, None

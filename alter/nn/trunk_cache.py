@@ -1,0 +1,115 @@
+"""The trunk cache: each example's states at the cut are computed once and read from disk from then on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alter.home import alter_home
+from alter.nn.trunk import Trunk
+from alter.nn.trunk_store import KEY_BYTES, TrunkStore
+
+GB = 2**30
+
+
+class TrunkCache:
+    """How the states below the first adapted block are kept; later epochs, stage 2 and other runs start from them.
+
+    Args:
+        enabled: whether they are kept at all.
+        max_gb: of disk, for all backbones and cuts together.
+        dtype: of the stored states; auto is the one that the backbone computes in, so that nothing is rounded.
+        evict: whether states that this run has not used make room, longest unused first; otherwise a full cache takes
+            no more.
+        folder: by default ``trunk`` in ALTER's cache folder.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        max_gb: float = 10.0,
+        dtype: Literal["auto", "fp32", "bf16"] = "auto",
+        evict: bool = True,
+        folder: str | None = None,
+    ) -> None:
+        self.enabled = enabled
+        self.max_gb = max_gb
+        self.dtype = dtype
+        self.evict = evict
+        self.folder = Path(folder).expanduser() if folder else alter_home() / "trunk"
+
+    def stored_dtype(self, computed: torch.dtype) -> torch.dtype:
+        """The type that states computed in another are stored in."""
+        chosen = {"auto": computed, "fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        return chosen if chosen == torch.bfloat16 else torch.float32
+
+    def open(self, identity: str, width: int, computed: torch.dtype) -> TrunkStore:
+        """Opens the store of one trunk.
+
+        Args:
+            identity: everything that the states depend on beside the example.
+            width: d.
+            computed: the type that the backbone computes in.
+        """
+        dtype = self.stored_dtype(computed)
+        name = hashlib.sha256(f"{identity} {dtype} {width}".encode()).hexdigest()[:24]
+        return TrunkStore(self.folder / name, width, dtype, int(self.max_gb * GB), self.evict)
+
+
+class CachedTrunk:
+    """A trunk whose states are looked up before they are computed.
+
+    Args:
+        trunk: the split stack.
+        store: where its states are.
+        dtype: that the stack computes in.
+    """
+
+    def __init__(self, trunk: Trunk, store: TrunkStore, dtype: torch.dtype) -> None:
+        self.trunk = trunk
+        self.store = store
+        self.dtype = dtype
+
+    def states(self, keys: Sequence[bytes], lengths: Sequence[int], **inputs: Tensor) -> Tensor:
+        """The states of a batch that is padded on the right.
+
+        Args:
+            keys: of the examples, from ``example_keys``.
+            lengths: tokens of each example.
+            inputs: for the stack, each [batch, ...].
+
+        Returns:
+            [batch, seq, d], zero where there is padding.
+        """
+        found = [self.store.get(key) for key in keys]
+        if missing := [row for row, states in enumerate(found) if states is None]:
+            computed = self.trunk.states(**{name: value[missing] for name, value in inputs.items()})
+            for row, states in zip(missing, computed.to(self.store.dtype), strict=True):
+                found[row] = states[: lengths[row]]
+                self.store.put(keys[row], found[row])
+        batch, seq = inputs["input_ids"].shape
+        states = torch.zeros(batch, seq, self.store.width, dtype=self.dtype, device=inputs["input_ids"].device)
+        for row, stored in enumerate(found):
+            states[row, : len(stored)] = stored
+        return states
+
+
+def example_keys(*parts: tuple[Tensor, Tensor]) -> tuple[list[bytes], list[int]]:
+    """Names each example of a batch by its tokens.
+
+    Args:
+        parts: token ids [batch, seq] and how many of each row count [batch]; such as the prompt's and the target's.
+
+    Returns:
+        the keys, and how many tokens of the last part count.
+    """
+    hashes = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in range(len(parts[0][0]))]
+    for ids, lengths in parts:
+        for row, digest, length in zip(ids.cpu().numpy(), hashes, lengths.tolist(), strict=True):
+            digest.update(row[:length].tobytes() + length.to_bytes(8, "little"))
+    return [digest.digest() for digest in hashes], parts[-1][1].tolist()

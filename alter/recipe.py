@@ -16,6 +16,7 @@ from lightning import Trainer
 
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
+from alter.nn import TrunkCache
 from alter.schema import check, check_class
 from alter.stages import Stage1Module, Stage2Module, StageModule
 
@@ -24,7 +25,13 @@ DEFAULTS = {  # named here too, so that their arguments are flags even where a r
     "stage1": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.TaskSelector"}},
     "stage2": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.SharedGate"}},
 }
-SET_BY_RUN = {"backbone", "tasks", "precision", "start_from"}  # stage arguments that the recipe's own keys fill
+SET_BY_RUN = {
+    "backbone",
+    "tasks",
+    "precision",
+    "trunk_cache",
+    "start_from",
+}  # stage arguments that the recipe's own keys fill
 TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary"}
 DATA_SKIP = {"tokenizer", "seq2seq"}
 
@@ -43,6 +50,7 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument(
         "--precision", type=str, default="fp32", help="Of the frozen backbone: fp32, bf16, int8 or nf4."
     )
+    parser.add_class_arguments(TrunkCache, "trunk_cache", instantiate=False, fail_untyped=False)
     parser.add_class_arguments(MultiTaskDataModule, "data", skip=DATA_SKIP, instantiate=False, fail_untyped=False)
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP, instantiate=False, fail_untyped=False)
     for name, module in STAGES.items():
@@ -87,6 +95,7 @@ class Recipe:
             "backbone": backbone,
             "tasks": [task.name for task in self.tasks],
             "precision": self.config["precision"],
+            "trunk_cache": {"class_path": "alter.nn.TrunkCache", "init_args": self.config["trunk_cache"]},
         }
         if stage == "stage2":
             arguments["start_from"] = str(self.run / "stage1" / "model")
@@ -235,7 +244,12 @@ def check_file(file: Path) -> list[str]:
     """Finds all misspelt keys and misfit values of a recipe file."""
     content, problems = _read_yaml(file)
     plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
-    known = [*plain, "data", "trainer", *STAGES]
+    sections = {
+        "trunk_cache": (TrunkCache, set()),
+        "data": (MultiTaskDataModule, DATA_SKIP),
+        "trainer": (Trainer, TRAINER_SKIP),
+    }
+    known = [*plain, *sections, *STAGES]
     for key, value in content.items():
         where = f"{file}: {key}"
         if key not in known:
@@ -250,7 +264,7 @@ def check_file(file: Path) -> list[str]:
         elif key in STAGES:
             problems += _check_stage(STAGES[key], value, where)
         else:
-            cls, skipped = (MultiTaskDataModule, DATA_SKIP) if key == "data" else (Trainer, TRAINER_SKIP)
+            cls, skipped = sections[key]
             problems += check(cls, value, where, skip=skipped)
     return problems
 

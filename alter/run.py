@@ -36,7 +36,7 @@ from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_ta
 from alter.stages import StageModule
 
 say = rank_zero_only(print)
-UNCOMPARED = ("run", "stages", "test")  # keys that may differ between two calls for one run folder
+UNCOMPARED = ("run", "stages", "test", "trunk_cache")  # keys that may differ between two calls for one run folder
 
 
 class StageCLI(LightningCLI):

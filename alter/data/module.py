@@ -130,6 +130,18 @@ class MultiTaskDataModule(LightningDataModule):
         """Rows, truncated prompts, tokens and the longest example of each split."""
         return json.loads((self._folders[task] / "stats.json").read_text())
 
+    def drawn_tokens(self, epochs: int) -> int:
+        """Tokens of the distinct examples that training for some epochs and validation read, about."""
+        draws = self.rates * self._draws() * max(epochs, 1)
+        total = 0.0
+        for task, drawn in zip(self.tasks, draws, strict=True):
+            stats = self.statistics(task.name)
+            total += min(1.0, drawn / stats["train"]["rows"]) * stats["train"]["tokens"] + stats["validation"]["tokens"]
+        return round(total)
+
+    def _draws(self) -> int:
+        return self.examples_per_epoch or int(sum(min(size, self.cap or size) for size in self.sizes))
+
     def summary(self) -> str:
         """A table of the tasks: sizes, rate, tokens, truncated prompts."""
         width = max(len("task"), *(len(task.name) for task in self.tasks))
@@ -150,9 +162,8 @@ class MultiTaskDataModule(LightningDataModule):
         """Batches of the mixture, each process its own share; a resumed epoch goes on after its last batch."""
         rank, world = self._place()
         lengths = [_lengths(self.examples(task.name, "train")) for task in self.tasks]
-        draws = self.examples_per_epoch or int(sum(min(size, self.cap or size) for size in self.sizes))
         sampler = MixtureBatchSampler(
-            lengths, self.rates, draws, self.max_tokens, self.seed, rank, world, self.mixed_batches
+            lengths, self.rates, self._draws(), self.max_tokens, self.seed, rank, world, self.mixed_batches
         )
         sampler.resume(*self._resumed)
         return self._loader("train", sampler)

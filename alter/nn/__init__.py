@@ -4,6 +4,7 @@ from alter.nn.experts import Bottleneck, Expert, FFNCopy, LoRA
 from alter.nn.model import MTAModel
 from alter.nn.mta import MixtureOfTaskAdapters
 from alter.nn.routers import Router, RouterShape, Routing, SharedGate, TaskGate, TaskSelector, TokenGate
+from alter.nn.trunk_cache import TrunkCache
 
 __all__ = [
     "Bottleneck",
@@ -19,4 +20,5 @@ __all__ = [
     "TaskGate",
     "TaskSelector",
     "TokenGate",
+    "TrunkCache",
 ]

@@ -31,6 +31,7 @@ class Body:
         self.encoder = backbone.get_encoder() if self.is_seq2seq else None
         self.vocabulary = backbone.get_output_embeddings().weight.shape[0]
         self.cached: dict[str, CachedTrunk] = {}
+        self.uncached = "not asked for"
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The encoder's output, [batch, seq, d]."""
@@ -141,14 +142,22 @@ class Body:
         Returns:
             what is cached, by stack; empty where nothing below the adapters is constant.
         """
-        self.cached = {}
-        if not cache.enabled or any(module.training and _drops(module) for module in self.backbone.modules()):
+        self.cached, self.uncached = {}, ""
+        if not cache.enabled:
+            self.uncached = "trunk_cache.enabled is false"
+        elif any(map(_drops, self.backbone.modules())):
+            self.uncached = "the backbone has dropout, so its states change"
+        elif not (trunks := self.trunks()):
+            self.uncached = "no block stands below the first adapter"
+        if self.uncached:
             return self.cached
         width, dtype = self.backbone.get_input_embeddings().weight.shape[1], self.backbone.dtype
-        for name, trunk in self.trunks().items():
+        for name, trunk in trunks.items():
             if any(p.requires_grad for p in trunk.parameters()):
+                self.uncached = f"the {name}'s blocks below the first adapter train"
                 break  # it moves, and what is above it
             if not trunk.whole and not trunk.works(**self._sample(name)):
+                self.uncached = f"{type(trunk.stack).__name__} does not start from given states"
                 break
             store = cache.open(f"{identity} {name} {'whole' if trunk.whole else trunk.cut}", width, dtype)
             self.cached[name] = CachedTrunk(trunk, store, dtype)

@@ -24,6 +24,9 @@ class Trunk:
         self.blocks = blocks
         self.cut = cut
 
+    def __str__(self) -> str:
+        return "output" if self.whole else f"blocks 0 to {self.cut - 1} of {len(self.blocks)}"
+
     @property
     def whole(self) -> bool:
         """Whether the trunk is the whole stack."""

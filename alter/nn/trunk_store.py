@@ -43,7 +43,7 @@ class TrunkStore:
         self.evict = evict
         self.full = False
         self._segment_bytes = min(SEGMENT_BYTES, max_bytes // 8)
-        self._row_bytes = width * dtype.itemsize
+        self.row_bytes = width * dtype.itemsize
         self._places: dict[bytes, tuple[_Segment, int, int, int]] = {}  # key: segment, offset, rows, checksum
         self._own: _Segment | None = None
         self._used: set[Path] = set()
@@ -63,7 +63,7 @@ class TrunkStore:
         if key not in self._places:
             return None
         segment, offset, rows, checksum = self._places[key]
-        data = segment.read(offset, rows * self._row_bytes)
+        data = segment.read(offset, rows * self.row_bytes)
         if data is None or zlib.crc32(data) != checksum:
             self._forget(key, segment)
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,11 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
+from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.model import MTAModel
+from alter.nn.trunk_cache import TrunkCache
 
 
 class StageModule(LightningModule):
@@ -25,9 +29,12 @@ class StageModule(LightningModule):
         loss_average: over the target tokens of a batch, or over its examples (each example counts the same, however
             long its answer).
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
+        trunk_cache: how the states below the first adapter are kept; None for not at all.
     """
 
     model: MTAModel | None
+    backbone: str
+    precision: str
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class StageModule(LightningModule):
         warmup: float,
         loss_average: Literal["token", "example"],
         gradient_checkpointing: bool,
+        trunk_cache: TrunkCache | None,
     ) -> None:
         super().__init__()
         self.model = None
@@ -45,6 +53,7 @@ class StageModule(LightningModule):
         self.warmup = warmup
         self.loss_average = loss_average
         self.gradient_checkpointing = gradient_checkpointing
+        self.trunk_cache = trunk_cache
 
     @abstractmethod
     def make_model(self) -> MTAModel:
@@ -53,6 +62,11 @@ class StageModule(LightningModule):
     @abstractmethod
     def learning_rates(self) -> dict[str, float]:
         """Says what trains: for each part of the model the factor on the learning rate, 0 or no mention for frozen."""
+
+    def backbone_identity(self) -> str:
+        """Tells the function that this backbone computes from any other's."""
+        fingerprint = backbone_fingerprint(resolve_backbone(self.backbone))
+        return f"{fingerprint} {self.precision} transformers {version('transformers')}"
 
     def configure_model(self) -> None:
         """Makes the model once, on the process that trains it; every part not in ``learning_rates`` is frozen."""
@@ -66,6 +80,8 @@ class StageModule(LightningModule):
                 parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
         if self.gradient_checkpointing:
             self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        if self.trunk_cache is not None:
+            self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
 
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""
@@ -84,8 +100,24 @@ class StageModule(LightningModule):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
-        """Prints what trains."""
+        """Prints what trains, and what is kept on disk."""
         self.print(self.parts_table())
+        self.print(self._trunk_line())
+
+    def _trunk_line(self) -> str:
+        cached = self.model.body.cached
+        if not cached:
+            return "trunk cache: off" if self.trunk_cache is None else f"trunk cache: off ({self.model.body.uncached})"
+        stacks = " and ".join(f"{name} {trunk.trunk}" for name, trunk in cached.items())
+        known = sum(len(trunk.store) for trunk in cached.values())
+        size = ""
+        if isinstance(self.trainer.datamodule, MultiTaskDataModule):
+            tokens = self.trainer.datamodule.drawn_tokens(self.trainer.max_epochs)
+            size = f"up to {tokens * sum(trunk.store.row_bytes for trunk in cached.values()) / 2**30:.2f} GB "
+        return (
+            f"trunk cache: {stacks}, {size}in {self.trunk_cache.folder} (bound {self.trunk_cache.max_gb:g} GB), "
+            f"{known:,} examples there"
+        )
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from alter.nn.experts import Expert, LoRA
 from alter.nn.model import MTAModel
 from alter.nn.routers import Router, SharedGate
+from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
 
 
@@ -31,6 +32,7 @@ class Stage2Module(StageModule):
         warmup: share of the steps over which the learning rate rises.
         loss_average: over target tokens, or over examples.
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
+        trunk_cache: how the states below the first adapter are kept, set by the recipe's ``trunk_cache``.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class Stage2Module(StageModule):
         warmup: float = 0.05,
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,
+        trunk_cache: TrunkCache | None = None,
     ) -> None:
-        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing)
+        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing, trunk_cache)
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,42 @@ class Expert(Template):
         """Returns every expert's output by itself, [batch, seq, experts, d]."""
 
 
+class _Few(NamedTuple):
+    """The few experts that each example of a batch uses.
+
+    Attributes:
+        chosen: [batch, active], the experts.
+        gates: [batch, active], their gates.
+    """
+
+    chosen: Tensor
+    gates: Tensor
+
+    def inputs(self, weight: Tensor) -> Tensor:
+        """[in, experts, rank] -> [batch, in, active * rank]."""
+        return weight[:, self.chosen].movedim(0, 1).flatten(2)
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """[experts, rank, out] -> [batch, active * rank, out]."""
+        return weight[self.chosen].flatten(1, 2)
+
+    def units(self, rank: int) -> Tensor:
+        """The gates of the units between the two, [batch, 1, active * rank]."""
+        return self.gates.repeat_interleave(rank, -1).unsqueeze(1)
+
+
+def _few_experts(hidden_states: Tensor, gates: Tensor, active: int | None) -> _Few | None:
+    """The experts of each example, where their gates depend on the task alone and are few.
+
+    Their weights are then gathered, which costs as much as one adapter does. A single token an example, as in decoding,
+    is cheaper through all experts than gathering weights for it.
+    """
+    if active is None or gates.shape[1] != 1 or hidden_states.shape[1] == 1:
+        return None
+    kept, chosen = gates.squeeze(1).topk(active, dim=-1)
+    return _Few(chosen, kept)
+
+
 class Bottleneck(Expert):
     """Parallel bottleneck adapters: ``A_k(x) = up_k(act(down_k(x)))``.
 
@@ -80,6 +116,9 @@ class Bottleneck(Expert):
         return getattr(F, self.activation)(hidden_states @ self.down.flatten(1)).unflatten(-1, self.down.shape[1:])
 
     def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+        if few := _few_experts(hidden_states, gates, active):
+            units = getattr(F, self.activation)(torch.bmm(hidden_states, few.inputs(self.down)))
+            return torch.bmm(units * few.units(self.rank), few.outputs(self.up))
         return (self._units(hidden_states) * gates.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1)
 
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
@@ -113,11 +152,13 @@ class LoRA(Expert):
         self.scale = 1.0 if self.alpha is None else self.alpha / self.rank
 
     def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
-        scaled = (gates * self.scale).unsqueeze(-1)
+        few = _few_experts(hidden_states, gates * self.scale, active)
+        scaled = few.units(self.rank) if few else (gates * self.scale).repeat_interleave(self.rank, -1)
 
         def linear(role: str, x: Tensor) -> Tensor:
-            low = (x.to(scaled.dtype) @ self.a[role].flatten(1)).unflatten(-1, self.a[role].shape[1:])
-            change = (low * scaled).flatten(-2) @ self.b[role].flatten(0, 1)
+            a, b = self.a[role], self.b[role]
+            a, b = (few.inputs(a), few.outputs(b)) if few else (a.flatten(1), b.flatten(0, 1))
+            change = (x.to(scaled.dtype) @ a * scaled) @ b
             frozen = ffn.linear(role, x)
             return frozen + change.to(frozen.dtype)
 

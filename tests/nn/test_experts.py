@@ -132,6 +132,25 @@ def test_sparse_copies_equal_dense_ones_forward_and_backward(active, bias):
         torch.testing.assert_close(dense, sparse, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("expert", [Bottleneck(rank=3), LoRA(rank=3, alpha=5)], ids=["Bottleneck", "LoRA"])
+@pytest.mark.parametrize("active", [1, 2])
+@pytest.mark.parametrize("seq", [1, 6])
+def test_gathered_experts_equal_dense_ones_forward_and_backward(expert, active, seq):
+    _, frozen, expert = make(expert)
+    for parameter in expert.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x = torch.randn(4, seq, D, requires_grad=True)
+    scores = torch.rand(4, 1, E)
+    gates = torch.zeros_like(scores).scatter(-1, scores.topk(active).indices, scores.topk(active).values)
+    gates.requires_grad_()
+    results = []
+    for setting in (None, active):
+        output = expert.mix(x, gates, frozen, setting)
+        wanted = [x, *expert.parameters()]
+        results.append((output, *torch.autograd.grad(output.square().sum(), wanted)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_fresh_experts_start_as_the_frozen_block(gated):
     torch.manual_seed(0)

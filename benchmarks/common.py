@@ -1,0 +1,128 @@
+"""What the benchmarks share: the models, timing two sides in turn, and the result rows."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from alter.nn import LoRA, MTAModel, TaskSelector
+from alter.nn.backbone import load_backbone
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware():
+    """The processor, its cores and the version of PyTorch."""
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _lines(file):
+    return Path(file).read_text().splitlines() if Path(file).is_file() else []
+
+
+def alternate(rounds, **sides):
+    """Runs each side once for warmth, then all in turn; returns the seconds of every round by side."""
+    seconds = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def row(name, ratios, target, at_most=False):
+    """One result: the median ratio, the lowest and highest round, and whether the target holds."""
+    ratio = statistics.median(ratios)
+    holds = target is None or (ratio <= target if at_most else ratio >= target)
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    found = {
+        "name": name,
+        "ratio": ratio,
+        "low": min(ratios),
+        "high": max(ratios),
+        "target": target,
+        "holds": holds,
+        "command": command,
+        "hardware": hardware(),
+    }
+    bound = (
+        ""
+        if target is None
+        else f" (target {'at most' if at_most else 'at least'} {target:g}: {'holds' if holds else 'DOES NOT HOLD'})"
+    )
+    print(f"{name}: {ratio:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]{bound}", flush=True)
+    return found
+
+
+def ratios(over, under):
+    """Round by round."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def options(description):
+    """The arguments of a benchmark, and what it shares with the others."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smollm2", default="smollm2-135m", help="name or folder of SmolLM2-135M")
+    parser.add_argument(
+        "--t5", default=os.environ.get("ALTER_BENCH_T5"), help="folder of a T5; without it T5 is left out"
+    )
+    parser.add_argument("--data", default=os.environ.get("ALTER_TEST_DATA"), help="root of the real mixtures")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows")
+    return parser
+
+
+def save(rows, out):
+    """Writes the rows."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def model(backbone, precision="fp32", experts=1, expert=None, router=None, layers="last:4", noise=0.02):
+    """A model with as many tasks as experts, whose adapters are not at their start."""
+    torch.manual_seed(0)
+    found = MTAModel(load_backbone(backbone, precision), [f"task{i}" for i in range(experts)], layers)
+    found.add_experts(expert or LoRA(rank=16), router or TaskSelector())
+    for part, parameters in found.part_parameters().items():
+        for parameter in parameters if part != "backbone" else ():
+            parameter.data += noise * torch.randn_like(parameter)
+            parameter.requires_grad_(parameter.is_floating_point())
+    return found.train()
+
+
+def batch(found, rows=8, length=64, targets=8, seed=0):
+    """Random tokens in the shape of a training batch; every task in turn."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(100, 30000, (rows, length), generator=g)
+    labels = (
+        ids[:, :targets].clone() if found.is_seq2seq else ids.masked_fill(torch.arange(length) < length - targets, -100)
+    )
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "task_ids": torch.arange(rows) % len(found.tasks),
+    }
+
+
+def step(found, data):
+    """Forward and backward."""
+    found.zero_grad(set_to_none=True)
+    found(data).losses.mean().backward()
+
+
+@torch.no_grad()
+def forward(found, data):
+    """Forward alone."""
+    found(data)

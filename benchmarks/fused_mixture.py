@@ -1,0 +1,48 @@
+"""What eight experts cost over one adapter of the same rank: whole training steps, and forward alone.
+
+python benchmarks/fused_mixture.py --t5 FOLDER
+"""
+
+import common
+
+from alter.nn import LoRA, TaskSelector, TokenGate
+
+ROUTERS = {"hard": TaskSelector(hard=True), "token-level": TokenGate()}
+
+
+def measure(name, backbone, args):
+    """Rows for one backbone."""
+    one = common.model(backbone, args.precision, 1, LoRA(rank=args.rank), TaskSelector(hard=True), args.layers)
+    rows = []
+    for routing, router in ROUTERS.items():
+        many = common.model(backbone, args.precision, 8, LoRA(rank=args.rank), router, args.layers)
+        for kind, run, target in (("step", common.step, 1.10), ("forward", common.forward, 1.05)):
+            data = common.batch(many, args.batch, args.length)
+            alone = {**data, "task_ids": data["task_ids"] * 0}
+            seconds = common.alternate(
+                args.rounds,
+                many=lambda run=run, many=many, data=data: [run(many, data) for _ in range(args.repeat)],
+                one=lambda run=run, alone=alone: [run(one, alone) for _ in range(args.repeat)],
+            )
+            found = common.ratios(seconds["many"], seconds["one"])
+            rows.append(common.row(f"{name} {routing}: {kind} of 8 experts over one", found, target, at_most=True))
+    return rows
+
+
+def main():
+    """Both backbones."""
+    parser = common.options(__doc__)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", default="last:4")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--repeat", type=int, default=3, help="steps a round")
+    args = parser.parse_args()
+    rows = measure("SmolLM2-135M", args.smollm2, args)
+    if args.t5:
+        rows += measure("T5", args.t5, args)
+    common.save(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -67,11 +67,14 @@ class _Few(NamedTuple):
 
     def inputs(self, weight: Tensor) -> Tensor:
         """[in, experts, rank] -> [batch, in, active * rank]."""
-        return weight[:, self.chosen].movedim(0, 1).flatten(2)
+        return self._gather(weight.movedim(1, 0)).transpose(1, 2).flatten(2)
 
     def outputs(self, weight: Tensor) -> Tensor:
         """[experts, rank, out] -> [batch, active * rank, out]."""
-        return weight[self.chosen].flatten(1, 2)
+        return self._gather(weight).flatten(1, 2)
+
+    def _gather(self, weight: Tensor) -> Tensor:  # index_select, since indexing has a slow backward pass
+        return weight.index_select(0, self.chosen.flatten()).unflatten(0, self.chosen.shape)
 
     def units(self, rank: int) -> Tensor:
         """The gates of the units between the two, [batch, 1, active * rank]."""
@@ -84,7 +87,7 @@ def _few_experts(hidden_states: Tensor, gates: Tensor, active: int | None) -> _F
     Their weights are then gathered, which costs as much as one adapter does. A single token an example, as in decoding,
     is cheaper through all experts than gathering weights for it.
     """
-    if active is None or gates.shape[1] != 1 or hidden_states.shape[1] == 1:
+    if active is None or active == gates.shape[-1] or gates.shape[1] != 1 or hidden_states.shape[1] == 1:
         return None
     kept, chosen = gates.squeeze(1).topk(active, dim=-1)
     return _Few(chosen, kept)

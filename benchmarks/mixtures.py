@@ -1,0 +1,30 @@
+"""Real mixtures of tasks for the benchmarks: from the labelled data where they are, else the medical recipe's."""
+
+import os
+from pathlib import Path
+
+from alter.data import MultiTaskDataModule
+from alter.nn.backbone import is_seq2seq, resolve_backbone
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def mixture(backbone, root=None, name="customer_service", max_tokens=1024, **options):
+    """A data module, ready to load."""
+    name = name if root else "medical"
+    folder = resolve_backbone(backbone)
+    files = [str(f) for f in sorted((RECIPES / "tasks" / name).glob("*.yaml"))]
+    here = os.getcwd()
+    data = MultiTaskDataModule(
+        files, str(folder), is_seq2seq(folder), max_tokens=max_tokens, root=root or here, **options
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def batches(backbone, root, count, max_tokens, name="customer_service"):
+    """How many tasks there are, and the first training batches."""
+    data = mixture(backbone, root, name, max_tokens)
+    loader = iter(data.train_dataloader())
+    return len(data.tasks), [next(loader) for _ in range(count)]

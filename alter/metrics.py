@@ -1,8 +1,9 @@
 """What a task is measured by, and how sure the number is: a 95% percentile bootstrap over the test rows.
 
 Every metric here is a function of sums over rows: accuracy of (hits, rows), macro F1 of (true positives, predicted,
-labelled) per class, corpus BLEU of its n-gram counts. So a metric is a table of per-row statistics and a function that
-finishes their sums, and a bootstrap of 1,000 resamples is one matrix product instead of 1,000 evaluations.
+labelled) per class, span F1 of the same three over all spans, corpus BLEU of its n-gram counts. So a metric is a table
+of per-row statistics and a function that finishes their sums, and a bootstrap of 1,000 resamples is one matrix product
+instead of 1,000 evaluations.
 
 torchmetrics and scipy are imported where they are used, so that the command line starts fast.
 """
@@ -62,7 +63,7 @@ def metric(
     """Makes a metric from predictions and targets, row beside row.
 
     Args:
-        name: a name in `KNOWN`.
+        name: a name in `KNOWN`, or `recall[CHOICE]`.
         predictions: what the model answered.
         targets: what is right.
         choices: the classes `macro_f1` averages over, where given: an answer outside them is a miss but no class of its
@@ -78,16 +79,23 @@ def metric(
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
     if not targets:
         raise AlterError(f"{name} has no rows to measure: give the split at least one row.")
-    return KNOWN[name](name, predictions, targets, choices)
+    make = KNOWN.get(name, _recall)
+    return make(name, predictions, targets, choices)
 
 
 def check_names(names: Iterable[str]) -> list[str]:
     """Returns one sentence for each name that is no metric; the caller puts file and key before it."""
     return [
-        f"There is no metric '{name}'.{did_you_mean(name, KNOWN)} Known: {', '.join(KNOWN)}."
+        f"There is no metric '{name}'.{did_you_mean(name, KNOWN)} Known: {', '.join(KNOWN)}, recall[CHOICE]."
         for name in names
-        if name not in KNOWN
+        if name not in KNOWN and recalled_choice(name) is None
     ]
+
+
+def recalled_choice(name: str) -> str | None:
+    """Returns the choice that a metric `recall[CHOICE]` is of; None for any other name."""
+    found = re.fullmatch(r"recall\[(.+)\]", name)
+    return found and found[1]
 
 
 def bootstrap(of: Metric, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
@@ -193,6 +201,41 @@ def _rouge(name: str, predictions: Sequence[str], targets: Sequence[str], choice
 # Metrics of the whole list.
 
 
+def _recall(name: str, predictions: Sequence[str], targets: Sequence[str], _choices: Any) -> Metric:
+    """The share of one choice's rows that were answered with it; 1 where no row has it, since none was missed."""
+    choice = recalled_choice(name)
+    wanted = np.array([t.strip() == choice for t in targets])
+    found = wanted & np.array([p.strip() == choice for p in predictions])
+    return Metric(name, np.stack([found, wanted], axis=1).astype(np.float64), _share_or_one)
+
+
+def _share_or_one(sums: np.ndarray) -> np.ndarray:
+    part, whole = sums[..., 0], sums[..., 1]
+    return np.where(whole > 0, part / np.maximum(whole, 1), 1.0)
+
+
+def _span_f1(name: str, predictions: Sequence[str], targets: Sequence[str], _choices: Any) -> Metric:
+    """Micro F1 of the (type, text) pairs in lists such as `Disease: colon cancer; Drug: aspirin`, or `none`.
+
+    A span is right when its own row's target has it, as often as it has it. Order, case and whitespace do not
+    count, nor where in the text a span stands. 1 where neither side has a span.
+    """
+    rows = []
+    for prediction, target in zip(predictions, targets, strict=True):
+        ours, theirs = Counter(spans(prediction)), Counter(spans(target))
+        rows.append([2 * (ours & theirs).total(), ours.total() + theirs.total()])
+    return Metric(name, np.array(rows, dtype=np.float64), _share_or_one)
+
+
+def spans(text: str) -> list[tuple[str, str]]:
+    """Returns the (type, text) pairs of a list, as many as `;` parts; a text may hold `:`, one with `;` counts as two."""
+    if text.casefold().split() in ([], ["none"]):
+        return []
+    pieces = [piece.partition(":") for piece in text.split(";")]
+    plain = [(" ".join(kind.casefold().split()), " ".join(span.casefold().split())) for kind, _, span in pieces]
+    return [pair for pair in plain if any(pair)]
+
+
 def _macro_f1(
     name: str, predictions: Sequence[str], targets: Sequence[str], choices: Sequence[str] | None = None
 ) -> Metric:
@@ -257,4 +300,5 @@ KNOWN: dict[str, Callable[..., Metric]] = {
     "rouge2": _rouge,
     "rougeL": _rouge,
     "bleu": _bleu,
+    "span_f1": _span_f1,
 }

@@ -132,7 +132,8 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
         if not problems:  # what the files have right may still be wrong on the command line
             problems.append(_one_sentence(error, parser, files))
     try:
-        tasks = load_tasks(_task_entries(config, files, arguments), files[0].parent if files else Path())
+        root = config.data.root if config is not None else None
+        tasks = load_tasks(_task_entries(config, files, arguments), files[0].parent if files else Path(), root)
     except AlterError as error:
         problems += error.messages
     if config is not None:
@@ -146,6 +147,8 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> R
     config.data.tasks = []
     plain = json.loads(parser.dump(config, skip_unset=False, skip_validation=True, format="json"))
     plain["data"]["tasks"] = [task.to_dict() for task in tasks]
+    if plain["data"]["root"] is not None:  # whole, so that the run can be tested from another folder
+        plain["data"]["root"] = str(Path(plain["data"]["root"]).resolve())
     plain.pop("config", None)
     return Recipe(plain, tasks, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
 

@@ -204,6 +204,9 @@ def render_table(results: Mapping[str, Any]) -> str:
         lines.append(_cut(f"{task}  (n = {', '.join(f'{n:,}' for n in sorted(ns))})"))
         for name, entry in metrics.items():
             cells = [_cell(entry), *(_marked_cell(entry, reference) for reference in REFERENCES)]
+            if len(name) > 11:  # a name such as recall[out of scope] stands above its numbers
+                lines.append(_cut(f"  {name}"))
+                name = ""
             lines.append(f"  {name:<12}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
     lines.append("-" * WIDTH)
     for note in _notes(results):

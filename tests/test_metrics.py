@@ -19,6 +19,7 @@ from alter.metrics import (
 WORDS = ("heart", "Heart", "of", "the", "skin", "abnormal", "A", "")
 texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
 rows = st.lists(st.tuples(texts, texts), min_size=1, max_size=12)
+METRICS = [*KNOWN, "recall[heart]"]
 labelled_rows = st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from("abcde")), min_size=1, max_size=40)
 
 
@@ -27,7 +28,9 @@ def value(name, predictions, targets, choices=None):
 
 
 def test_the_known_names():
-    assert set(KNOWN) == {"accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu"}
+    assert set(KNOWN) == {
+        "accuracy", "macro_f1", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "span_f1"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,18 @@ def test_the_known_names():
         ("bleu", "", "a b c d", 0),
         ("macro_f1", "a", "a", 1),
         ("macro_f1", "a", "b", 0),
+        ("recall[out of scope]", " out of scope", "out of scope", 1),
+        ("recall[out of scope]", "refund", "out of scope", 0),
+        ("recall[out of scope]", "out of scope", "refund", 1),
+        ("span_f1", "Drug: aspirin; Disease: colon  cancer", "disease: Colon cancer; drug: Aspirin", 1),
+        ("span_f1", "Disease: cancer; Disease: cancer", "Disease: cancer", 2 / 3),
+        ("span_f1", "Disease: cancer; Drug: cancer; cancer", "Disease: cancer", 2 / 4),
+        ("span_f1", "time: 7:30 pm; date: today", "time: 7:30 pm; date: 7:30 pm", 2 / 4),
+        ("span_f1", "none", "None ", 1),
+        ("span_f1", "", "none", 1),
+        ("span_f1", "none", "Disease: cancer", 0),
+        ("span_f1", "Disease: none", "none", 0),
+        ("span_f1", "; ;", "none", 1),
     ],
 )
 def test_one_row_by_hand(name, prediction, target, expected):
@@ -103,13 +118,65 @@ def test_macro_f1_is_scikit_learns_on_any_draw_of_the_rows(rows, seed):
     assert [measured.value(), measured.value(drawn)] == pytest.approx(expected)
 
 
+def plain_recall(rows, choice):
+    answers = [prediction for prediction, target in rows if target == choice]
+    return answers.count(choice) / len(answers) if answers else 1.0
+
+
+@given(labelled_rows, st.integers(0, 1000))
+@settings(deadline=None, max_examples=80)
+def test_recall_of_a_choice_is_plain_counting_on_any_draw_of_the_rows(rows, seed):
+    predictions, targets = zip(*rows, strict=True)
+    drawn = np.random.default_rng(seed).integers(0, len(rows), len(rows))
+    measured = metric("recall[a]", predictions, targets)
+    expected = [plain_recall(rows, "a"), plain_recall([rows[i] for i in drawn], "a")]
+    assert [measured.value(), measured.value(drawn)] == pytest.approx(expected)
+
+
+span_lists = st.lists(st.tuples(st.sampled_from(["Drug", "drug", "Gene"]), st.sampled_from(["a", "A  b", "a B"])))
+span_rows = st.lists(st.tuples(span_lists, span_lists), min_size=1, max_size=8)
+
+
+def written(spans):
+    return "; ".join(f"{kind}: {text}" for kind, text in spans) or "none"
+
+
+def plain_span_f1(rows):
+    """Each predicted span takes one equal span, not yet taken, of its own row's target."""
+    right = predicted = wanted = 0
+    for ours, theirs in rows:
+        left = [(kind.lower(), text.lower().split()) for kind, text in theirs]
+        predicted, wanted = predicted + len(ours), wanted + len(left)
+        for kind, text in ours:
+            if (kind.lower(), text.lower().split()) in left:
+                left.remove((kind.lower(), text.lower().split()))
+                right += 1
+    if not predicted + wanted:
+        return 1.0
+    precision, recall = right / max(predicted, 1), right / max(wanted, 1)
+    return 2 * precision * recall / (precision + recall) if right else 0.0
+
+
+@given(span_rows, st.integers(0, 1000))
+@settings(deadline=None, max_examples=80)
+def test_span_f1_is_plain_counting_on_any_draw_of_the_rows(rows, seed):
+    drawn = np.random.default_rng(seed).integers(0, len(rows), len(rows))
+    measured = metric("span_f1", [written(ours) for ours, _ in rows], [written(theirs) for _, theirs in rows])
+    expected = [plain_span_f1(rows), plain_span_f1([rows[i] for i in drawn])]
+    assert [measured.value(), measured.value(drawn)] == pytest.approx(expected)
+
+
+def test_a_span_counts_in_its_own_row_alone():
+    assert value("span_f1", ["Drug: a", "Drug: b"], ["Drug: b", "Drug: a"]) == 0
+
+
 def test_macro_f1_over_choices_makes_no_class_of_other_answers():
     predictions, targets = ["a", "b", "nonsense"], ["a", "b", "b"]
     assert value("macro_f1", predictions, targets) == pytest.approx((1 + 2 / 3 + 0) / 3)
     assert value("macro_f1", predictions, targets, ["a", "b", "c"]) == pytest.approx((1 + 2 / 3) / 2)
 
 
-@pytest.mark.parametrize("name", list(KNOWN))
+@pytest.mark.parametrize("name", METRICS)
 @given(rows=rows, seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=15)
 def test_a_draw_is_the_metric_on_the_drawn_rows(name, rows, seed):
@@ -123,7 +190,7 @@ def value_of_draw(name, predictions, targets, drawn):
     return metric(name, list(predictions), list(targets)).value(drawn)
 
 
-@pytest.mark.parametrize("name", list(KNOWN))
+@pytest.mark.parametrize("name", METRICS)
 @given(rows=rows)
 @settings(deadline=None, max_examples=15)
 def test_value_and_interval_lie_between_0_and_1_and_do_not_depend_on_row_order(name, rows):
@@ -208,3 +275,5 @@ def test_bad_input():
         metric("accuracy", ["a"], ["a", "b"])
     assert len(check_names(["f1", "accuracy", "zzz"])) == 2
     assert "Did you mean" not in check_names(["zzz"])[0]
+    assert check_names(["recall[a b]"]) == []
+    assert len(check_names(["recall", "recall[]", "recall[a"])) == 3

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -148,6 +149,13 @@ def test_table_fits_its_width(names):
     entry["references"]["tfidf"] = {"value": 1.1, "low": 1.0, "high": 1.2}
     table = render_table(run_results({name: {"exact_match": entry} for name in names}, {}, 1, 2))
     assert max(len(line) for line in table.splitlines()) <= WIDTH
+
+
+def test_a_long_metric_name_stands_above_its_numbers():
+    results = run(system=task_results("system", ["recall[skin and hair]"], TARGETS, GOOD, {}, None, "classification"))
+    lines = render_table(results).splitlines()
+    above = lines.index("  recall[skin and hair]")
+    assert re.match(r" {14}\d\.\d{3} \[", lines[above + 1])
 
 
 def test_markdown_has_the_same_marks_and_notes():

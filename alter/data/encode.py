@@ -108,10 +108,13 @@ class _Encoder:
         targets = self._ids([target for _, _, target, _ in good], prompt=False)
         for (row, prompt, target, place), prompt_ids, target_ids in zip(good, prompts, targets, strict=True):
             try:
-                if len(target_ids) > self.task.max_target_tokens:
+                if len(target_ids) > self.task.max_target_tokens and self.task.truncate_target:
+                    # Without eos: an answer that is cut here has not ended. The text stays whole for the metrics.
+                    target_ids = target_ids[: self.task.max_target_tokens]
+                elif len(target_ids) > self.task.max_target_tokens:
                     raise AlterError(
                         f"{self.task.where}: task '{self.task.name}', {place}: the target has {len(target_ids)} tokens, more than "
-                        f"max_target_tokens {self.task.max_target_tokens}; raise it or shorten the target."
+                        f"max_target_tokens {self.task.max_target_tokens}; raise it, shorten the target or set truncate_target: true."
                     )
                 if len(prompt_ids) > self.task.max_prompt_tokens:
                     prompt, prompt_ids = shorten(self.task, row, self.tokenizer, self.seq2seq, place)

@@ -37,7 +37,8 @@ class MultiTaskDataModule(LightningDataModule):
         num_workers: processes that load batches.
         seed: of the mixture and of drawn limits.
         cache_dir: for encoded tasks; by default ``tokens`` in ALTER's cache folder.
-        root: folder that data files are looked for in, for recipes that leave it to the user.
+        root: folder that the paths of data files start from, for recipes that leave it to the user; by default each
+            task file's own.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class MultiTaskDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 13,
         cache_dir: str | None = None,
-        root: str = ".",
+        root: str | None = None,
     ) -> None:
         super().__init__()
-        self.tasks: list[Task] = load_tasks(tasks or [], Path(root))
+        self.tasks: list[Task] = load_tasks(tasks or [], Path(root or "."), root)
         self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self.temperature = temperature

@@ -43,7 +43,8 @@ class Files(Source):
         test: a file, or the share of ``train`` to set aside.
         group: column whose equal values stay in one split (a patient, a customer); by default only equal rows do.
         seed: of the shares.
-        folder: that relative paths start from.
+        folder: that relative paths start from; a task file's own folder.
+        root: where they are looked for before; the recipe's ``data.root``.
     """
 
     def __init__(
@@ -54,25 +55,35 @@ class Files(Source):
         group: str | None = None,
         seed: int = 13,
         folder: str = ".",
+        root: str | None = None,
     ) -> None:
         self.splits = {"train": train, "validation": validation, "test": test}
         self.group = group
         self.seed = seed
-        self.folder = Path(folder)
+        self.places = [*([Path(root)] if root else []), Path(folder), Path()]
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of a split."""
         place = self.splits[split]
         if split != "train" and isinstance(place, str):
-            yield from read_file(self._path(place))
+            yield from self._read(place)
             return
-        for row in read_file(self._path(str(self.splits["train"]))):
+        for row in self._read(str(self.splits["train"])):
             if self._drawn_split(row) == split:
                 yield row
 
     def _path(self, name: str) -> Path:
-        beside = self.folder / name
-        return beside if beside.is_file() else Path(name)
+        paths = [place / name for place in self.places]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def _read(self, name: str) -> Iterator[Row]:
+        path = self._path(name)
+        if not path.is_file():
+            raise AlterError(
+                f"{path}: no such file; name the folder that holds {name} by the recipe's key data.root (--data.root FOLDER), "
+                f"or correct the path in the task's source.{_near(path)}"
+            )
+        yield from read_file(path)
 
     def _drawn_split(self, row: Row) -> str:
         shares = {name: self.splits[name] for name in ("validation", "test") if isinstance(self.splits[name], float)}
@@ -174,8 +185,7 @@ def read_file(path: Path) -> Iterator[Row]:
         AlterError: the file is missing, of another kind, or damaged; says the line where there is one.
     """
     if not path.is_file():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise AlterError(f"{path}: no such file; correct the path in the task's source.{did_you_mean(path.name, near)}")
+        raise AlterError(f"{path}: no such file; correct the path in the task's source.{_near(path)}")
     readers = {
         ".csv": _read_csv,
         ".tsv": _read_csv,
@@ -190,6 +200,10 @@ def read_file(path: Path) -> Iterator[Row]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise AlterError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
+
+
+def _near(path: Path) -> str:
+    return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
 def _read_csv(path: Path) -> Iterator[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from alter.errors import AlterError, did_you_mean
 from alter.schema import check, import_name
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
-GENERATION_METRICS = ("exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu")
+GENERATION_METRICS = ("exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "span_f1")
 _TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
@@ -38,7 +39,9 @@ class Task:
         metrics: by default accuracy and macro_f1 for classification, rouge1, rougeL and exact_match for generation.
         truncate: the field that is shortened where the prompt is too long.
         max_prompt_tokens: longest prompt.
-        max_target_tokens: longest target.
+        max_target_tokens: longest target, and longest answer.
+        truncate_target: whether to learn from the first ``max_target_tokens`` of a longer target, instead of refusing it;
+            metrics compare with the whole of it.
         weight: multiplies the mixture rate.
         limit: most rows of a split, drawn by a seed.
         where: the file it was read from, for messages.
@@ -53,6 +56,7 @@ class Task:
     truncate: str | None = None
     max_prompt_tokens: int = 512
     max_target_tokens: int = 128
+    truncate_target: bool = False
     weight: float = 1.0
     limit: dict[str, int] = field(default_factory=dict)
     where: str = "task"
@@ -71,9 +75,15 @@ class Task:
                 _TEMPLATES.parse(getattr(self, key))
             except TemplateSyntaxError as error:
                 yield f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it."
-        known = CLASSIFICATION_METRICS + GENERATION_METRICS if self.choices else GENERATION_METRICS
+        known = (*CLASSIFICATION_METRICS, *GENERATION_METRICS, "recall[CHOICE]") if self.choices else GENERATION_METRICS
         for name in self.metrics or []:
-            if name not in known:
+            if self.choices and (recalled := re.fullmatch(r"recall\[(.+)\]", name)):
+                if recalled[1] not in self.choices:
+                    yield (
+                        f"{where}, key 'metrics': '{name}' is of no choice of the task; name one of its choices."
+                        f"{did_you_mean(recalled[1], self.choices)}"
+                    )
+            elif name not in known:
                 kind = "classification" if self.choices else "generation"
                 yield f"{where}, key 'metrics': '{name}' is not a {kind} metric; known are {', '.join(known)}.{did_you_mean(name, known)}"
         for name in self.limit:
@@ -81,6 +91,8 @@ class Task:
                 yield f"{where}, key 'limit': '{name}' is not a split; splits are {', '.join(SPLITS)}.{did_you_mean(name, SPLITS)}"
         if self.choices is not None and (len(self.choices) < 2 or len(set(self.choices)) < len(self.choices)):
             yield f"{where}, key 'choices': give at least two choices, each once."
+        if self.choices and self.truncate_target:
+            yield f"{where}, key 'truncate_target': a choice is scored whole; remove the key and raise max_target_tokens."
         if self.weight <= 0:
             yield f"{where}, key 'weight': {self.weight} is not above 0; remove the task from the recipe instead."
         for key in ("max_prompt_tokens", "max_target_tokens"):
@@ -170,13 +182,14 @@ class Task:
         return f"{self.where}: task '{self.name}'" + (f", {place}" if place else "")
 
     @classmethod
-    def from_dict(cls, mapping: Any, where: str, folder: Path | None = None) -> Task:
+    def from_dict(cls, mapping: Any, where: str, folder: Path | None = None, root: str | None = None) -> Task:
         """Makes a task from YAML's mapping.
 
         Args:
             mapping: the task's keys.
             where: the file, for messages.
             folder: that the paths of a Files source start from.
+            root: the recipe's ``data.root``, where they are looked for first.
 
         Raises:
             AlterError: with every mistake found.
@@ -193,20 +206,20 @@ class Task:
         label = f"{where}: task '{mapping.get('name', '?')}'"
         problems = check(cls, mapping, label)
         source = mapping.get("source")
-        if (
-            isinstance(source, dict)
-            and folder is not None
-            and source.get("class_path") in ("Files", "alter.data.Files")
-        ):
-            arguments = source.setdefault("init_args", {}) or {}
-            source["init_args"] = {"folder": str(folder.resolve()), **arguments}
+        if isinstance(source, dict) and source.get("class_path") in ("Files", "alter.data.Files"):
+            arguments = source.get("init_args") or {}
+            if folder is not None:
+                arguments = {"folder": str(folder.resolve()), **arguments}
+            if root is not None:
+                arguments = {**arguments, "root": str(Path(root).resolve())}
+            source["init_args"] = arguments
         if problems:
             raise AlterError(*problems)
         return cls(**mapping)
 
     @classmethod
-    def from_file(cls, file: Path) -> Task:
-        """Reads a task's YAML file.
+    def from_file(cls, file: Path, root: str | None = None) -> Task:
+        """Reads a task's YAML file; ``root`` as for ``from_dict``.
 
         Raises:
             AlterError: it cannot be read, or has mistakes.
@@ -219,19 +232,20 @@ class Task:
             mark = getattr(error, "problem_mark", None)
             line = f", line {mark.line + 1}" if mark else ""
             raise AlterError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend it.") from error
-        return cls.from_dict(content, str(file), file.parent)
+        return cls.from_dict(content, str(file), file.parent, root)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``from_dict`` takes back."""
         return asdict(self)
 
 
-def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path) -> list[Task]:
+def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, root: str | None = None) -> list[Task]:
     """Makes the tasks of a mixture.
 
     Args:
         entries: paths of task files (``*`` allowed) relative to ``folder`` or to where we are, or tasks themselves.
         folder: of the recipe.
+        root: the recipe's ``data.root``, where data files are looked for first.
 
     Raises:
         AlterError: with the mistakes of all tasks.
@@ -242,13 +256,14 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path) -> 
             if isinstance(entry, Task):
                 tasks.append(entry)
             elif isinstance(entry, str):
-                tasks += [Task.from_file(file) for file in _task_files(entry, folder)]
+                tasks += [Task.from_file(file, root) for file in _task_files(entry, folder)]
             else:
                 tasks.append(
                     Task.from_dict(
                         entry,
                         str(entry.get("where", "data.tasks")) if isinstance(entry, dict) else "data.tasks",
                         folder,
+                        root,
                     )
                 )
         except AlterError as error:

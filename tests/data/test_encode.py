@@ -64,6 +64,17 @@ def test_a_long_prompt_loses_the_end_of_the_named_field_alone(tmp_path, tokenize
     assert json.loads((folder / "stats.json").read_text())["train"]["truncated"] == 1
 
 
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_a_long_target_is_cut_for_learning_and_stays_whole_for_the_metrics(tmp_path, tokenizer, seq2seq):
+    changes = {"choices": None, "target": "{{ text }}", "max_target_tokens": 3, "truncate_target": True}
+    found, _ = encode(make(tmp_path, **changes), tokenizer, tmp_path / "cache", seq2seq)
+    for split, source in (("train", rows(40, 1)), ("validation", rows(6, 2)), ("test", rows(6, 3))):
+        for row, example in zip(source, found[split], strict=True):
+            words = [int(w[1:]) + 3 for w in row["text"].split()]
+            assert example["target"] == row["text"]
+            assert example["target_ids"] == [*words, 1][:3]  # one that is cut does not end
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

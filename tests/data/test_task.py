@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from alter.data import Task, load_tasks
 from alter.errors import AlterError
-from tests.data.conftest import task_dict
+from tests.data.conftest import rows, task_dict, write_jsonl
 
 
 def make(tmp_path, **changes):
@@ -31,6 +31,29 @@ def test_a_task_comes_back_from_its_plain_values(tmp_path):
     assert again == task
 
 
+def test_a_choices_recall_is_a_metric_of_its_task(tmp_path):
+    assert make(tmp_path, metrics=["accuracy", "recall[no]"]).metrics == ["accuracy", "recall[no]"]
+
+
+def test_data_files_are_looked_for_under_the_root_first(tmp_path, monkeypatch):
+    content = task_dict(tmp_path)
+    content["source"]["init_args"] = {split: f"t.{split}.jsonl" for split in ("train", "validation", "test")}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "t.yaml").write_text(yaml.safe_dump(content))
+    write_jsonl(tmp_path / "tasks" / "t.test.jsonl", rows(2))
+    monkeypatch.chdir(tmp_path)
+    (task,) = load_tasks(["tasks/t.yaml"], tmp_path, root=".")
+    monkeypatch.chdir("/")
+    assert len(list(task.opened.rows("train"))) == 40
+    assert len(list(task.opened.rows("test"))) == 6
+    (beside,) = load_tasks(["tasks/t.yaml"], tmp_path)
+    assert len(list(beside.opened.rows("test"))) == 2
+    (moved,) = load_tasks([task.to_dict()], tmp_path, root=str(tmp_path / "tasks"))
+    assert len(list(moved.opened.rows("test"))) == 2
+    with pytest.raises(AlterError, match=r"tasks/t.train.jsonl: no such file; name the folder .* data.root \(--data"):
+        list(moved.opened.rows("train"))
+
+
 def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
     content = task_dict(tmp_path)
     content["source"]["init_args"] = {split: f"t.{split}.jsonl" for split in ("train", "validation", "test")}
@@ -48,6 +71,9 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
         ({"weight": "heavy"}, r"the key 'weight' is 'heavy', which is not float"),
         ({"metrics": ["acuracy"]}, r"key 'metrics': 'acuracy' is not a classification metric.*Did you mean 'accuracy'"),
         ({"choices": None, "metrics": ["accuracy"]}, r"not a generation metric"),
+        ({"choices": None, "metrics": ["recall[no]"]}, r"not a generation metric"),
+        ({"metrics": ["recall[yess]"]}, r"'recall\[yess\]' is of no choice of the task.*Did you mean 'yes'"),
+        ({"truncate_target": True}, r"key 'truncate_target': a choice is scored whole"),
         ({"prompt": "{{ text"}, r"key 'prompt': not a Jinja template"),
         ({"limit": {"trian": 3}}, r"key 'limit': 'trian' is not a split.*Did you mean 'train'"),
         ({"choices": ["yes"]}, r"at least two choices"),

@@ -1,6 +1,5 @@
 """Real mixtures of tasks for the benchmarks: from the labelled data where they are, else the medical recipe's."""
 
-import os
 from pathlib import Path
 
 from alter.data import MultiTaskDataModule
@@ -14,10 +13,7 @@ def mixture(backbone, root=None, name="customer_service", max_tokens=1024, **opt
     name = name if root else "medical"
     folder = resolve_backbone(backbone)
     files = [str(f) for f in sorted((RECIPES / "tasks" / name).glob("*.yaml"))]
-    here = os.getcwd()
-    data = MultiTaskDataModule(
-        files, str(folder), is_seq2seq(folder), max_tokens=max_tokens, root=root or here, **options
-    )
+    data = MultiTaskDataModule(files, str(folder), is_seq2seq(folder), max_tokens=max_tokens, root=root, **options)
     data.prepare_data()
     data.setup()
     return data

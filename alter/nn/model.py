@@ -86,6 +86,8 @@ class MTAModel(nn.Module):
             mixture = InlineMixture if found.inline else MixtureOfTaskAdapters
             layers[found.name] = mixture(self.backbone.get_submodule(path), frozen, self.routing)
             self.backbone.set_submodule(path, layers[found.name])
+            blocks = self.backbone.get_submodule(found.stack) if found.stack else ()
+            layers[found.name].is_last = not self.is_seq2seq and not found.inline and found.index == len(blocks) - 1
         return layers
 
     def add_experts(self, expert: Expert, router: Router, own: float = 0.9) -> None:
@@ -146,6 +148,7 @@ class MTAModel(nn.Module):
     def set_tasks(self, task_ids: Tensor) -> None:
         """Says which task each example of the next calls belongs to, [batch]."""
         self.routing.task_ids = task_ids
+        self.routing.positions = None
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -158,11 +161,11 @@ class MTAModel(nn.Module):
         """
         self.set_tasks(batch["task_ids"])
         labels = batch["labels"]
+        targets = labels if self.is_seq2seq else F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # i predicts token i + 1
+        positions = targets != IGNORED
+        self.routing.positions = _places(positions)
         hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
-        if not self.is_seq2seq:  # position i predicts token i + 1
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        positions = labels != IGNORED
-        losses = token_losses(hidden_states[positions], labels[positions], self.body.logits, self.body.vocabulary)
+        losses = token_losses(hidden_states[positions], targets[positions], self.body.logits, self.body.vocabulary)
         routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
         extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
         return TokenLosses(
@@ -267,6 +270,12 @@ class MTAModel(nn.Module):
             )
         model.load_adapter_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         return model.eval()
+
+
+def _places(positions: Tensor) -> Tensor:
+    """The places of [batch, seq] that are true, [batch, n]; rows that have fewer are filled up with others."""
+    count = max(1, int(positions.sum(1).max()))
+    return positions.int().argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

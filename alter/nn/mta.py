@@ -32,6 +32,7 @@ class MixtureOfTaskAdapters(nn.Module):
         self.frozen = frozen
         self.routing = routing
         self.enabled = True
+        self.is_last = False  # nothing above mixes positions any more
         self.experts: Expert | None = None
         self.router: Router | None = None
         self.shared: Expert | None = None
@@ -81,7 +82,11 @@ class MixtureOfTaskAdapters(nn.Module):
         """[batch, seq, d] -> [batch, seq, d]."""
         if not self.enabled or self.experts is None:
             return self.ffn(hidden_states)
-        return self.mix(hidden_states, lambda: self.ffn(hidden_states))
+        if self.routing.positions is None or not self.is_last:
+            return self.mix(hidden_states, lambda: self.ffn(hidden_states))
+        index = self.routing.positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
+        needed = hidden_states.gather(1, index)
+        return torch.zeros_like(hidden_states).scatter(1, index, self.mix(needed, lambda: self.ffn(needed)))
 
     def mix(self, hidden_states: Tensor, ffn_output: Callable[[], Tensor]) -> Tensor:
         """Computes the equations above; ``ffn_output()`` gives F(x) where it is needed."""

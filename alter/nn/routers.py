@@ -21,9 +21,11 @@ class Routing:
 
     Attributes:
         task_ids: [batch], the task of each example.
+        positions: [batch, n], the positions whose output matters after the last block, while training; None for all.
     """
 
     task_ids: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    positions: Tensor | None = None
 
     def rows(self, count: int) -> Tensor:
         """The task of each of ``count`` rows: beams or choices of one example stand next to each other."""

@@ -69,6 +69,28 @@ def logits(model, batch, backbone=None):
 
 
 @EVERY
+@pytest.mark.parametrize("router", ROUTERS, ids=name)
+@pytest.mark.parametrize("shared", [None, Bottleneck(rank=4)], ids=["stage1", "stage2"])
+def test_gradients_are_those_of_the_whole_logits(family, router, shared):
+    model = make(family, router=router, shared=shared)
+    batch = train_batch(model)
+    weights = torch.rand(100, generator=torch.Generator().manual_seed(3))
+    losses = model(batch).losses
+    trained = [p for p in adapters(model) if p.requires_grad]
+    found = torch.autograd.grad((losses * weights[: len(losses)]).sum(), trained)
+    model.set_tasks(batch["task_ids"])
+    labels = batch["labels"]
+    extra = {"decoder_input_ids": model.body.shift_right(labels)} if model.is_seq2seq else {}
+    whole = model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra).logits
+    if not model.is_seq2seq:
+        whole, labels = whole[:, :-1], labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(whole[labels != -100], labels[labels != -100], reduction="none")
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    wanted = torch.autograd.grad((expected * weights[: len(losses)]).sum(), trained)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@EVERY
 @pytest.mark.parametrize("expert", [Bottleneck(rank=4), LoRA(rank=4)], ids=name)
 @pytest.mark.parametrize("router", ROUTERS, ids=name)
 def test_fresh_experts_that_start_at_zero_leave_the_logits_exactly_as_they_were(family, expert, router):

@@ -38,6 +38,17 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def _losses_and_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and its gradient, softmax minus one-hot, made in place of the logits: they are too many to copy."""
+    wanted = targets.unsqueeze(1)
+    logits -= logits.amax(1, keepdim=True)
+    right = logits.gather(1, wanted)
+    total = logits.exp_().sum(1, keepdim=True)
+    logits /= total
+    logits.scatter_add_(1, wanted, logits.new_full(wanted.shape, -1.0))
+    return (total.log() - right).squeeze(1), logits
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -47,9 +58,10 @@ class _ChunkedLoss(torch.autograd.Function):
         for states, wanted in zip(hidden_states.split(rows), targets.split(rows), strict=True):
             with torch.enable_grad():
                 states = states.detach().requires_grad_()
-                chunk = _losses(logits(states), wanted)
-                gradients += torch.autograd.grad(chunk.sum(), states)
-            losses.append(chunk.detach())
+                made = logits(states)
+            chunk, upstream = _losses_and_gradients(made.detach().float(), wanted)
+            gradients += torch.autograd.grad(made, states, upstream.to(made.dtype))
+            losses.append(chunk)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

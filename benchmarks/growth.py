@@ -1,0 +1,122 @@
+"""How step time and memory grow with tasks, rank, layers and length, and data preparation with rows.
+
+    python benchmarks/growth.py --plot docs/growth.svg
+
+Every point is a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BASE = {"tasks": 8, "rank": 16, "layers": 4, "length": 64, "shared": 0}
+CURVES = {
+    "tasks": [1, 2, 4, 8, 16, 32, 64],
+    "shared": [0, 1, 2, 4, 8],
+    "rank": [4, 16, 64, 128],
+    "layers": [1, 4, 12, 30],
+    "length": [32, 64, 128, 256],
+    "rows": [1_000, 10_000, 100_000, 1_000_000],
+}
+
+
+def step_point(args, setting):
+    """Median seconds of a training step of 512 tokens or more, and the process's peak memory."""
+    import common
+
+    from alter.nn import LoRA, SharedGate, TaskSelector
+
+    expert, layers = LoRA(rank=setting["rank"]), f"last:{setting['layers']}"
+    found = common.model(args.smollm2, "fp32", setting["tasks"], expert, TaskSelector(), layers)
+    if setting["shared"]:
+        found.add_shared(LoRA(rank=setting["rank"]), setting["shared"], SharedGate())
+    data = common.batch(found, 8, setting["length"])
+    seconds = common.alternate(args.rounds, step=lambda: common.step(found, data))["step"]
+    return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
+
+
+def rows_point(args, rows):
+    """Seconds and memory of encoding generated rows."""
+    from alter.data import MultiTaskDataModule
+    from alter.data.task import Task
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        with file.open("w") as out:
+            for number in range(rows):
+                words = " ".join(f"w{(number * 7919 + i * 104729) % 9973}" for i in range(12))
+                out.write(json.dumps({"text": words, "label": "ab"[number % 2]}) + "\n")
+        source = {"class_path": "Files", "init_args": {"train": str(file), "validation": 0.01, "test": 0.01}}
+        task = Task("grown", source, "Text: {{ text }}\nLabel:", "{{ label }}", choices=["a", "b"], truncate="text")
+        data = MultiTaskDataModule([task], str(args.smollm2), cache_dir=folder)
+        started = time.perf_counter()
+        data.prepare_data()
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "low": seconds, "high": seconds}
+
+
+def plot(points, file):
+    """One panel a curve: time on the left axis, memory on the right."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(2, 3, figsize=(11, 6), layout="constrained")
+    titles = {"shared": "shared experts", "layers": "adapted layers", "length": "tokens a row", "rows": "rows encoded"}
+    for panel, name in zip(panels.flat, CURVES, strict=True):
+        own = [p for p in points if p["curve"] == name]
+        x = [p["value"] for p in own]
+        panel.plot(x, [p["seconds"] for p in own], "o-", color="tab:blue")
+        panel.set(xlabel=titles.get(name, name), ylim=(0, None))
+        panel.set_ylabel("seconds", color="tab:blue")
+        if name in ("tasks", "rank", "length", "rows"):
+            panel.set_xscale("log", base=10 if name == "rows" else 2)
+        memory = panel.twinx()
+        memory.plot(x, [p["peak"] / 2**30 for p in own], "s--", color="tab:orange")
+        memory.set(ylim=(0, None))
+        memory.set_ylabel("peak GB", color="tab:orange")
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main():
+    """All curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", default="smollm2-135m", help="name or folder of SmolLM2-135M")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="JSON file for the points")
+    parser.add_argument("--plot", type=Path, help="SVG file")
+    parser.add_argument("--point", nargs=2, metavar=("CURVE", "VALUE"), help="measure this one and print it")
+    args = parser.parse_args()
+    if args.point:
+        curve, value = args.point[0], int(args.point[1])
+        found = rows_point(args, value) if curve == "rows" else step_point(args, {**BASE, curve: value})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"curve": curve, "value": value, **found, "peak": peak}))
+        return
+    points = []
+    for curve, values in CURVES.items():
+        for value in values:
+            command = [sys.executable, __file__, "--smollm2", args.smollm2, "--rounds", str(args.rounds)]
+            done = subprocess.run([*command, "--point", curve, str(value)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{curve} {value} failed:\n{done.stderr[-3000:]}")
+            points.append(json.loads(done.stdout.splitlines()[-1]))
+            print(
+                "{curve} {value}: {seconds:.3f} s, {0:.2f} GB".format(points[-1]["peak"] / 2**30, **points[-1]),
+                flush=True,
+            )
+    if args.out:
+        args.out.write_text(json.dumps(points, indent=2) + "\n")
+    if args.plot:
+        plot(points, args.plot)
+
+
+if __name__ == "__main__":
+    main()

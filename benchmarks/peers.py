@@ -1,0 +1,260 @@
+"""Against peft: LoRA through transformers' Trainer, on the same model, layers, trainable parameters, rows and examples a batch.
+
+    python benchmarks/peers.py --data ROOT
+
+Training: each side is a process of its own, in turn; tokens are counted without padding. peft's side is used as its
+documentation shows it: random batches of a fixed number of examples (as many as ours hold on average), padded by
+DataCollatorForSeq2Seq. Generation: a batch of mixed tasks against peft's ``adapter_names``.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+STARTED = time.perf_counter()
+
+SIDES = ("alter", "alter_cached", "peft")
+
+
+def train_alter(args, cached):
+    """Trains as `alter fit` does; returns when each step ended and the tokens of each."""
+    from lightning import Callback, Trainer
+    from mixtures import mixture
+
+    from alter.nn import LoRA, TaskSelector, TrunkCache
+    from alter.stages import Stage1Module
+
+    ends, tokens = [], []
+
+    class Clock(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            ends.append(time.perf_counter())
+            tokens.append(int(batch["attention_mask"].sum()))
+
+    data = mixture(args.smollm2, args.data, args.mixture, args.max_tokens)
+    module = Stage1Module(
+        args.smollm2,
+        [task.name for task in data.tasks],
+        layers=args.layers,
+        expert=LoRA(rank=args.rank),
+        router=TaskSelector(hard=True),
+        trunk_cache=TrunkCache(folder=args.cache) if cached else None,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=args.steps,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[Clock()],
+    )
+    trainer.fit(module, data)
+    return ends, tokens, module.trainable_parameters()
+
+
+def train_peft(args):
+    """The same with peft and transformers' Trainer."""
+    import datasets
+    from mixtures import mixture
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    data = mixture(args.smollm2, args.data, args.mixture, args.max_tokens)  # the same encoded rows
+    batches = data.train_dataloader().batch_sampler
+    rows, batch_size = data._draws(), max(1, round(data._draws() / len(batches)))
+    pairs = [pair for _, batch in zip(range(args.steps * 2), batches, strict=False) for pair in batch]
+    examples = [(data.examples(data.tasks[task].name, "train")[row]) for task, row in pairs[: min(rows, len(pairs))]]
+    dataset = datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": e["prompt_ids"] + e["target_ids"],
+                "attention_mask": [1] * (len(e["prompt_ids"]) + len(e["target_ids"])),
+                "labels": [-100] * len(e["prompt_ids"]) + e["target_ids"],
+            }
+            for e in examples
+        ]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.smollm2)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    backbone = AutoModelForCausalLM.from_pretrained(args.smollm2)
+    last = backbone.config.num_hidden_layers
+    layers = list(range(last - int(args.layers.split(":")[1]), last))
+    rank = args.rank * len(data.tasks)  # as many parameters as an expert a task
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=["gate_proj", "up_proj", "down_proj"],
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(backbone, config)
+    ends, tokens = [], []
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+    def counted(features):
+        tokens.append(sum(len(f["input_ids"]) for f in features))
+        return collate(features)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            max_steps=args.steps,
+            per_device_train_batch_size=batch_size,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=13,
+        )
+        trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=counted, callbacks=[Clock()])
+        trainer.train()
+    return ends, tokens[: len(ends)], sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def child(args):
+    """Runs one side and prints what was measured."""
+    if args.side == "peft":
+        ends, tokens, trained = train_peft(args)
+    else:
+        ends, tokens, trained = train_alter(args, args.side == "alter_cached")
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": sum(tokens[1:]) / (ends[-1] - ends[0]),
+                "first_step": ends[0] - STARTED,
+                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "trained": trained,
+            }
+        )
+    )
+
+
+def generation(args):
+    """Tokens a second of a batch of mixed tasks, over peft's adapter_names."""
+    import common
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from alter.nn import LoRA, TaskSelector
+    from alter.nn.decoding import generate
+
+    tasks, new = 8, {"max_new_tokens": 24, "min_new_tokens": 24}
+    ours = common.model(args.smollm2, "fp32", tasks, LoRA(rank=args.rank), TaskSelector(hard=True), args.layers).eval()
+    backbone = common.load_backbone(args.smollm2)
+    last = backbone.config.num_hidden_layers
+    config = LoraConfig(
+        r=args.rank,
+        target_modules=["gate_proj", "up_proj", "down_proj"],
+        layers_to_transform=list(range(last - int(args.layers.split(":")[1]), last)),
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(backbone, config, adapter_name="task0")
+    for index in range(1, tasks):
+        theirs.add_adapter(f"task{index}", config)
+    theirs.eval()
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 30000, (16, 48), generator=g)
+    prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(16) % tasks}
+    names = [f"task{int(i)}" for i in prompts["task_ids"]]
+
+    def peft():
+        with torch.inference_mode():
+            theirs.generate(
+                input_ids=ids, attention_mask=prompts["attention_mask"], adapter_names=names, do_sample=False, **new
+            )
+
+    seconds = common.alternate(args.rounds, ours=lambda: generate(ours, prompts, **new), peft=peft)
+    speed = common.ratios(seconds["peft"], seconds["ours"])
+    return common.row("SmolLM2-135M: mixed-task generation over peft's adapter_names", speed, 1.2)
+
+
+def main():
+    """Both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if "--side" in sys.argv:
+        parser.add_argument("--side", choices=SIDES)
+        parser.add_argument("--cache")
+        parser.add_argument("--smollm2")
+        parser.add_argument("--data")
+    else:
+        import common
+
+        parser = common.options(__doc__)
+    parser.add_argument("--layers", default="last:4")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--max_tokens", type=int, default=1024)
+    parser.add_argument("--mixture", default="customer_service")
+    args = parser.parse_args()
+    if "--side" in sys.argv:
+        child(args)
+        return
+    measured = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as cache:
+        for number in range(args.rounds + 1):
+            for side in SIDES:
+                found = run(side, args, cache)
+                if number:  # the first round fills the trunk cache and the file system's
+                    measured[side].append(found)
+    values = {side: {key: [m[key] for m in rounds] for key in rounds[0]} for side, rounds in measured.items()}
+    for side in SIDES:
+        print(side, {key: sorted(found)[len(found) // 2] for key, found in values[side].items()})
+    speed, start, peak = "tokens_per_second", "first_step", "peak"
+    name = f"SmolLM2-135M {args.layers}, {args.mixture}"
+    rows = [
+        common.row(f"{name}: training over peft", common.ratios(values["alter"][speed], values["peft"][speed]), 1.5),
+        common.row(
+            f"{name}: training from cached trunks over peft",
+            common.ratios(values["alter_cached"][speed], values["peft"][speed]),
+            4.0,
+        ),
+        common.row(
+            f"{name}: seconds to the end of the first step, over peft's",
+            common.ratios(values["alter"][start], values["peft"][start]),
+            1.0,
+            at_most=True,
+        ),
+        common.row(
+            f"{name}: peak memory over peft's",
+            common.ratios(values["alter"][peak], values["peft"][peak]),
+            1.0,
+            at_most=True,
+        ),
+        generation(args),
+    ]
+    common.save(rows, args.out)
+
+
+def run(side, args, cache):
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--cache", cache, "--smollm2", args.smollm2]
+    command += ["--layers", args.layers, "--rank", str(args.rank), "--steps", str(args.steps)]
+    command += ["--max_tokens", str(args.max_tokens), "--mixture", args.mixture]
+    command += ["--data", args.data] if args.data else []
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks (half an hour or more); arguments after -- go to all, such as --data ROOT --t5 FOLDER."""
+    session.install("-c", "constraints.txt", "-e", ".[medical,bench]")
+    session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and format with ruff."""
     session.install("-c", "constraints.txt", "ruff")

@@ -43,13 +43,14 @@ def row(name, ratios, target, at_most=False):
     """One result: the median ratio, the lowest and highest round, and whether the target holds."""
     ratio = statistics.median(ratios)
     holds = target is None or (ratio <= target if at_most else ratio >= target)
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = f"python benchmarks/{Path(sys.argv[0]).name}"  # with the places of models and data on this machine
     found = {
         "name": name,
         "ratio": ratio,
         "low": min(ratios),
         "high": max(ratios),
         "target": target,
+        "bound": "at most" if at_most else "at least",
         "holds": holds,
         "command": command,
         "hardware": hardware(),

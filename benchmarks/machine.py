@@ -1,0 +1,47 @@
+"""What this machine can do at most: matrix products and memory traffic. The other numbers are bounded by these.
+
+python benchmarks/machine.py
+"""
+
+import statistics
+import time
+
+import common
+import torch
+
+
+def median_seconds(run, rounds=15):
+    """Median over rounds, after one for warmth."""
+    run()
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def peaks():
+    """GFLOP/s of a large matrix product in fp32 and bf16, and GB/s of a copy."""
+    size = 2048
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        found[f"{name} matrix product, GFLOP/s"] = 2 * size**3 / median_seconds(lambda a=a, b=b: a @ b) / 1e9
+    source, target = torch.zeros(2**26), torch.empty(2**26)
+    found["copy, GB/s read and written"] = 2 * 4 * 2**26 / median_seconds(lambda: target.copy_(source)) / 1e9
+    return found
+
+
+def main():
+    """Prints them, and writes them where asked."""
+    args = common.options(__doc__).parse_args()
+    found = peaks()
+    for name, value in found.items():
+        print(f"{name}: {value:.1f}")
+    common.save({"hardware": common.hardware(), **found}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Runs the benchmarks one after another and writes benchmarks/results/cpu.json and the tables of docs/performance.md.
+
+    nox -s bench -- --data ROOT --t5 FOLDER
+
+Arguments go to every benchmark; --only NAME ... runs some of them and keeps the other rows. What a benchmark has
+measured is written at once.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BENCHMARKS = ("fused_mixture", "choices", "trunk_cache", "batches", "generation", "peers")
+PAGE = HERE.parent / "docs" / "performance.md"
+
+
+def table(rows):
+    """The rows as Markdown."""
+    lines = ["| what | ratio, median [lowest, highest] | target | holds |", "|---|---|---|---|"]
+    for row in rows:
+        target = "" if row["target"] is None else f"{row['bound']} {row['target']:g}"
+        ratio = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        lines.append(f"| {row['name']} | {ratio} | {target} | {'yes' if row['holds'] else '**no**'} |")
+    return "\n".join(lines)
+
+
+def render(results):
+    """Puts the tables between the page's markers."""
+    page = PAGE.read_text()
+    rows = json.loads((results / "cpu.json").read_text())
+    machine = json.loads((results / "machine.json").read_text())
+    parts = {
+        "results": table(rows) + f"\n\nMeasured on {rows[0]['hardware']}.",
+        "machine": "\n".join(f"- {name}: {value:.0f}" for name, value in machine.items() if name != "hardware"),
+    }
+    for name, text in parts.items():
+        page = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.S
+        )
+    PAGE.write_text(page)
+
+
+def main():
+    """Every benchmark in turn."""
+    arguments, only = sys.argv[1:], list(BENCHMARKS)
+    if "--only" in arguments:
+        at = arguments.index("--only")
+        end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+        only, arguments = arguments[at + 1 : end], arguments[:at] + arguments[end:]
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    file = results / "cpu.json"
+    subprocess.run([sys.executable, HERE / "machine.py", "--out", results / "machine.json"], check=True)
+    for name in only:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.json"
+            subprocess.run([sys.executable, HERE / f"{name}.py", *arguments, "--out", out], check=True)
+            rows = [{**row, "benchmark": name} for row in json.loads(out.read_text())]
+        kept = [row for row in (json.loads(file.read_text()) if file.is_file() else []) if row["benchmark"] != name]
+        order = sorted(kept + rows, key=lambda row: BENCHMARKS.index(row["benchmark"]))
+        file.write_text(json.dumps(order, indent=2) + "\n")
+        render(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,8 @@
 The wait is Lightning's own profile of a training run with a filled trunk cache, where steps are shortest.
 """
 
+import logging
 import tempfile
-from contextlib import redirect_stdout
-from io import StringIO
 
 import common
 import numpy as np
@@ -61,8 +60,7 @@ def waiting(args, name):
                 profiler=profiler,
                 default_root_dir=folder,
             )
-            with redirect_stdout(StringIO()):
-                trainer.fit(module, data)
+            trainer.fit(module, data)
     durations = profiler.recorded_durations
     waits = durations["[_TrainingEpochLoop].train_dataloader_next"][1:]  # the first plans the epoch
     steps = durations["run_training_batch"]
@@ -76,6 +74,7 @@ def main():
     parser.add_argument("--max_tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     rows = []
     for name in args.mixtures if args.data else ["medical"]:
         for backbone, folder in (("SmolLM2-135M", args.smollm2), ("T5", args.t5)):

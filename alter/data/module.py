@@ -162,7 +162,7 @@ class MultiTaskDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of the mixture, each process its own share; a resumed epoch goes on after its last batch."""
         rank, world = self._place()
-        lengths = [_lengths(self.examples(task.name, "train")) for task in self.tasks]
+        lengths = [_lengths(self.examples(task.name, "train"), self.seq2seq) for task in self.tasks]
         sampler = MixtureBatchSampler(
             lengths, self.rates, self._draws(), self.max_tokens, self.seed, rank, world, self.mixed_batches
         )
@@ -174,7 +174,7 @@ class MultiTaskDataModule(LightningDataModule):
         rank, world = self._place()
         pairs, lengths = [], []
         for index, task in enumerate(self.tasks):
-            own = _lengths(self.examples(task.name, "validation"))
+            own = _lengths(self.examples(task.name, "validation"), self.seq2seq)
             pairs += [(index, row) for row in range(len(own))]
             lengths += own.tolist()
         batches = [[pairs[i] for i in rows] for rows in eval_batches(lengths, self.eval_max_tokens)]
@@ -218,11 +218,11 @@ class _Mixture(Dataset):
         return sum(map(len, self.tasks))
 
 
-def _lengths(examples: Any) -> np.ndarray:
-    """Tokens of each example, read from Arrow's offsets without making lists."""
+def _lengths(examples: Any, apart: bool) -> np.ndarray:
+    """Tokens of each example, or of its prompt and its target; read from Arrow's offsets without making lists."""
     import pyarrow.compute
 
-    table = examples.data
-    prompts = pyarrow.compute.list_value_length(table["prompt_ids"])
-    targets = pyarrow.compute.list_value_length(table["target_ids"])
-    return pyarrow.compute.add(prompts, targets).to_numpy()
+    parts = [
+        pyarrow.compute.list_value_length(examples.data[f"{name}_ids"]).to_numpy() for name in ("prompt", "target")
+    ]
+    return np.stack(parts, axis=1) if apart else sum(parts)

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 Pair = tuple[int, int]  # task, example
-WINDOW = 4096  # examples sorted by length together: large enough for little padding, small enough to stay mixed
+WINDOW = 16384  # examples sorted by length together: large enough for little padding
 
 
 class MixtureBatchSampler(Sampler[list[Pair]]):
@@ -20,7 +20,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
     rank see the same plan.
 
     Args:
-        lengths: for each task the tokens of its examples.
+        lengths: for each task the tokens of its examples, as ``eval_batches`` takes them.
         rates: for each task its share of the draws.
         examples_per_epoch: draws an epoch.
         max_tokens: of a batch, padding counted; a longer example makes a batch by itself.
@@ -120,7 +120,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         for group in groups:
             for start in range(0, len(group), WINDOW):
                 window = group[start : start + WINDOW]
-                lengths = [int(self.lengths[task][example]) for task, example in window]
+                lengths = np.array([self.lengths[task][example] for task, example in window])
                 batches += [[window[i] for i in rows] for rows in eval_batches(lengths, self.max_tokens)]
         return [batches[i] for i in self._rng(epoch, "batches").permutation(len(batches))]
 
@@ -129,22 +129,43 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         return np.random.default_rng([self.seed, *numbers])
 
 
-def eval_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Packs every example once, sorted by length, longest first, so that the largest batch comes first.
+def eval_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Packs every example once, sorted by length.
+
+    Where prompt and target are padded apart, as for an encoder and a decoder, examples are divided by the target's length
+    into strips of as many tokens each, and sorted by the prompt's within a strip, so that both are alike in a batch.
 
     Args:
-        lengths: tokens of each example.
+        lengths: tokens of each example, [examples]; or of prompt and target where they are padded apart, [examples, 2].
         max_tokens: of a batch, padding counted; a longer example makes a batch by itself.
 
     Returns:
-        the examples' indices, batch by batch.
+        the examples' indices, batch by batch; for one length each, the longest first.
     """
+    sizes = np.asarray(lengths).reshape(len(lengths), -1)
+    if sizes.shape[1] == 1:
+        strips = [np.arange(len(sizes))]
+    else:
+        order = np.argsort(-sizes[:, 1], kind="stable")
+        tokens = sizes[order].sum(1).cumsum()
+        count = max(1, round((tokens.max(initial=0) / max_tokens) ** 0.5))  # square in the two lengths
+        strips = np.split(order, np.searchsorted(tokens, tokens.max(initial=0) * np.arange(1, count) / count))
+    batches = []
+    for strip in strips:
+        batches += _pack(strip[np.argsort(-sizes[strip, 0], kind="stable")].tolist(), sizes, max_tokens)
+    return batches
+
+
+def _pack(order: Sequence[int], sizes: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Fills batches in this order."""
     batches: list[list[int]] = []
-    longest = 0
-    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        if batches and (len(batches[-1]) + 1) * longest <= max_tokens:
+    longest = np.zeros(sizes.shape[1], dtype=int)
+    for index in order:
+        grown = np.maximum(longest, sizes[index])
+        if batches and (len(batches[-1]) + 1) * grown.sum() <= max_tokens:
             batches[-1].append(index)
+            longest = grown
         else:
             batches.append([index])
-            longest = int(lengths[index])
+            longest = sizes[index]
     return batches

@@ -58,6 +58,15 @@ def test_padding_is_small():
     assert 1 - tokens / padded < 0.05
 
 
+def test_padding_is_small_where_prompt_and_target_are_padded_apart():
+    rng = np.random.default_rng(0)
+    lengths = [np.stack([rng.integers(5, 60, size), rng.integers(2, 40, size)], 1) for size in (3000, 5000, 9000)]
+    batches = list(make(lengths=lengths, examples_per_epoch=16000, max_tokens=512))
+    tokens = sum(lengths[t][i].sum() for t, i in flat(batches))
+    padded = sum(len(b) * np.max([lengths[t][i] for t, i in b], axis=0).sum() for b in batches)
+    assert 1 - tokens / padded < 0.05
+
+
 def test_the_plan_is_a_pure_function_of_seed_and_epoch():
     first, second = make(), make()
     for epoch in (3, 1, 3, 0):
@@ -98,3 +107,11 @@ def test_evaluation_batches_hold_every_example_once_longest_first(lengths, budge
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in batches)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), max_size=60), st.integers(10, 200))
+def test_evaluation_batches_keep_the_budget_of_prompt_and_target_padded_apart(lengths, budget):
+    sizes = np.array(lengths).reshape(-1, 2)
+    batches = eval_batches(sizes, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(b) == 1 or len(b) * sizes[b].max(0).sum() <= budget for b in batches)

@@ -142,7 +142,8 @@ def eval_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[l
     Returns:
         the examples' indices, batch by batch; for one length each, the longest first.
     """
-    sizes = np.asarray(lengths).reshape(len(lengths), -1)
+    sizes = np.asarray(lengths)
+    sizes = sizes[:, None] if sizes.ndim == 1 else sizes
     if sizes.shape[1] == 1:
         strips = [np.arange(len(sizes))]
     else:

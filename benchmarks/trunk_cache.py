@@ -74,10 +74,10 @@ def main():
     """Every mixture and placement."""
     parser = common.options(__doc__)
     parser.add_argument("--layers", nargs="+", default=["last:4", "last:2"])
-    parser.add_argument("--mixtures", nargs="+", default=["customer_service", "biomedical"])
+    parser.add_argument("--mixtures", nargs="+", default=["medical", "customer_service", "biomedical"])
     parser.add_argument("--routing", choices=["soft", "hard"], default="hard")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=4, help="batches a round")
+    parser.add_argument("--steps", type=int, default=3, help="batches a round")
     parser.add_argument("--max_tokens", type=int, default=1024)
     args = parser.parse_args()
     torch.manual_seed(0)

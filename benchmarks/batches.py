@@ -72,7 +72,7 @@ def main():
     parser = common.options(__doc__)
     parser.add_argument("--mixtures", nargs="+", default=["customer_service", "biomedical"])
     parser.add_argument("--max_tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=15)
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     rows = []

@@ -41,6 +41,7 @@ def alternate(rounds, **sides):
 
 def row(name, ratios, target, at_most=False):
     """One result: the median ratio, the lowest and highest round, and whether the target holds."""
+    ratios = [float(ratio) for ratio in ratios]
     ratio = statistics.median(ratios)
     holds = target is None or (ratio <= target if at_most else ratio >= target)
     command = f"python benchmarks/{Path(sys.argv[0]).name}"  # with the places of models and data on this machine

@@ -201,8 +201,8 @@ def main():
         parser = common.options(__doc__)
     parser.add_argument("--layers", default="last:4")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--max_tokens", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--max_tokens", type=int, default=512)
     parser.add_argument("--mixture", default="customer_service")
     args = parser.parse_args()
     if "--side" in sys.argv:

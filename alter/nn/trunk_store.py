@@ -49,7 +49,7 @@ class TrunkStore:
         self._used: set[Path] = set()
         self._damaged = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for index in sorted(folder.glob("*.index")):
+        for index in sorted(folder.glob("*.index"), key=_written):  # what was computed again comes later, and counts
             self._open(index)
 
     def __len__(self) -> int:
@@ -191,6 +191,13 @@ class _Segment:
         for file in self._writing or ():
             file.close()
         self._writing = None
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another process evicts too
+        return 0
 
 
 def _stored_segments(root: Path) -> list[tuple[Path, int]]:

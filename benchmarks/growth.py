@@ -18,8 +18,8 @@ from pathlib import Path
 BASE = {"tasks": 8, "rank": 16, "layers": 4, "length": 64, "shared": 0}
 CURVES = {
     "tasks": [1, 2, 4, 8, 16, 32, 64],
-    "shared": [0, 1, 2, 4, 8],
-    "rank": [4, 16, 64, 128],
+    "shared": [0, 2, 4, 8],
+    "rank": [4, 16, 64],
     "layers": [1, 4, 12, 30],
     "length": [32, 64, 128, 256],
     "rows": [1_000, 10_000, 100_000, 1_000_000],

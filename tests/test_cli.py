@@ -113,6 +113,26 @@ def test_fit_runs_both_stages_tests_and_leaves_the_run_folder(project, capsys):
     assert model.tasks == ["echo", "sort"]
 
 
+@pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
+def test_runs_that_start_from_the_trunk_cache_end_as_one_without(project, capsys):
+    fit("--test", "false", "--run", "plain", "--trunk_cache.enabled", "false")
+    assert "trunk cache: off (trunk_cache.enabled is false)" in capsys.readouterr().out
+    weights = {"plain": load_file(project / "plain" / "model" / "adapters.safetensors")}
+    for run in ("cold", "warm"):
+        fit("--test", "false", "--run", run)
+        first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trunk cache: ")]
+        assert "GB in" in first  # how much it may become, before it is there
+        known = [int(line.split(", ")[-1].split()[0]) for line in (first, second)]
+        if run == "cold":
+            assert known[0] == 0
+            examples = known[1]  # stage 2 finds what stage 1 has read
+            assert examples > 50
+        assert run == "cold" or known == [examples, examples]
+        weights[run] = load_file(project / run / "model" / "adapters.safetensors")
+        for name, value in weights["plain"].items():
+            torch.testing.assert_close(weights[run][name], value, atol=1e-4, rtol=1e-4)
+
+
 def test_the_same_command_skips_what_is_finished_and_says_so(project, capsys):
     fit()
     stamps = {p: p.stat().st_mtime_ns for p in (project / "run").rglob("*.safetensors")}
@@ -286,6 +306,7 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
     ("changes", "message"),
     [
         ({"bakbone": "x"}, r"recipe.yaml: unknown key 'bakbone'; .* Did you mean 'backbone'?"),
+        ({"trunk_cache__max_bg": 3}, "recipe.yaml: trunk_cache: unknown key 'max_bg'; .* Did you mean 'max_gb'?"),
         ({"data__temprature": 2}, "recipe.yaml: data: unknown key 'temprature'; .* Did you mean 'temperature'?"),
         ({"data__temperature": "hot"}, "recipe.yaml: data: the key 'temperature' is 'hot', which is not float"),
         ({"data__temperature": -1}, "data.temperature: -1"),

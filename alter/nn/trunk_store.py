@@ -49,7 +49,7 @@ class TrunkStore:
         self._used: set[Path] = set()
         self._damaged = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for index in sorted(folder.glob("*.index")):
+        for index in sorted(folder.glob("*.index"), key=_written):  # what was computed again comes later, and counts
             self._open(index)
 
     def __len__(self) -> int:
@@ -98,9 +98,10 @@ class TrunkStore:
 
     def _open(self, index: Path) -> None:
         try:
-            content, segment = index.read_bytes(), _Segment(index.with_suffix(".data"))
-        except FileNotFoundError:  # evicted by another process just now, or never written
+            content = index.read_bytes()
+        except FileNotFoundError:  # evicted by another process just now
             return
+        segment = _Segment(index.with_suffix(".data"))
         whole = len(content) - len(content) % _RECORD.itemsize  # the last record may be cut off
         for key, offset, rows, checksum in np.frombuffer(content[:whole], dtype=_RECORD).tolist():
             self._places[key] = (segment, offset, rows, checksum)
@@ -142,7 +143,9 @@ class TrunkStore:
         del self._places[key]
         self._damaged += 1
         if self._damaged == 1:
-            warnings.warn(f"{segment.path}: damaged entries in the trunk cache are computed again.", stacklevel=2)
+            warnings.warn(
+                f"{segment.path}: damaged or missing entries of the trunk cache are computed again.", stacklevel=2
+            )
 
     def _stop(self, reason: str) -> None:
         self.full = True
@@ -157,18 +160,21 @@ class _Segment:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO = path.open("rb")
-        self.size = path.stat().st_size
+        self.size = 0  # as far as this process has written it
         self._map: mmap.mmap | None = None
         self._writing: tuple[BinaryIO, BinaryIO] | None = None
 
     def read(self, offset: int, length: int) -> memoryview | None:
-        """The bytes, or None where the file ends before."""
+        """The bytes, or None where the file ends before or is gone. Opened when first read: there may be many."""
         if self._map is None or len(self._map) < offset + length:
-            size = os.fstat(self._file.fileno()).st_size
-            if size < offset + length:
+            try:
+                with self.path.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size < offset + length:
+                        return None
+                    self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)  # torch wants it writable
+            except FileNotFoundError:
                 return None
-            self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_COPY)  # torch wants it writable
         return memoryview(self._map)[offset : offset + length]
 
     def append(self, data: bytes, record: bytes) -> None:
@@ -182,9 +188,16 @@ class _Segment:
 
     def close(self) -> None:
         """Closes the files; tensors that view the map keep it."""
-        for file in (self._file, *(self._writing or ())):
+        for file in self._writing or ():
             file.close()
         self._writing = None
+
+
+def _written(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another process evicts too
+        return 0
 
 
 def _stored_segments(root: Path) -> list[tuple[Path, int]]:

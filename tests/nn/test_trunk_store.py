@@ -70,7 +70,7 @@ def test_a_flipped_bit_is_noticed_and_the_entry_can_be_put_again(tmp_path):
     content[3 * WIDTH * 4 + 7] ^= 1  # in the second entry
     data.write_bytes(content)
     store = make(tmp_path / "s")
-    with pytest.warns(UserWarning, match="damaged entries"):
+    with pytest.warns(UserWarning, match="damaged or missing"):
         assert store.get(key(1)) is None
     assert key(1) not in store
     assert torch.equal(store.get(key(2)), states(2))
@@ -100,6 +100,14 @@ def test_a_cut_off_index_record_is_absent(tmp_path, cut):
     store = make(tmp_path / "s")
     assert len(store) == 5 - -(-cut // 32)
     assert all(torch.equal(store.get(key(n)), states(n)) for n in range(len(store)))
+
+
+def test_what_another_process_has_evicted_is_absent(tmp_path):
+    data = filled(tmp_path / "s")
+    store = make(tmp_path / "s")
+    data.unlink()
+    with pytest.warns(UserWarning, match="damaged or missing"):
+        assert store.get(key(0)) is None
 
 
 def total(folder):

@@ -12,7 +12,6 @@ from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.model import MTAModel
@@ -111,8 +110,8 @@ class StageModule(LightningModule):
         stacks = " and ".join(f"{name} {trunk.trunk}" for name, trunk in cached.items())
         known = sum(len(trunk.store) for trunk in cached.values())
         size = ""
-        if isinstance(self.trainer.datamodule, MultiTaskDataModule):
-            tokens = self.trainer.datamodule.drawn_tokens(self.trainer.max_epochs)
+        if drawn_tokens := getattr(self.trainer.datamodule, "drawn_tokens", None):
+            tokens = drawn_tokens(self.trainer.max_epochs)
             size = f"up to {tokens * sum(trunk.store.row_bytes for trunk in cached.values()) / 2**30:.2f} GB "
         return (
             f"trunk cache: {stacks}, {size}in {self.trunk_cache.folder} (bound {self.trunk_cache.max_gb:g} GB), "

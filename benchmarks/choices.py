@@ -31,9 +31,7 @@ def one_pass_a_choice(found, prompts, choices):
 def measure(name, backbone, args):
     """One row."""
     found = common.model(backbone, args.precision, 4, LoRA(rank=16), TaskSelector()).eval()
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 30000, (args.batch, args.length), generator=g)
-    prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(args.batch) % 4}
+    prompts, g = common.prompts(args.batch, args.length, 4), torch.Generator().manual_seed(1)
     choices = [torch.randint(100, 30000, (1 + n % 4,), generator=g).tolist() for n in range(args.choices)]
     with torch.inference_mode():
         apart = (
@@ -56,10 +54,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=48)
     args = parser.parse_args()
-    rows = measure("SmolLM2-135M", args.smollm2, args)
-    if args.t5:
-        rows += measure("T5", args.t5, args)
-    common.save(rows, args.out)
+    common.both_backbones(measure, args)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,20 @@ def save(rows, out):
         out.write_text(json.dumps(rows, indent=2) + "\n")
 
 
+def both_backbones(measure, args):
+    """Measures SmolLM2, and T5 where it is named; writes the rows."""
+    rows = measure("SmolLM2-135M", args.smollm2, args)
+    if args.t5:
+        rows += measure("T5", args.t5, args)
+    save(rows, args.out)
+
+
+def prompts(rows, length, tasks):
+    """Random prompts of one length; every task in turn."""
+    ids = torch.randint(100, 30000, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(rows) % tasks}
+
+
 def model(backbone, precision="fp32", experts=1, expert=None, router=None, layers="last:4", noise=0.02):
     """A model with as many tasks as experts, whose adapters are not at their start."""
     torch.manual_seed(0)

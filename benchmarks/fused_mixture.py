@@ -38,10 +38,7 @@ def main():
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3, help="steps a round")
     args = parser.parse_args()
-    rows = measure("SmolLM2-135M", args.smollm2, args)
-    if args.t5:
-        rows += measure("T5", args.t5, args)
-    common.save(rows, args.out)
+    common.both_backbones(measure, args)
 
 
 if __name__ == "__main__":

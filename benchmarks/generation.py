@@ -14,14 +14,13 @@ def measure(name, backbone, args):
     """One row; both sides make just as many tokens."""
     found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval()
     bare = common.load_backbone(backbone, args.precision)
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 30000, (args.batch, args.length), generator=g)
-    prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(args.batch) % 8}
+    prompts = common.prompts(args.batch, args.length, 8)
+    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
 
     def plain():
         with torch.inference_mode():
-            bare.generate(input_ids=ids, attention_mask=prompts["attention_mask"], do_sample=False, num_beams=1, **new)
+            bare.generate(**inputs, do_sample=False, num_beams=1, **new)
 
     seconds = common.alternate(args.rounds, mixed=lambda: generate(found, prompts, **new), bare=plain)
     speed = common.ratios(seconds["bare"], seconds["mixed"])
@@ -36,10 +35,7 @@ def main():
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--new", type=int, default=24, help="tokens to make")
     args = parser.parse_args()
-    rows = measure("SmolLM2-135M", args.smollm2, args)
-    if args.t5:
-        rows += measure("T5", args.t5, args)
-    common.save(rows, args.out)
+    common.both_backbones(measure, args)
 
 
 if __name__ == "__main__":

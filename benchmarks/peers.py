@@ -76,7 +76,8 @@ def train_peft(args):
 
     data = mixture(args.smollm2, args.data, args.mixture, args.max_tokens)  # the same encoded rows
     batches = data.train_dataloader().batch_sampler
-    rows, batch_size = data._draws(), max(1, round(data._draws() / len(batches)))
+    rows = batches.examples_per_epoch
+    batch_size = max(1, round(rows / len(batches)))
     pairs = [pair for _, batch in zip(range(args.steps * 2), batches, strict=False) for pair in batch]
     examples = [(data.examples(data.tasks[task].name, "train")[row]) for task, row in pairs[: min(rows, len(pairs))]]
     dataset = datasets.Dataset.from_list(
@@ -171,16 +172,13 @@ def generation(args, layers):
     for index in range(1, tasks):
         theirs.add_adapter(f"task{index}", config)
     theirs.eval()
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 30000, (16, 48), generator=g)
-    prompts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(16) % tasks}
+    prompts = common.prompts(16, 48, tasks)
+    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
     names = [f"task{int(i)}" for i in prompts["task_ids"]]
 
     def peft():
         with torch.inference_mode():
-            theirs.generate(
-                input_ids=ids, attention_mask=prompts["attention_mask"], adapter_names=names, do_sample=False, **new
-            )
+            theirs.generate(**inputs, adapter_names=names, do_sample=False, **new)
 
     seconds = common.alternate(args.rounds, ours=lambda: generate(ours, prompts, **new), peft=peft)
     speed = common.ratios(seconds["peft"], seconds["ours"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class Trunk:
         self.stack = stack
         self.blocks = blocks
         self.cut = cut
+        self._position_biases = [_PositionBias.of(block) for block in blocks[:cut]]
 
     def __str__(self) -> str:
         return "output" if self.whole else f"blocks 0 to {self.cut - 1} of {len(self.blocks)}"
@@ -64,9 +65,9 @@ class Trunk:
     def replaced_by(self, states: Tensor) -> Iterator[None]:
         """Lets the stack start at the cut, from ``states``; its blocks below are not run."""
         with ExitStack() as replaced:
-            for index, block in enumerate(self.blocks[: self.cut]):
+            for index, bias in enumerate(self._position_biases):
                 given = states if index == self.cut - 1 else None
-                replaced.enter_context(replaced_forward(block, _skip(block, given)))
+                replaced.enter_context(replaced_forward(self.blocks[index], _skip(bias, given)))
             yield
 
 
@@ -82,20 +83,35 @@ def _stop(hidden_states: Tensor, *args: Any, **kwargs: Any) -> None:
     raise _CutReached(hidden_states)
 
 
-def _skip(block: nn.Module, given: Tensor | None) -> Callable[..., Any]:
+class _PositionBias(NamedTuple):
+    """What a block does about T5's position bias, which its first block makes and all blocks of the stack share.
+
+    Attributes:
+        returned: whether the block returns it beside the hidden states.
+        maker: the block's attention that makes it; None where the block hands on what it was given.
+    """
+
+    returned: bool
+    maker: nn.Module | None
+
+    @classmethod
+    def of(cls, block: nn.Module) -> _PositionBias:
+        attentions = [module for module in block.modules() if hasattr(module, "has_relative_attention_bias")]
+        return cls(bool(attentions), next((a for a in attentions if a.has_relative_attention_bias), None))
+
+
+def _skip(bias: _PositionBias, given: Tensor | None) -> Callable[..., Any]:
     """Stands for a block: hands on its input, or the states ``given``."""
-    bias = next((m for m in block.modules() if getattr(m, "has_relative_attention_bias", False)), None)
-    returns_bias = any(hasattr(m, "has_relative_attention_bias") for m in block.modules())
 
     def forward(
         hidden_states: Tensor, mask: Tensor | None = None, position_bias: Any = None, *_: Any, **__: Any
     ) -> Any:
         states = hidden_states if given is None else given
-        if not returns_bias:
+        if not bias.returned:
             return states
-        if bias is not None:  # T5's first block makes the position bias that all blocks of the stack share
+        if bias.maker is not None:
             length = hidden_states.shape[1]
-            position_bias = bias.compute_bias(length, length, device=hidden_states.device)
+            position_bias = bias.maker.compute_bias(length, length, device=hidden_states.device)
         return states, position_bias, None
 
     return forward

@@ -27,8 +27,9 @@ class Template(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Returns ``{"class_path", "init_args"}``, enough to make this template again."""
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return {
-            "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
+        module = type(self).__module__
+        return {  # ALTER's own by their public name, so that a model outlives a change of files
+            "class_path": f"{'alter.nn' if module.startswith('alter.nn.') else module}.{type(self).__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},
         }
 
@@ -49,7 +50,7 @@ def make_template(description: dict[str, Any], base: type[Template], where: str)
     """
     class_path = str(description.get("class_path"))
     module_name, _, name = class_path.rpartition(".")
-    if module_name.startswith("alter.nn.") and module_name in _OWN_MODULES:
+    if module_name in _OWN_MODULES:
         module = importlib.import_module(module_name)
     elif module_name in sys.modules and not module_name.startswith("alter."):
         module = sys.modules[module_name]
@@ -68,4 +69,4 @@ def make_template(description: dict[str, Any], base: type[Template], where: str)
         raise AlterError(f"{where}: '{class_path}' does not take these init_args: {error}.") from error
 
 
-_OWN_MODULES = ("alter.nn.experts", "alter.nn.routers")
+_OWN_MODULES = ("alter.nn", "alter.nn.experts", "alter.nn.routers")

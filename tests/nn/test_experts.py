@@ -168,7 +168,7 @@ def test_fresh_experts_start_as_the_frozen_block(gated):
 
 def test_a_template_describes_itself_and_its_copies_are_apart():
     expert = LoRA(rank=7, alpha=3.5)
-    assert expert.describe() == {"class_path": "alter.nn.experts.LoRA", "init_args": {"rank": 7, "alpha": 3.5}}
+    assert expert.describe() == {"class_path": "alter.nn.LoRA", "init_args": {"rank": 7, "alpha": 3.5}}
     _, _, built = make(expert.fresh())
     assert list(built.parameters())
     assert not list(expert.parameters())

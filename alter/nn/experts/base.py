@@ -1,0 +1,84 @@
+"""What every expert is, and the few experts that hard routing uses."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from alter.nn.frozen import FrozenFeedForward
+from alter.nn.template import Template
+
+
+class Expert(Template):
+    """A stack of experts for one feed-forward block.
+
+    Attributes:
+        contains_ffn: whether ``mix`` and ``each`` return whole feed-forward outputs F_k(x) rather than additions to F(x).
+        blends_parameters: whether ``mix`` blends the experts' weights, so that gates need not sum to one.
+    """
+
+    contains_ffn = False
+    blends_parameters = False
+
+    @abstractmethod
+    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
+        """Makes the parameters for ``num_experts`` experts beside the frozen block ``ffn``."""
+
+    @abstractmethod
+    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+        """Returns the experts' mixture ``sum_k g_k A_k(x)``.
+
+        Args:
+            hidden_states: [batch, seq, d], the block's input.
+            gates: [batch, seq or 1, experts].
+            ffn: the frozen block.
+            active: how many gates of a token are not zero, where the router knows; None for all.
+
+        Returns:
+            [batch, seq, d].
+        """
+
+    @abstractmethod
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+        """Returns every expert's output by itself, [batch, seq, experts, d]."""
+
+
+class Few(NamedTuple):
+    """The few experts that each example of a batch uses.
+
+    Attributes:
+        chosen: [batch, active], the experts.
+        gates: [batch, active], their gates.
+    """
+
+    chosen: Tensor
+    gates: Tensor
+
+    def inputs(self, weight: Tensor) -> Tensor:
+        """[in, experts, rank] -> [batch, in, active * rank]."""
+        return self._gather(weight.movedim(1, 0)).transpose(1, 2).flatten(2)
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """[experts, rank, out] -> [batch, active * rank, out]."""
+        return self._gather(weight).flatten(1, 2)
+
+    def _gather(self, weight: Tensor) -> Tensor:  # index_select, since indexing has a slow backward pass
+        return weight.index_select(0, self.chosen.flatten()).unflatten(0, self.chosen.shape)
+
+    def units(self, rank: int) -> Tensor:
+        """The gates of the units between the two, [batch, 1, active * rank]."""
+        return self.gates.repeat_interleave(rank, -1).unsqueeze(1)
+
+
+def few_experts(hidden_states: Tensor, gates: Tensor, active: int | None) -> Few | None:
+    """The experts of each example, where their gates depend on the task alone and are few.
+
+    Their weights are then gathered, which costs as much as one adapter does. A single token an example, as in decoding,
+    is cheaper through all experts than gathering weights for it.
+    """
+    if active is None or active == gates.shape[-1] or gates.shape[1] != 1 or hidden_states.shape[1] == 1:
+        return None
+    kept, chosen = gates.squeeze(1).topk(active, dim=-1)
+    return Few(chosen, kept)

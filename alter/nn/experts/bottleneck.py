@@ -1,0 +1,47 @@
+"""Parallel bottleneck adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alter.nn.experts.base import Expert, few_experts
+from alter.nn.frozen import FrozenFeedForward
+
+
+class Bottleneck(Expert):
+    """Parallel bottleneck adapters: ``A_k(x) = up_k(act(down_k(x)))``.
+
+    All experts together are one wide bottleneck of ``experts * rank`` units whose activations are scaled by the gates:
+    ``up(gate * act(down(x)))``. Starts at zero. Source: Houlsby et al., arXiv 1902.00751; parallel form He et al.,
+    arXiv 2110.04366.
+
+    Args:
+        rank: units of each expert.
+        activation: gelu, relu or silu.
+    """
+
+    def __init__(self, rank: int = 64, activation: Literal["gelu", "relu", "silu"] = "gelu") -> None:
+        super().__init__()
+        self.rank = rank
+        self.activation = activation
+
+    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
+        d = ffn.hidden_size
+        self.down = nn.Parameter(torch.randn(d, num_experts, self.rank) * d**-0.5)
+        self.up = nn.Parameter(torch.zeros(num_experts, self.rank, d))
+
+    def _units(self, hidden_states: Tensor) -> Tensor:
+        return getattr(F, self.activation)(hidden_states @ self.down.flatten(1)).unflatten(-1, self.down.shape[1:])
+
+    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+        if few := few_experts(hidden_states, gates, active):
+            units = getattr(F, self.activation)(torch.bmm(hidden_states, few.inputs(self.down)))
+            return torch.bmm(units * few.units(self.rank), few.outputs(self.up))
+        return (self._units(hidden_states) * gates.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1)
+
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+        return torch.einsum("bsek,ekd->bsed", self._units(hidden_states), self.up)

@@ -1,0 +1,61 @@
+"""Low-rank changes of the feed-forward's own maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from alter.nn.experts.base import Expert, few_experts
+from alter.nn.frozen import FrozenFeedForward
+
+
+class LoRA(Expert):
+    """Low-rank changes of the feed-forward's own linear maps: ``F_k`` is F with ``W + (alpha / rank) B_k A_k``.
+
+    A mixture blends the changes, ``W + sum_k g_k (alpha / rank) B_k A_k``, as one wide pair of matmuls a linear map.
+    B starts at zero, so F_k starts as F. Source: Hu et al., arXiv 2106.09685.
+
+    Args:
+        rank: of each change.
+        alpha: the changes are scaled by ``alpha / rank``; None means alpha = rank.
+    """
+
+    contains_ffn = True
+    blends_parameters = True
+
+    def __init__(self, rank: int = 32, alpha: float | None = None) -> None:
+        super().__init__()
+        self.rank = rank
+        self.alpha = alpha
+
+    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
+        self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
+        for role, (fan_in, fan_out) in ffn.shapes.items():
+            self.a[role] = nn.Parameter(torch.empty(fan_in, num_experts, self.rank).uniform_(-1, 1) * fan_in**-0.5)
+            self.b[role] = nn.Parameter(torch.zeros(num_experts, self.rank, fan_out))
+        self.scale = 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+        few = few_experts(hidden_states, gates * self.scale, active)
+        scaled = few.units(self.rank) if few else (gates * self.scale).repeat_interleave(self.rank, -1)
+
+        def linear(role: str, x: Tensor) -> Tensor:
+            a, b = self.a[role], self.b[role]
+            a, b = (few.inputs(a), few.outputs(b)) if few else (a.flatten(1), b.flatten(0, 1))
+            change = (x.to(scaled.dtype) @ a * scaled) @ b
+            frozen = ffn.linear(role, x)
+            return frozen + change.to(frozen.dtype)
+
+        return ffn.run(hidden_states, linear)
+
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+        experts = next(iter(self.b.values())).shape[0]
+
+        def linear(role: str, x: Tensor) -> Tensor:  # x is [batch, seq, 1 or experts, width]
+            frozen = ffn.linear(role, x)
+            x = x.to(self.a[role].dtype).expand(*x.shape[:-2], experts, x.shape[-1])
+            low = torch.einsum("bsed,der->bser", x, self.a[role])
+            change = torch.einsum("bser,ero->bseo", low * self.scale, self.b[role])
+            return frozen + change.to(frozen.dtype)
+
+        return ffn.run(hidden_states.unsqueeze(-2), linear)

@@ -1,0 +1,12 @@
+"""Routers: who answers. One interface for both stages: ``forward(x, routing) -> gates``.
+
+To add one, subclass ``Router``: keep the hyperparameters in ``__init__``, make the parameters in ``build``, return gates in
+``forward``, and name the class in the recipe by ``class_path``.
+"""
+
+from alter.nn.routers.base import Router, RouterShape, Routing
+from alter.nn.routers.gates import TaskGate, TokenGate
+from alter.nn.routers.shared_gate import SharedGate
+from alter.nn.routers.task_selector import TaskSelector
+
+__all__ = ["Router", "RouterShape", "Routing", "SharedGate", "TaskGate", "TaskSelector", "TokenGate"]

@@ -5,18 +5,25 @@ python benchmarks/fused_mixture.py --t5 FOLDER
 
 import common
 
-from alter.nn import LoRA, TaskSelector, TokenGate
+from alter.nn import Bottleneck, LoRA, TaskSelector, TokenGate
 
+EXPERTS = {"bottleneck": Bottleneck, "LoRA": LoRA}
 ROUTERS = {"hard": TaskSelector(hard=True), "token-level": TokenGate()}
 
 
 def measure(name, backbone, args):
     """Rows for one backbone."""
-    one = common.model(backbone, args.precision, 1, LoRA(rank=args.rank), TaskSelector(hard=True), args.layers)
+    return [row for kind in EXPERTS for row in measure_kind(name, backbone, kind, args)]
+
+
+def measure_kind(name, backbone, kind, args):
+    """Rows for one kind of expert."""
+    expert = EXPERTS[kind](rank=args.rank)
+    one = common.model(backbone, args.precision, 1, expert, TaskSelector(hard=True), args.layers)
     rows = []
     for routing, router in ROUTERS.items():
-        many = common.model(backbone, args.precision, 8, LoRA(rank=args.rank), router, args.layers)
-        for kind, run, target in (("step", common.step, 1.10), ("forward", common.forward, 1.05)):
+        many = common.model(backbone, args.precision, 8, expert, router, args.layers)
+        for what, run, target in (("step", common.step, 1.10), ("forward", common.forward, 1.05)):
             data = common.batch(many, args.batch, args.length)
             alone = {**data, "task_ids": data["task_ids"] * 0}
             seconds = common.alternate(
@@ -25,7 +32,8 @@ def measure(name, backbone, args):
                 one=lambda run=run, alone=alone: [run(one, alone) for _ in range(args.repeat)],
             )
             found = common.ratios(seconds["many"], seconds["one"])
-            rows.append(common.row(f"{name} {routing}: {kind} of 8 experts over one", found, target, at_most=True))
+            title = f"{name} {args.layers}, {kind}, {routing}: {what} of 8 experts over one"
+            rows.append(common.row(title, found, target, at_most=True))
     return rows
 
 

@@ -72,16 +72,21 @@ def plot(points, file):
     titles = {"shared": "shared experts", "layers": "adapted layers", "length": "tokens a row", "rows": "rows encoded"}
     for panel, name in zip(panels.flat, CURVES, strict=True):
         own = [p for p in points if p["curve"] == name]
-        x = [p["value"] for p in own]
-        panel.plot(x, [p["seconds"] for p in own], "o-", color="tab:blue")
-        panel.set(xlabel=titles.get(name, name), ylim=(0, None))
+        x, seconds, peaks = [p["value"] for p in own], [p["seconds"] for p in own], [p["peak"] / 2**30 for p in own]
+        panel.plot(x, seconds, "o-", color="tab:blue")
+        panel.set_xlabel(titles.get(name, name))
         panel.set_ylabel("seconds", color="tab:blue")
-        if name in ("tasks", "rank", "length", "rows"):
-            panel.set_xscale("log", base=10 if name == "rows" else 2)
         memory = panel.twinx()
-        memory.plot(x, [p["peak"] / 2**30 for p in own], "s--", color="tab:orange")
-        memory.set(ylim=(0, None))
+        memory.plot(x, peaks, "s--", color="tab:orange")
+        memory.set(ylim=(0, 1.15 * max(peaks)))
         memory.set_ylabel("peak GB", color="tab:orange")
+        if name == "rows":
+            panel.set(xscale="log", yscale="log")
+            continue
+        panel.set(ylim=(0, 1.15 * max(seconds)))
+        if name in ("tasks", "rank", "length"):
+            panel.set_xscale("log", base=2)
+        panel.set_xticks(x, labels=[f"{value}" for value in x])
     figure.savefig(file, metadata={"Date": None})
 
 

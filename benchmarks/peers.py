@@ -165,7 +165,7 @@ def generation(args, layers):
     config = LoraConfig(
         r=args.rank,
         target_modules=["gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=list(range(last - int(layers.split(":")[1]), last)),
+        layers_to_transform=None if layers == "all" else list(range(last - int(layers.split(":")[1]), last)),
         task_type="CAUSAL_LM",
     )
     theirs = get_peft_model(backbone, config, adapter_name="task0")
@@ -237,7 +237,8 @@ def main():
             1.0,
             at_most=True,
         ),
-        *(generation(args, layers) for layers in (args.layers, "last:12")),  # the recipes adapt 40% of 30 blocks
+        # the recipes adapt 40% of 30 blocks; peft, unless told otherwise, all
+        *(generation(args, layers) for layers in (args.layers, "last:12", "all")),
     ]
     common.save(rows, args.out)
 

@@ -24,6 +24,7 @@ EPILOG = """examples:
   alter fit --config recipes/medical.yaml --print_config   the whole recipe, with comments
   alter fit --help                                      every field of a recipe
   alter test --run runs/medical                         test again
+  alter compare --config recipes/medical.yaml --seeds 3  against full fine-tuning, LoRA and others
   alter predict --run runs/medical --task hpo_system --input rows.jsonl
 """
 
@@ -71,6 +72,8 @@ def _stop(error: BaseException, messages: Sequence[str], debug: bool) -> None:
 def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["fit"]:
         return _fit(arguments[1:])
+    if arguments[:1] == ["compare"]:
+        return _compare(arguments[1:])
     options = _parser().parse_args(arguments)
     _import(options.modules)
     {"test": _test, "predict": _predict}[options.verb](options)
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verbs.add_parser("fit", help="train a recipe's stages and test them", add_help=False)
+    verbs.add_parser("compare", help="train a recipe beside other methods, with a table", add_help=False)
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
@@ -119,6 +123,12 @@ def _fit(arguments: list[str]) -> None:
     from alter import recipe, run
 
     run.fit(recipe.read_recipe(arguments))
+
+
+def _compare(arguments: list[str]) -> None:
+    from alter.compare.main import compare
+
+    compare(arguments or ["--help"])
 
 
 def _test(options: argparse.Namespace) -> None:

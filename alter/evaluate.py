@@ -11,6 +11,11 @@ from alter.predict import Predictor
 from alter.results import task_results
 
 
+def answers(predictor: Predictor, data: MultiTaskDataModule, task: str, split: str) -> list[str]:
+    """The model's answers to a task's rows, in their order."""
+    return [answer.text for answer in predictor.answer(task, data.examples(task, split)["prompt_ids"][:])]
+
+
 def evaluate(
     predictor: Predictor, data: MultiTaskDataModule, split: str = "test", say: Callable[[str], None] = print
 ) -> dict[str, Any]:
@@ -29,10 +34,9 @@ def evaluate(
     for name in predictor.tasks:
         task, rows, train = predictor.task(name), data.examples(name, split), data.examples(name, "train")
         say(f"{split}: {name}, {len(rows)} rows")
-        prompts, targets = rows["prompt_ids"][:], rows["target"][:]
-        predictions = [answer.text for answer in predictor.answer(name, prompts)]
+        targets, predictions = rows["target"][:], answers(predictor, data, name, split)
         with predictor.model.adapters_disabled():
-            untouched = [answer.text for answer in predictor.answer(name, prompts)]
+            untouched = answers(predictor, data, name, split)
         found: dict[str, list[str] | None] = {"backbone": untouched, "majority": None, "tfidf": None}
         if task.choices:
             labels = train["target"]

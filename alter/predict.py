@@ -113,12 +113,13 @@ class Predictor:
             yield from self.answer(name, chunk)
 
 
-def load(run: str | Path, backbone: str | None = None) -> Predictor:
+def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel) -> Predictor:
     """Loads a finished run.
 
     Args:
         run: the run folder.
         backbone: where the backbone is, when not where it was.
+        kind: of the model, for one that is not an `MTAModel` itself.
 
     Raises:
         AlterError: the folder holds no finished run, or it is damaged.
@@ -130,6 +131,6 @@ def load(run: str | Path, backbone: str | None = None) -> Predictor:
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     tasks = [Task.from_dict(entry, str(recipe)) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(run / "model")["backbone"]["name"])
-    model = MTAModel.from_pretrained(run / "model", str(where), content["precision"])
+    model = kind.from_pretrained(run / "model", str(where), content["precision"])
     by_name = {task.name: task for task in tasks}
     return Predictor(model, load_tokenizer(where), [by_name[name] for name in model.tasks])

@@ -54,7 +54,9 @@ def recipe_parser() -> ArgumentParser:
     parser.add_class_arguments(MultiTaskDataModule, "data", skip=DATA_SKIP, instantiate=False, fail_untyped=False)
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP, instantiate=False, fail_untyped=False)
     for name, module in STAGES.items():
-        parser.add_subclass_arguments(module, f"{name}.model", skip=SET_BY_RUN, instantiate=False, fail_untyped=False)
+        parser.add_subclass_arguments(
+            (module, StageModule), f"{name}.model", skip=SET_BY_RUN, instantiate=False, fail_untyped=False
+        )
         parser.set_defaults(
             {f"{name}.model": {"class_path": f"alter.stages.{module.__name__}", "init_args": DEFAULTS[name]}}
         )

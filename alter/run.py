@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from alter.callbacks import MetricsCSV
+from alter.callbacks import MetricsCSV, Throughput
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import evaluate
@@ -46,6 +46,7 @@ class StageCLI(LightningCLI):
         """Args: folder: of the stage. arguments: what ``Recipe.stage_args`` returned."""
         self.folder = folder
         self.metrics = MetricsCSV(folder / "metrics.csv")
+        self.throughput = Throughput()
         super().__init__(
             StageModule,
             args=arguments,
@@ -72,7 +73,8 @@ class StageCLI(LightningCLI):
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        return super()._instantiate_trainer(config, [*callbacks, *self._checkpoints(config.get("callbacks") or [])])
+        own = [self.throughput, *self._checkpoints(config.get("callbacks") or [])]
+        return super()._instantiate_trainer(config, [*callbacks, *own])
 
     def _checkpoints(self, given: list[Callback]) -> list[Callback]:
         if any(isinstance(callback, ModelCheckpoint) for callback in given):
@@ -135,7 +137,7 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     seconds = {name: record["seconds"] for name, record in records.items()}
     if split == "test":
         seconds["test"] = time.perf_counter() - started
-    trained = [record for record in records.values() if "trainable_parameters" in record]
+    trained = list(stage_records(run).values())
     results = run_results(
         tasks,
         seconds,
@@ -228,6 +230,9 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
             time.perf_counter() - started,
             trainable_parameters=cli.model.trainable_parameters(),
             peak_memory_bytes=peak_memory_bytes(),
+            tokens=cli.throughput.tokens,
+            step_seconds=cli.throughput.seconds,
+            validation_loss=_best_score(cli.trainer),
         )
     cli.trainer.strategy.barrier()
     return True
@@ -241,6 +246,11 @@ def _keep_best(trainer: Any, module: StageModule) -> None:
         module.model.load_adapter_state(state, best)
 
 
+def _best_score(trainer: Any) -> float | None:
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    return None if score is None else float(score)
+
+
 def _publish(source: Path, target: Path) -> None:
     """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
     beside = target.with_name(f".{target.name}.new")
@@ -248,6 +258,11 @@ def _publish(source: Path, target: Path) -> None:
     shutil.copytree(source, beside)
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
+
+
+def stage_records(run: Path) -> dict[str, dict[str, Any]]:
+    """What is known of each finished stage: seconds, trainable parameters, tokens, peak memory, validation loss."""
+    return {step: record for step, record in _records(run).items() if step in STAGES}
 
 
 def _records(run: Path) -> dict[str, dict[str, Any]]:

@@ -133,14 +133,16 @@ class MultiTaskDataModule(LightningDataModule):
 
     def drawn_tokens(self, epochs: int) -> int:
         """Tokens of the distinct examples that training for some epochs and validation read, about."""
-        draws = self.rates * self._draws() * max(epochs, 1)
+        draws = self.rates * self.draws * max(epochs, 1)
         total = 0.0
         for task, drawn in zip(self.tasks, draws, strict=True):
             stats = self.statistics(task.name)
             total += min(1.0, drawn / stats["train"]["rows"]) * stats["train"]["tokens"] + stats["validation"]["tokens"]
         return round(total)
 
-    def _draws(self) -> int:
+    @property
+    def draws(self) -> int:
+        """Training examples drawn an epoch."""
         return self.examples_per_epoch or int(sum(min(size, self.cap or size) for size in self.sizes))
 
     def summary(self) -> str:
@@ -164,7 +166,7 @@ class MultiTaskDataModule(LightningDataModule):
         rank, world = self._place()
         lengths = [_lengths(self.examples(task.name, "train"), self.seq2seq) for task in self.tasks]
         sampler = MixtureBatchSampler(
-            lengths, self.rates, self._draws(), self.max_tokens, self.seed, rank, world, self.mixed_batches
+            lengths, self.rates, self.draws, self.max_tokens, self.seed, rank, world, self.mixed_batches
         )
         sampler.resume(*self._resumed)
         return self._loader("train", sampler)

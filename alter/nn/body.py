@@ -33,6 +33,11 @@ class Body:
         self.cached: dict[str, CachedTrunk] = {}
         self.uncached = "not asked for"
 
+    @property
+    def head_trains(self) -> bool:
+        """Whether the output embeddings do, as in full fine-tuning."""
+        return self.backbone.get_output_embeddings().weight.requires_grad
+
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The encoder's output, [batch, seq, d]."""
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state

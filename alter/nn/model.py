@@ -165,7 +165,13 @@ class MTAModel(nn.Module):
         positions = targets != IGNORED
         self.routing.positions = _places(positions)
         hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
-        losses = token_losses(hidden_states[positions], targets[positions], self.body.logits, self.body.vocabulary)
+        losses = token_losses(
+            hidden_states[positions],
+            targets[positions],
+            self.body.logits,
+            self.body.vocabulary,
+            frozen=not self.body.head_trains,
+        )
         routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
         extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
         return TokenLosses(

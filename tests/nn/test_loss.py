@@ -12,12 +12,14 @@ from tests.nn.tiny import FAMILIES, tiny_model
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 20), st.integers(1, 12), st.integers(0, 1000))
-def test_losses_and_gradients_are_those_of_the_whole_logits_whatever_the_chunks(tokens, rows, seed):
+@given(st.integers(0, 20), st.integers(1, 12), st.integers(0, 1000), st.booleans())
+def test_losses_and_gradients_are_those_of_the_whole_logits_whatever_the_chunks(tokens, rows, seed, frozen):
     g = torch.Generator().manual_seed(seed)
     states = torch.randn(tokens, 6, generator=g, requires_grad=True)
     plain = states.detach().clone().requires_grad_()
     head, targets = torch.randn(6, 11, generator=g), torch.randint(0, 11, (tokens,), generator=g)
+    plain_head = head.clone().requires_grad_()
+    head.requires_grad_(not frozen)
     weights = torch.randn(tokens, generator=g)
     sizes = []
 
@@ -27,15 +29,17 @@ def test_losses_and_gradients_are_those_of_the_whole_logits_whatever_the_chunks(
 
     before, loss.MAX_LOGITS = loss.MAX_LOGITS, rows * 11
     try:
-        found = token_losses(states, targets, logits, 11)
+        found = token_losses(states, targets, logits, 11, frozen)
     finally:
         loss.MAX_LOGITS = before
-    expected = F.cross_entropy(plain @ head, targets, reduction="none")
+    expected = F.cross_entropy(plain @ plain_head, targets, reduction="none")
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     assert max(sizes) <= rows  # never more logits at a time
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(states.grad, plain.grad, atol=1e-5, rtol=1e-5)
+    if not frozen:
+        torch.testing.assert_close(head.grad, plain_head.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

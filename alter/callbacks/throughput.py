@@ -1,0 +1,46 @@
+"""How many tokens a stage has trained on, and in what time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class Throughput(Callback):
+    """Counts training tokens, padding apart, and the seconds of the steps; goes on counting after a resume.
+
+    Validation, checkpoints and the waiting for the next batch are not in the seconds.
+
+    Attributes:
+        tokens: that this process has read: prompts and targets.
+        seconds: from the start to the end of each step.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Mapping[str, Tensor], batch_idx: int
+    ) -> None:
+        """Stops it, and counts."""
+        self.seconds += time.perf_counter() - self._started
+        self.tokens += int(batch["attention_mask"].sum())
+        if module.model.is_seq2seq:  # else the targets stand in the same row
+            self.tokens += int((batch["labels"] != -100).sum())
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Goes on from a checkpoint."""
+        self.tokens, self.seconds = int(state_dict["tokens"]), state_dict["seconds"]

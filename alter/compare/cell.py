@@ -1,0 +1,115 @@
+"""One cell of the grid: a method with a seed, trained, and its answers written down."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from alter import run
+from alter.compare.baselines import SETTINGS, BaselineModel
+from alter.compare.routing import mean_gates
+from alter.data import MultiTaskDataModule
+from alter.errors import AlterError
+from alter.evaluate import answers
+from alter.metrics import metric
+from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
+from alter.nn.model import MTAModel
+from alter.predict import Predictor, load
+from alter.recipe import Recipe, read_recipe
+from alter.results import peak_memory_bytes, write_json
+
+PLAN = "cell.json"
+BUSY = 75  # exit status where another process runs the cell
+
+
+def run_cell(folder: Path) -> None:
+    """Trains what a cell's plan names and is not trained yet, then answers the rows of the split.
+
+    Args:
+        folder: holds ``cell.json``: ``recipes`` (files in the folder), ``trains`` and ``split``. Leaves
+            ``SPLIT.jsonl``, a line a row with task, target and answer, and ``SPLIT.json`` with what was measured.
+    """
+    started = time.perf_counter()
+    plan = json.loads((folder / PLAN).read_text())
+    recipes = [read_recipe(["--config", str(folder / file)]) for file in plan["recipes"]]
+    found: dict[str, Any] = {"tasks": {}, "routing": {}, "trainable_parameters": 0}
+    rows: list[dict[str, Any]] = []
+    for recipe in recipes:
+        if plan["trains"]:
+            run.fit(recipe)
+        _answer(recipe, plan, found, rows)
+    records = [record for recipe in recipes for record in run.stage_records(recipe.run).values()]
+    losses = [list(run.stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
+    tokens, seconds = sum(r["tokens"] for r in records), sum(r["step_seconds"] for r in records)
+    found |= {
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "peak_memory_bytes": max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
+        "seconds": time.perf_counter() - started,  # of the last start, where it was stopped in between
+        "validation_loss": fmean(losses) if losses and None not in losses else None,
+    }
+    with (folder / f"{plan['split']}.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_json(folder / f"{plan['split']}.json", found)  # last: it says that the cell is complete
+    for checkpoints in folder.glob("*/stage*/checkpoints"):
+        shutil.rmtree(checkpoints)  # the models stay
+
+
+def _answer(recipe: Recipe, plan: dict[str, Any], found: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    backbone = resolve_backbone(recipe.config["backbone"])
+    data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
+    data.prepare_data()
+    data.setup()
+    if not plan["trains"]:
+        names = [task.name for task in recipe.tasks]
+        model = MTAModel(load_backbone(str(backbone), recipe.config["precision"]), names, "all")
+        predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks)
+    else:
+        baseline = (recipe.run / "model" / SETTINGS).is_file()
+        predictor = load(recipe.run, str(backbone), BaselineModel if baseline else MTAModel)
+    for task in recipe.tasks:
+        examples = data.examples(task.name, plan["split"])
+        print(f"{plan['split']}: {task.name}, {len(examples)} rows", flush=True)
+        predictions, targets = answers(predictor, data, task.name, plan["split"]), examples["target"][:]
+        found["tasks"][task.name] = {
+            name: metric(name, predictions, targets, task.choices).value() for name in task.metrics
+        }
+        rows += [
+            {"task": task.name, "target": target, "answer": answer}
+            for target, answer in zip(targets, predictions, strict=True)
+        ]
+    if plan["trains"]:
+        parts = predictor.model.part_parameters()
+        found["trainable_parameters"] += sum(
+            p.numel() for name, part in parts.items() if name != "backbone" for p in part if p.requires_grad
+        )
+        found["routing"] |= mean_gates(predictor, data)
+
+
+def main() -> None:
+    """``python -m alter.compare.cell FOLDER``: runs a cell, unless another process does."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--wait", action="store_true", help="until the other process has ended")
+    options = parser.parse_args()
+    try:
+        with FileLock(options.folder / ".lock", timeout=-1 if options.wait else 0):
+            split = json.loads((options.folder / PLAN).read_text())["split"]
+            if not (options.folder / f"{split}.json").is_file():
+                run_cell(options.folder)
+    except Timeout:
+        sys.exit(BUSY)
+    except AlterError as error:
+        sys.exit("\n".join(error.messages))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""The grid of methods x seeds: planned, run or resumed, cells spread over processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alter.compare.cell import BUSY, PLAN
+from alter.compare.methods import Budget, Config, Method, Run
+from alter.data import MultiTaskDataModule
+from alter.errors import AlterError
+from alter.nn import Expert, Router
+from alter.nn.backbone import is_seq2seq, load_backbone, resolve_backbone
+from alter.nn.model import MTAModel
+from alter.nn.template import make_template
+from alter.recipe import Recipe
+from alter.results import write_json
+
+SEEDS = (13, 21, 42, 87, 100)  # those of the few-shot literature (arXiv 2012.15723)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be compared.
+
+    Attributes:
+        folder: of the comparison.
+        recipe: the two-stage method.
+        methods: by name, in the order of the tables.
+        seeds: of training and of the mixture.
+        split: whose rows are answered: test, or validation while methods are developed.
+        factors: on each method's learning rate, tried with the first seed and chosen by validation loss.
+        processes: cells run at once.
+    """
+
+    folder: Path
+    recipe: Recipe
+    methods: dict[str, Method]
+    seeds: Sequence[int]
+    split: str = "test"
+    factors: Sequence[float] = (1.0,)
+    processes: int = 1
+
+    def cell(self, method: str, seed: int, factor: float) -> Path:
+        """The folder of one cell."""
+        return self.folder / "cells" / method / (f"seed{seed}" if factor == 1.0 else f"seed{seed}-lr{factor:g}")
+
+
+def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], float]:
+    """Runs every cell that is not complete; one that fails is told, and the others go on.
+
+    Returns:
+        the cells' folders by method and seed, with the learning rate that was chosen for the method, and the seconds
+        that all cells took, trials of learning rates too.
+
+    Raises:
+        AlterError: the folder holds other settings, or cells have failed.
+    """
+    first = grid.seeds[0]
+    tuned = {name: grid.factors if method.trains else (1.0,) for name, method in grid.methods.items()}
+    trials = [_plan(grid, planner, name, first, factor) for name in grid.methods for factor in tuned[name]]
+    failed = _run_cells(grid, trials)
+    chosen = {name: _best_factor(grid, name, tuned[name]) for name in grid.methods}
+    rest = [_plan(grid, planner, name, seed, chosen[name]) for seed in grid.seeds[1:] for name in grid.methods]
+    failed += _run_cells(grid, rest)
+    if failed:
+        count = len(trials) + len(rest)
+        raise AlterError(
+            f"{len(failed)} of {count} cells are not complete; the same command tries them again.", *failed
+        )
+    found = {name: {seed: grid.cell(name, seed, chosen[name]) for seed in grid.seeds} for name in grid.methods}
+    return found, sum(json.loads((cell / f"{grid.split}.json").read_text())["seconds"] for cell in trials + rest)
+
+
+def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float:
+    losses = {}
+    for factor in factors if len(factors) > 1 else ():
+        file = grid.cell(name, grid.seeds[0], factor) / f"{grid.split}.json"
+        loss = json.loads(file.read_text())["validation_loss"] if file.is_file() else None
+        losses[factor] = float("inf") if loss is None else loss
+    return min(losses, key=losses.__getitem__) if losses else factors[0]
+
+
+# -- planning ---------------------------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Knows what the two-stage recipe uses, and gives every other method as much.
+
+    Args:
+        recipe: the two-stage method.
+
+    Raises:
+        AlterError: the recipe's length cannot be shared out.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        config = recipe.config
+        path = str(resolve_backbone(config["backbone"]))
+        data = MultiTaskDataModule(**recipe.data_args(path, is_seq2seq(path)))
+        data.prepare_data()
+        data.setup()
+        arguments = config["stage1"]["model"]["init_args"]
+        tasks = [task.name for task in recipe.tasks]
+        self.model = MTAModel(load_backbone(path), tasks, arguments.get("layers", "last:4"), arguments.get("ffn"))
+        draws = round(data.draws * sum(_epochs(config, stage) for stage in config["stages"]))
+        self.budget = Budget(draws, self.count(config), dict(zip(tasks, data.rates.tolist(), strict=True)))
+
+    def count(self, config: Config) -> int:
+        """How many parameters a recipe trains."""
+        first = config["stage1"]["model"]
+        arguments = first["init_args"]
+        if "kind" in arguments:  # a baseline
+            if arguments["kind"] == "full":
+                return sum(p.numel() for p in self.model.part_parameters()["backbone"])
+            maps = [shape for layer in self.model.layers.values() for shape in layer.frozen.shapes.values()]
+            skills = len(self.model.tasks) if arguments["kind"] == "poly" else 1
+            selectors = skills**2 * len(maps) if arguments["kind"] == "poly" else 0
+            return arguments["rank"] * skills * sum(map(sum, maps)) + selectors
+        options = {key: arguments[key] for key in ("own", "num_experts") if arguments.get(key) is not None}
+        self.model.add_experts(_template(arguments, "expert"), _template(arguments, "router"), **options)
+        parts = ["experts", "router"]
+        if "stage2" in config["stages"]:
+            second = config["stage2"]["model"]["init_args"]
+            self.model.add_shared(_template(second, "expert"), second.get("num_shared", 2), _template(second, "router"))
+            parts += ["shared", "shared_router"]
+        found = self.model.part_parameters()
+        return sum(p.numel() for part in parts for p in found[part] if p.requires_grad)
+
+    def match(self, run: Run) -> None:
+        """Sets the rank with which a run trains as many parameters as it may; experts without a rank stay."""
+        if run.budget is None:
+            return
+        arguments = run.config["stage1"]["model"]["init_args"]
+        holder = arguments if "kind" in arguments else arguments["expert"]["init_args"]
+        if "rank" not in holder:
+            return
+        counts: dict[int, int] = {}
+        rank = 1
+        while rank not in counts:  # nearly linear in the rank, so that this ends after a few
+            holder["rank"] = rank
+            counts[rank] = self.count(run.config)
+            rank = max(1, round(rank * run.budget / counts[rank]))
+        holder["rank"] = min(counts, key=lambda r: abs(counts[r] - run.budget))
+
+
+def _template(arguments: Mapping[str, Any], name: str) -> Any:
+    return make_template(arguments[name], Expert if name == "expert" else Router, "the recipe")
+
+
+def _epochs(config: Config, stage: str) -> float:
+    trainer = {**config["trainer"], **config[stage]["trainer"]}
+    limit = trainer.get("limit_train_batches")
+    limit = 1.0 if limit is None else limit
+    if trainer.get("max_epochs") is None or isinstance(limit, int) or trainer.get("max_steps") not in (None, -1):
+        raise AlterError(
+            f"{stage}.trainer: a comparison shares out the examples drawn, so give the length as max_epochs and, as a "
+            "share such as 0.3, limit_train_batches."
+        )
+    return trainer["max_epochs"] * limit
+
+
+def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> Path:
+    """Writes what a cell needs; what is there has to be the same."""
+    folder, method = grid.cell(name, seed, factor), grid.methods[name]
+    config = copy.deepcopy(grid.recipe.config) | {"seed_everything": seed, "test": False}
+    config["data"]["seed"] = seed
+    runs = method.plan(config, planner.budget)
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        run.config["run"] = str(folder / run.name)
+        planner.match(run)
+        for stage in run.config["stages"]:
+            _scale(run.config[stage]["model"]["init_args"], factor)
+        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=120)
+        file = folder / f"{run.name}.yaml"
+        if file.is_file() and file.read_text(encoding="utf-8") != text:
+            raise AlterError(
+                f"{file}: this cell was started with other settings; give a new folder with --out, or remove {folder}."
+            )
+        file.write_text(text, encoding="utf-8")
+    recipes = [f"{run.name}.yaml" for run in runs]
+    write_json(folder / PLAN, {"recipes": recipes, "trains": method.trains, "split": grid.split})
+    return folder
+
+
+def _scale(arguments: dict[str, Any], factor: float) -> None:
+    if factor == 1.0:
+        return
+    if "lr" not in arguments.get("optimizer", {}).get("init_args", {}):
+        raise AlterError("--tune: the recipe's optimizers have no init_args.lr to vary; write it there.")
+    arguments["optimizer"]["init_args"]["lr"] *= factor
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+def _run_cells(grid: Grid, cells: Sequence[Path]) -> list[str]:
+    """Runs cells in processes of their own; returns a line for each that failed."""
+    todo = [cell for cell in cells if not (cell / f"{grid.split}.json").is_file()]
+    failed: list[str] = []
+    busy: list[Path] = []
+    done = len(cells) - len(todo)
+    print(f"{len(cells)} cells, {done} complete before", flush=True)
+
+    def run(cell: Path, wait: bool = False) -> None:
+        started = time.perf_counter()
+        status, said = _child(cell, wait, grid.processes)
+        name = cell.relative_to(grid.folder / "cells")
+        if status == BUSY:
+            busy.append(cell)
+            print(f"{name}: another process is running it", flush=True)
+        elif status:
+            failed.append(f"{cell / LOG}: {said}")
+            print(f"{name}: failed: {said}", flush=True)
+        else:
+            print(f"{name}: {time.perf_counter() - started:,.0f} s", flush=True)
+
+    with ThreadPoolExecutor(grid.processes) as pool:
+        list(pool.map(run, todo))
+    for cell in list(busy):
+        run(cell, wait=True)
+    return failed
+
+
+LOG = "log.txt"
+
+
+def _child(cell: Path, wait: bool, processes: int) -> tuple[int, str]:
+    """Runs a cell; returns the exit status and the last line that it wrote."""
+    command = [sys.executable, "-m", "alter.compare.cell", str(cell), *(["--wait"] if wait else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
+    if processes > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    with (cell / LOG).open("a", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    lines = [line for line in (cell / LOG).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return status, lines[-1] if lines else f"no output, exit status {status}"

@@ -1,0 +1,126 @@
+"""The verb: reads the arguments, runs the grid, writes the tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from alter import __version__
+from alter.compare.grid import SEEDS, Grid, Planner, run_grid
+from alter.compare.methods import METHODS, find_method
+from alter.compare.summary import summarise
+from alter.compare.tables import markdown, page
+from alter.errors import AlterError
+from alter.recipe import read_recipe
+from alter.results import write_json
+
+DEFAULT = "untouched,full,shared,alone,peft_lora,peft_poly,stage1,one_stage,two_stage"
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Runs or resumes a comparison; what is not an option of its own goes to the recipe, as in ``alter fit``.
+
+    Raises:
+        AlterError: an argument or the recipe is wrong, or cells have failed.
+    """
+    options, flags = _parser().parse_known_args(arguments)
+    methods = dict(find_method(name) for name in options.methods.split(","))
+    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags)
+    if recipe.config["stages"] != ["stage1", "stage2"]:
+        raise AlterError("stages: a comparison starts from a recipe with both stages; leave the key out.")
+    folder = options.out or Path("runs/compare") / recipe.run.name
+    grid = Grid(
+        folder,
+        recipe,
+        methods,
+        _seeds(options.seeds),
+        options.split,
+        _factors(options.tune),
+        options.processes,
+    )
+    planner = Planner(recipe)
+    cells, seconds = run_grid(grid, planner)
+    result = summarise(cells, methods, recipe.tasks, options.split)
+    result |= {
+        "parameter_budget": planner.budget.parameters,
+        "command": shlex.join(["alter", "compare", *arguments]),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "hours": round(seconds / 3600, 2),
+    }
+    write_json(folder / "compare.json", result)
+    title = f"Comparison on {recipe.run.name}"
+    (folder / "compare.md").write_text(markdown(result), encoding="utf-8")
+    (folder / "compare.html").write_text(page(result, title), encoding="utf-8")
+    print(f"\n{markdown(result)}\nWritten to {folder}: compare.json, compare.md, compare.html")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="alter compare",
+        description="Compares methods of tuning one backbone on a recipe's tasks. Other flags go to the recipe.",
+        epilog="methods:\n" + "\n".join(f"  {name:<12}{method.about}" for name, method in METHODS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="append", required=True, help="the two-stage recipe; again for an overlay")
+    parser.add_argument(
+        "--methods", default=DEFAULT, help="names with commas between, or YAML files laid over the recipe; all but the "
+        "router designs by default",
+    )  # fmt: skip
+    parser.add_argument("--seeds", default="3", help="how many, or a list with commas")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
+    parser.add_argument(
+        "--tune", default="1", metavar="FACTORS",
+        help="factors on every method's learning rate, such as 0.5,1,2, tried with the first seed and chosen by "
+        "validation loss",
+    )  # fmt: skip
+    parser.add_argument("--processes", type=int, default=1, help="cells run at once")
+    parser.add_argument("--out", type=Path, help="the folder; the same command in the same folder goes on")
+    return parser
+
+
+def _seeds(given: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in given.split(",")]
+    except ValueError:
+        numbers = []
+    if "," in given and len(set(numbers)) == len(numbers) > 0:
+        return numbers
+    if len(numbers) != 1 or not 1 <= numbers[0] <= len(SEEDS):
+        raise AlterError(f"--seeds: '{given}' is neither a count from 1 to {len(SEEDS)} nor a list such as 13,21,42.")
+    return list(SEEDS[: numbers[0]])
+
+
+def _factors(given: str) -> list[float]:
+    try:
+        factors = [float(part) for part in given.split(",")]
+    except ValueError:
+        factors = []
+    if not factors or min(factors) <= 0:
+        raise AlterError(f"--tune: '{given}' is not a list of positive factors such as 0.5,1,2.")
+    return factors
+
+
+def _commit() -> str:
+    """The commit of a checkout, else the version."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return f"version {__version__}"
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or f"version {__version__}"
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

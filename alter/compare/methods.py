@@ -1,0 +1,219 @@
+"""The methods: each turns the recipe, which is the two-stage method, into the runs of one cell."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alter.errors import AlterError, did_you_mean
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method may use.
+
+    Attributes:
+        draws: training examples in all, over both stages.
+        parameters: trained by the recipe's two stages.
+        rates: each task's share of the draws, by name.
+    """
+
+    draws: int
+    parameters: int
+    rates: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a cell.
+
+    Attributes:
+        config: the complete recipe.
+        name: of its folder in the cell's.
+        budget: how many parameters it may train, by choice of its rank; None where it keeps the recipe's.
+    """
+
+    config: Config
+    name: str = "run"
+    budget: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to tune.
+
+    Attributes:
+        about: one line for the tables.
+        plan: the recipe and what may be used -> the runs.
+        baseline: whether the mixture of task adapters is compared against it.
+        trains: whether there is anything to train.
+    """
+
+    about: str
+    plan: Callable[[Config, Budget], list[Run]]
+    baseline: bool = False
+    trains: bool = True
+
+
+def one_stage_of(config: Config, draws: int) -> Config:
+    """The recipe with stage 1 alone, which gets the draws of both."""
+    config = copy.deepcopy(config)
+    config["stages"] = ["stage1"]
+    config["data"]["examples_per_epoch"] = draws
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1.0}
+    config["stage1"]["trainer"] = _without_length(config["stage1"]["trainer"])
+    return config
+
+
+def _without_length(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in trainer.items() if key not in ("max_epochs", "limit_train_batches")}
+
+
+def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Run]]:
+    """Stage 1 alone with some arguments of its module changed."""
+
+    def plan(config: Config, budget: Budget) -> list[Run]:
+        config = one_stage_of(config, budget.draws)
+        config["stage1"]["model"]["init_args"] |= copy.deepcopy(arguments)
+        return [Run(config, budget=budget.parameters)]
+
+    return plan
+
+
+def _router(name: str, **init_args: Any) -> Callable[[Config, Budget], list[Run]]:
+    return _stage1(router={"class_path": f"alter.nn.{name}", "init_args": init_args})
+
+
+def _two_stage(config: Config, budget: Budget) -> list[Run]:
+    return [Run(copy.deepcopy(config))]
+
+
+def _one_stage(config: Config, budget: Budget) -> list[Run]:
+    """All parts at once: stage 1 makes the experts without a step, stage 2 trains everything at stage 1's rate."""
+    config = copy.deepcopy(config)
+    config["data"]["examples_per_epoch"] = budget.draws
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1.0}
+    config["stage1"]["trainer"] = {**_without_length(config["stage1"]["trainer"]), "max_steps": 0}
+    config["stage2"]["trainer"] = _without_length(config["stage2"]["trainer"])
+    first, second = (config[stage]["model"]["init_args"] for stage in ("stage1", "stage2"))
+    second |= {"task_expert_lr": 1.0, "optimizer": first["optimizer"]}
+    return [Run(config)]
+
+
+def _alone(config: Config, budget: Budget) -> list[Run]:
+    """A task at a time, each with its share of the draws and an equal share of the parameters."""
+    runs = []
+    for task in config["data"]["tasks"]:
+        own = one_stage_of(config, max(1, round(budget.draws * budget.rates[task["name"]])))
+        own["data"]["tasks"] = [task]
+        hard = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
+        own["stage1"]["model"]["init_args"]["router"] = hard
+        runs.append(Run(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
+    return runs
+
+
+def _untouched(config: Config, budget: Budget) -> list[Run]:
+    return [Run(copy.deepcopy(config))]
+
+
+def _baseline(kind: str) -> Callable[[Config, Budget], list[Run]]:
+    """One of `alter.compare.baselines`."""
+
+    def plan(config: Config, budget: Budget) -> list[Run]:
+        config = one_stage_of(config, budget.draws)
+        given = config["stage1"]["model"]["init_args"]
+        kept = ("layers", "ffn", "optimizer", "schedule", "warmup", "loss_average", "gradient_checkpointing")
+        arguments = {key: given[key] for key in kept if key in given} | {"kind": kind, "rank": 1}
+        config["stage1"]["model"] = {
+            "class_path": "alter.compare.baselines.BaselineModule",
+            "init_args": arguments,
+        }
+        if kind == "full":
+            config["precision"] = "fp32"  # bf16 weights cannot take small steps
+            optimizer = arguments["optimizer"]
+            optimizer["init_args"] = {**optimizer["init_args"], "lr": FULL_LR}
+            return [Run(config)]
+        return [Run(config, budget=budget.parameters)]
+
+    return plan
+
+
+FULL_LR = 2e-4  # adapters take ten times that; `alter compare --tune` searches around it
+
+METHODS: dict[str, Method] = {
+    "untouched": Method("the backbone as it came", _untouched, baseline=True, trains=False),
+    "full": Method("all weights of the backbone, on the mixture", _baseline("full"), baseline=True),
+    "shared": Method("one adapter for all tasks", _stage1(num_experts=1), baseline=True),
+    "alone": Method("an adapter a task, each trained alone", _alone, baseline=True),
+    "peft_lora": Method("LoRA on the mixture, by the peft library", _baseline("lora"), baseline=True),
+    "peft_poly": Method("Polytropon, by the peft library", _baseline("poly"), baseline=True),
+    "stage1": Method("MTA, stage 1 alone", _stage1()),
+    "one_stage": Method("MTA, all parts at once", _one_stage),
+    "two_stage": Method("MTA, both stages: the recipe itself", _two_stage),
+    "task_gate": Method("a linear gate a task, at every token", _router("TaskGate")),
+    "token_gate": Method("one linear gate, at every token", _router("TokenGate")),
+    "top_k": Method("the two likeliest experts of a token", _router("TopK", k=2)),
+    "mod_squad": Method("noisy top-2 a task, mutual-information loss", _router("ModSquad", k=2)),
+    "polytropon": Method("a learned table of skills a task", _router("Polytropon")),
+    "moelora": Method("a gate over task embeddings", _router("MOELoRA")),
+    "hydralora": Method(
+        "one A, many B, a gate at every token",
+        _stage1(
+            expert={"class_path": "alter.nn.HydraLoRA", "init_args": {"rank": 1}},
+            router={"class_path": "alter.nn.TokenGate", "init_args": {}},
+        ),
+    ),
+    "mtl_lora": Method(
+        "one A, a task's own transform, many B",
+        _stage1(
+            expert={"class_path": "alter.nn.MTLLoRA", "init_args": {"rank": 1}},
+            router={"class_path": "alter.nn.TaskSelector", "init_args": {}},
+        ),
+    ),
+    "description": Method("a gate that reads the prompt, no task name needed", _router("Description")),
+}
+
+
+def find_method(name: str) -> tuple[str, Method]:
+    """A method by name, or a recipe overlay of the user's own by file.
+
+    Args:
+        name: of a method, or a YAML file whose keys are laid over the recipe; it runs as the recipe does.
+
+    Returns:
+        the name for folders and tables, and the method.
+
+    Raises:
+        AlterError: there is no such method or file.
+    """
+    if name in METHODS:
+        return name, METHODS[name]
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml") or not file.is_file():
+        raise AlterError(
+            f"--methods: '{name}' is neither a method nor a YAML file to lay over the recipe; the methods are "
+            f"{', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
+        )
+    overlay = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+
+    def plan(config: Config, budget: Budget) -> list[Run]:
+        return [Run(_laid_over(copy.deepcopy(config), overlay))]
+
+    return file.stem, Method(f"the recipe with {file.name}", plan)
+
+
+def _laid_over(config: Config, overlay: Mapping[str, Any]) -> Config:
+    for key, value in overlay.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping):
+            other_class = "class_path" in value and value["class_path"] != config[key].get("class_path")
+            config[key] = _laid_over({} if other_class else config[key], value)
+        else:
+            config[key] = value
+    return config

@@ -1,0 +1,151 @@
+"""From the cells' answers to ``compare.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alter.compare.methods import Method
+from alter.data import Task
+from alter.metrics import LEVEL, RESAMPLES, Metric, bootstrap, metric
+
+Cells = Mapping[str, Mapping[int, Path]]  # the folders by method and seed
+
+
+class Difference(NamedTuple):
+    """One method minus another: the mean, its 95% interval, and the two-sided p-value of no difference."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+class Answers:
+    """What every cell answered, as the first metric of every task.
+
+    Args:
+        cells: complete.
+        tasks: of the mixture.
+        split: whose rows were answered.
+    """
+
+    def __init__(self, cells: Cells, tasks: Sequence[Task], split: str) -> None:
+        self.tasks = list(tasks)
+        self._metrics: dict[tuple[str, int, str], Metric] = {}
+        self._draws: dict[tuple[str, int, str], np.ndarray] = {}
+        for method, seeds in cells.items():
+            for seed, folder in seeds.items():
+                self._read(method, seed, folder / f"{split}.jsonl")
+
+    def _read(self, method: str, seed: int, file: Path) -> None:
+        rows: dict[str, tuple[list[str], list[str]]] = {task.name: ([], []) for task in self.tasks}
+        with file.open(encoding="utf-8") as stream:
+            for row in map(json.loads, stream):
+                rows[row["task"]][0].append(row["answer"])
+                rows[row["task"]][1].append(row["target"])
+        for task in self.tasks:
+            answers, targets = rows[task.name]
+            self._metrics[method, seed, task.name] = metric(task.metrics[0], answers, targets, task.choices)
+
+    def value(self, method: str, seed: int, task: str) -> float:
+        """The task's first metric on all rows."""
+        return self._metrics[method, seed, task].value()
+
+    def _resampled(self, method: str, seed: int, task: str) -> np.ndarray:
+        key = (method, seed, task)
+        if key not in self._draws:  # the rows drawn depend on their number alone: two methods get the same ones
+            self._draws[key] = bootstrap(self._metrics[key])
+        return self._draws[key]
+
+    def difference(self, first: str, second: str, seeds: Sequence[int], tasks: Sequence[str]) -> Difference:
+        """The mean over tasks of one method minus another's, paired by seed and row.
+
+        The interval is a hierarchical bootstrap: seeds are drawn with replacement, and rows within each.
+        """
+        pairs = [[(seed, task) for task in tasks] for seed in seeds]
+        value = fmean(fmean(self.value(first, *p) - self.value(second, *p) for p in by_task) for by_task in pairs)
+        by_seed = np.stack(
+            [
+                np.mean([self._resampled(first, *p) - self._resampled(second, *p) for p in by_task], axis=0)
+                for by_task in pairs
+            ]
+        )
+        drawn = np.random.default_rng(len(seeds)).integers(len(seeds), size=(len(seeds), RESAMPLES))
+        differences = by_seed[drawn, np.arange(RESAMPLES)].mean(0)
+        low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        tail = min((differences <= 0).sum(), (differences >= 0).sum())
+        return Difference(value, float(low), float(high), float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))))
+
+
+def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task], split: str) -> dict[str, Any]:
+    """Returns what ``compare.json`` says of the methods.
+
+    Args:
+        cells: complete; every method with the same seeds.
+        methods: by name.
+        tasks: of the mixture.
+        split: whose rows were answered.
+    """
+    answers = Answers(cells, tasks, split)
+    names = [task.name for task in tasks]
+    seeds = list(next(iter(cells.values())))
+    found = {
+        method: {seed: json.loads((folder / f"{split}.json").read_text()) for seed, folder in own.items()}
+        for method, own in cells.items()
+    }
+    averages = {m: [fmean(answers.value(m, seed, name) for name in names) for seed in seeds] for m in cells}
+    baselines = [name for name in cells if methods[name].baseline]
+    best = max(baselines, key=lambda name: fmean(averages[name]), default=None)
+    result: dict[str, Any] = {
+        "split": split,
+        "seeds": seeds,
+        "primary_metrics": {task.name: task.metrics[0] for task in tasks},
+        "best_baseline": best,
+        "methods": {},
+    }
+    for name, own in found.items():
+        any_seed = next(iter(own.values()))
+        result["methods"][name] = {
+            "about": methods[name].about,
+            "baseline": methods[name].baseline,
+            "tasks": {
+                task.name: {m: _spread([own[seed]["tasks"][task.name][m] for seed in seeds]) for m in task.metrics}
+                for task in tasks
+            },
+            "average": {k: v for k, v in _spread(averages[name]).items() if k != "seeds"},
+            "trainable_parameters": any_seed["trainable_parameters"],
+            "tokens": _mean([own[seed]["tokens"] for seed in seeds]),
+            "tokens_per_second": _mean([own[seed]["tokens_per_second"] for seed in seeds]),
+            "peak_memory_bytes": max(own[seed]["peak_memory_bytes"] for seed in seeds),
+            "learning_rate_factor": _factor(cells[name][seeds[0]]),
+            "vs_best_baseline": (
+                answers.difference(name, best, seeds, names)._asdict() if best and name != best else None
+            ),
+            "routing": any_seed["routing"],
+        }
+    if "alone" in cells:
+        result["negative_transfer"] = {
+            name: {task: answers.difference(name, "alone", seeds, [task])._asdict() for task in names}
+            for name in cells
+            if name != "alone"
+        }
+    return result
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None, "seeds": list(values)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _factor(folder: Path) -> float:
+    return float(folder.name.partition("-lr")[2] or 1.0)

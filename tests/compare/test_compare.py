@@ -1,0 +1,143 @@
+"""`alter compare` as a user calls it, on a tiny backbone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alter.cli import main
+from alter.compare.methods import METHODS
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_package(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def compared(project):  # noqa: F811
+    """The project, with a length that can be shared out."""
+    change(project, trainer__max_epochs=1, stage2__trainer={"limit_train_batches": 0.5})
+    return project
+
+
+def compare(*arguments):
+    main(["compare", "--config", "recipe.yaml", "--out", "out", *arguments])
+    return json.loads(Path("out/compare.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
+def test_every_method_runs_through_the_same_data_and_budget(compared, capsys):
+    result = compare("--methods", ",".join(METHODS), "--seeds", "1", "--processes", "2")
+    assert list(result["methods"]) == list(METHODS)
+    budget = result["parameter_budget"]
+    tokens = result["methods"]["two_stage"]["tokens"]
+    for name, method in result["methods"].items():
+        assert set(method["tasks"]) == {"echo", "sort"}
+        assert set(method["tasks"]["sort"]["accuracy"]) == {"mean", "sd", "seeds"}
+        assert set(method["average"]) == {"mean", "sd"}
+        if name == "untouched":
+            assert method["trainable_parameters"] == method["tokens"] == 0
+            continue
+        assert method["tokens"] == pytest.approx(tokens, rel=0.15), name  # 135 rows in all, drawn anew
+        assert method["tokens_per_second"] > 0
+        assert method["peak_memory_bytes"] > 10**8
+        if name != "full":
+            assert method["trainable_parameters"] == pytest.approx(budget, rel=0.25), name  # steps of one rank
+    best = result["best_baseline"]
+    assert METHODS[best].baseline
+    assert result["methods"][best]["vs_best_baseline"] is None
+    assert set(result["methods"]["two_stage"]["vs_best_baseline"]) == {"difference", "low", "high", "p"}
+    assert set(result["negative_transfer"]["two_stage"]) == {"echo", "sort"}
+    routing = result["methods"]["two_stage"]["routing"]
+    assert set(routing) == {"experts", "shared"}
+    for layers in routing.values():
+        for table in layers.values():
+            assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in table)
+    out = capsys.readouterr().out
+    assert "| two_stage |" in out
+    page = Path("out/compare.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert all(name in page for name in METHODS)
+    assert Path("out/compare.md").read_text() in out
+
+
+def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):
+    arguments = ["--methods", "untouched,stage1,two_stage", "--seeds", "2"]
+    command = [sys.executable, "-m", "alter", "compare", "--config", "recipe.yaml", "--out", "out", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        done = Path("out/cells/stage1/seed13/test.json")
+        started = time.monotonic()
+        while not done.is_file():
+            assert process.poll() is None
+            assert time.monotonic() - started < 300
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not Path("out/compare.json").exists()
+    before = done.stat().st_mtime_ns
+    result = compare(*arguments)
+    assert done.stat().st_mtime_ns == before
+    assert "3 cells, 2 complete before" in capsys.readouterr().out
+    again = compare(*arguments)
+    assert again["methods"] == result["methods"]
+    spread = result["methods"]["two_stage"]["tasks"]["sort"]["accuracy"]
+    assert len(spread["seeds"]) == 2
+    assert spread["sd"] is not None
+
+    change(compared, stage1__model__init_args__own=0.5)
+    (line,) = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", *arguments)
+    assert "other settings" in line
+
+
+def test_a_failing_cell_is_told_and_the_others_go_on(compared, capsys):
+    Path("bad.yaml").write_text(yaml.safe_dump({"stage1": {"model": {"init_args": {"layers": [99]}}}}))
+    with pytest.raises(SystemExit):
+        main(["compare", "--config", "recipe.yaml", "--out", "out", "--methods", "bad.yaml,two_stage", "--seeds", "1"])
+    error = capsys.readouterr().err
+    assert "1 of 2 cells are not complete" in error
+    assert "99" in error
+    assert Path("out/cells/two_stage/seed13/test.json").is_file()
+
+
+def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compared):
+    result = compare("--methods", "stage1,untouched", "--seeds", "2", "--tune", "1,1e-9,0.001", "--split", "validation")
+    assert result["split"] == "validation"
+    assert result["methods"]["stage1"]["learning_rate_factor"] == 1
+    losses = {
+        cell.name: json.loads((cell / "validation.json").read_text())["validation_loss"]
+        for cell in Path("out/cells/stage1").iterdir()
+    }
+    assert set(losses) == {"seed13", "seed13-lr1e-09", "seed13-lr0.001", "seed21"}
+    assert losses["seed13"] < min(losses["seed13-lr1e-09"], losses["seed13-lr0.001"])
+    assert sorted(p.name for p in Path("out/cells/untouched").iterdir()) == ["seed13", "seed21"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--methods", "stge1"], "stage1"),
+        (["--seeds", "0"], "--seeds"),
+        (["--seeds", "x"], "--seeds"),
+        (["--tune", "0,1"], "--tune"),
+        (["--stages", "[stage1]"], "stages"),
+        (["--trainer.limit_train_batches", "3"], "limit_train_batches"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(compared, capsys, arguments, said):
+    lines = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", *arguments)
+    assert said in lines[0]
+    assert not Path("out/compare.json").exists()

@@ -1,0 +1,122 @@
+"""The statistics against slow references, and the tables."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alter.compare.methods import METHODS
+from alter.compare.summary import Answers, summarise
+from alter.compare.tables import markdown, page
+from alter.data import Task
+from alter.metrics import RESAMPLES
+
+TASKS = [
+    Task("t1", {"class_path": "Files", "init_args": {}}, "{{ x }}", "{{ y }}", choices=["a", "b"], metrics=["accuracy", "macro_f1"]),
+    Task("t2", {"class_path": "Files", "init_args": {}}, "{{ x }}", "{{ y }}", metrics=["exact_match"]),
+]  # fmt: skip
+
+
+def write(folder, right, seed=0, rows=(40, 25), **facts):
+    """A cell whose answers are right with some probability."""
+    g = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    tasks, lines = {}, []
+    for task, count in zip(TASKS, rows, strict=True):
+        hits = g.random(count) < right
+        lines += [{"task": task.name, "target": "a", "answer": "a" if hit else "b"} for hit in hits]
+        tasks[task.name] = {name: float(hits.mean()) for name in task.metrics}
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {
+        "tasks": tasks,
+        "trainable_parameters": 10,
+        "tokens": 5,
+        "tokens_per_second": 2.0,
+        "peak_memory_bytes": 2**30,
+    }
+    (folder / "test.json").write_text(json.dumps(found | {"validation_loss": 1.0, "routing": {}} | facts))
+    return folder
+
+
+@pytest.fixture
+def cells(tmp_path):
+    right = {"untouched": 0.2, "full": 0.6, "alone": 0.5, "two_stage": 0.9, "stage1": 0.6}
+    return {
+        name: {s: write(tmp_path / name / str(s), p, 10 * i + s) for s in (1, 2, 3)}
+        for i, (name, p) in enumerate(right.items())
+    }
+
+
+def test_means_deviations_and_the_best_baseline(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    for name, own in cells.items():
+        values = [json.loads((f / "test.json").read_text())["tasks"]["t1"]["accuracy"] for f in own.values()]
+        found = result["methods"][name]["tasks"]["t1"]["accuracy"]
+        assert found["seeds"] == values
+        assert found["mean"] == pytest.approx(np.mean(values))
+        assert found["sd"] == pytest.approx(np.std(values, ddof=1))
+    averages = {n: m["average"]["mean"] for n, m in result["methods"].items()}
+    assert result["best_baseline"] == max(("untouched", "full", "alone"), key=averages.get)
+    best = result["methods"]["two_stage"]["vs_best_baseline"]
+    assert best["difference"] == pytest.approx(averages["two_stage"] - averages[result["best_baseline"]])
+    assert 0 < best["low"] < best["difference"] < best["high"]
+    assert best["p"] < 0.01
+    transfer = result["negative_transfer"]["stage1"]["t2"]
+    assert transfer["difference"] == pytest.approx(
+        result["methods"]["stage1"]["tasks"]["t2"]["exact_match"]["mean"]
+        - result["methods"]["alone"]["tasks"]["t2"]["exact_match"]["mean"]
+    )
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.integers(0, 99))
+def test_the_interval_agrees_with_a_slow_hierarchical_bootstrap(tmp_path_factory, first, second, seed):
+    folder = tmp_path_factory.mktemp("cells")
+    cells = {
+        name: {s: write(folder / name / str(s), p, 100 * seed + 10 * i + s, (60, 60)) for s in (1, 2)}
+        for i, (name, p) in enumerate({"full": first, "two_stage": second}.items())
+    }
+    found = Answers(cells, TASKS, "test").difference("two_stage", "full", [1, 2], ["t1", "t2"])
+
+    def hits(name, s):
+        rows = [json.loads(line) for line in (cells[name][s] / "test.jsonl").read_text().splitlines()]
+        return [np.array([r["answer"] == r["target"] for r in rows if r["task"] == t], float) for t in ("t1", "t2")]
+
+    pairs = {s: [b - a for a, b in zip(hits("full", s), hits("two_stage", s), strict=True)] for s in (1, 2)}
+    g = np.random.default_rng(seed)
+    drawn = [
+        np.mean([np.mean([d[g.integers(60, size=60)].mean() for d in pairs[s]]) for s in g.integers(1, 3, size=2)])
+        for _ in range(RESAMPLES)
+    ]
+    assert found.difference == pytest.approx(np.mean([d.mean() for own in pairs.values() for d in own]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.05)
+    assert found.high == pytest.approx(high, abs=0.05)
+
+
+def test_the_tables_say_what_was_found(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    result["parameter_budget"] = 10
+    result["methods"]["two_stage"]["routing"] = {"experts": {"layers.0": [[0.9, 0.1], [0.25, 0.75]]}}
+    text = markdown(result)
+    average = result["methods"]["two_stage"]["average"]
+    assert f"**{100 * average['mean']:.1f} ± {100 * average['sd']:.1f}**" in text
+    assert "Best baseline: full" in text
+    assert "| untouched (baseline) |" in text
+    document = page(result, "A <title>")
+    assert "A &lt;title&gt;" in document
+    assert 'style="--share:0.750"' in document
+    for reference in ("src=", "href="):  # nothing is loaded from elsewhere
+        assert reference not in document
+
+
+def test_one_seed_has_no_deviation(tmp_path):
+    cells = {name: {13: write(tmp_path / name, 0.5)} for name in ("full", "two_stage")}
+    result = summarise(cells, METHODS, TASKS, "test")
+    assert result["methods"]["full"]["average"]["sd"] is None
+    assert "negative_transfer" not in result
+    assert "±" not in markdown(result)
+    same = result["methods"]["two_stage"]["vs_best_baseline"]
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)

@@ -8,30 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 MAX_LOGITS = 2**24  # entries of one chunk: 64 MB in fp32
 
 
-def token_losses(hidden_states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
+def token_losses(
+    hidden_states: Tensor,
+    targets: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    head_trains: bool = False,
+) -> Tensor:
     """Cross-entropy of every target token, a chunk of logits at a time.
 
     A token's loss depends on its own hidden state alone, so the gradient of each chunk is taken while its logits are
-    there, and only scaled in the backward pass. So the head must be frozen.
+    there, and only scaled in the backward pass. That holds for a frozen head; where it trains, each chunk's logits are
+    made again in the backward pass.
 
     Args:
         hidden_states: [tokens, d], what enters the head at the target positions.
         targets: [tokens], token ids.
-        logits: the frozen head, [n, d] -> [n, vocabulary].
+        logits: the head, [n, d] -> [n, vocabulary].
         vocabulary: how many logits a token has; sets the chunks.
+        head_trains: whether the head's own parameters need a gradient.
 
     Returns:
         [tokens] in fp32, nats.
     """
     rows = max(1, MAX_LOGITS // vocabulary)
-    if torch.is_grad_enabled() and hidden_states.requires_grad:
+    if torch.is_grad_enabled() and hidden_states.requires_grad and not head_trains:
         return _ChunkedLoss.apply(hidden_states, targets, logits, rows)
     chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
-    return torch.cat([_losses(logits(states), wanted) for states, wanted in chunks])
+    if head_trains and torch.is_grad_enabled():
+        return torch.cat([checkpoint(_head_losses, logits, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([_head_losses(logits, *chunk) for chunk in chunks])
+
+
+def _head_losses(logits: Callable[[Tensor], Tensor], hidden_states: Tensor, targets: Tensor) -> Tensor:
+    return _losses(logits(hidden_states), targets)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

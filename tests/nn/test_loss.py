@@ -52,3 +52,17 @@ def test_the_head_by_itself_gives_the_models_own_logits(family):
             states = model.body.decode(**inputs).last_hidden_state
         found = model.body.logits(states.flatten(0, 1)).view_as(expected)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_head_that_trains_gets_its_gradient_whatever_the_chunks(rows, monkeypatch):
+    monkeypatch.setattr(loss, "MAX_LOGITS", rows * 11)
+    states, head = torch.randn(7, 6, requires_grad=True), torch.randn(6, 11, requires_grad=True)
+    targets, weights = torch.randint(0, 11, (7,)), torch.rand(7)
+    found = token_losses(states, targets, lambda h: h @ head, 11, head_trains=True)
+    expected = F.cross_entropy(states @ head, targets, reduction="none")
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weights).sum(), (states, head)),
+        torch.autograd.grad((expected * weights).sum(), (states, head)),
+    )

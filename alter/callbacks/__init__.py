@@ -1,5 +1,6 @@
 """Loggers and callbacks of a run."""
 
 from alter.callbacks.metrics_csv import MetricsCSV
+from alter.callbacks.task_metrics import TaskMetrics
 
-__all__ = ["MetricsCSV"]
+__all__ = ["MetricsCSV", "TaskMetrics"]

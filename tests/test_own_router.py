@@ -55,9 +55,7 @@ def test_the_example_trains_tests_and_predicts(project, capsys, monkeypatch):  #
 def test_its_setting_is_a_flag(project):  # noqa: F811
     for file in FILES:
         shutil.copy(file, project)
-    main(
-        ["fit", "--config", "recipe.yaml", "--config", "own_router.yaml", "--test", "false", "--stages", "[stage1]"]
-        + ["--stage1.model.router.temperature", "0.1", "--trainer.max_epochs", "1"]
-    )
+    fit = ["fit", "--config", "recipe.yaml", "--config", "own_router.yaml", "--test", "false", "--stages", "[stage1]"]
+    main([*fit, "--stage1.model.router.temperature", "0.1", "--trainer.max_epochs", "1"])
     described = json.loads((project / "run" / "model" / "alter.json").read_text())["parts"]["router"]
     assert described["init_args"] == {"temperature": 0.1}

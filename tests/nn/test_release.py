@@ -10,7 +10,7 @@ from alter.errors import AlterError
 from alter.nn import AdjacentSelector, FFNCopy, FirstPositionGate, MTAModel, TaskSelector
 from alter.nn.decoding import choice_log_likelihoods, generate
 from alter.nn.routers import RouterShape, Routing
-from tests.nn.test_model import adapters, prompts, train_batch
+from tests.nn.test_model import adapters, logits, prompts, train_batch
 from tests.nn.tiny import tiny_model
 
 TASKS = [f"task{i}" for i in range(7)]
@@ -83,8 +83,8 @@ def test_losses_and_gradients_of_a_batch_are_those_of_the_equations(stage, whole
     losses = model(batch).losses
     losses.mean().backward()
     labels = batch["labels"]
-    logits = slow(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).logits
-    expected = torch.stack([-logits[b, s].log_softmax(-1)[labels[b, s]] for b, s in (labels != -100).nonzero()])
+    whole_logits = slow(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).logits
+    expected = torch.stack([-whole_logits[b, s].log_softmax(-1)[labels[b, s]] for b, s in (labels != -100).nonzero()])
     expected.mean().backward()
 
     def close(found, wanted):
@@ -195,6 +195,24 @@ def test_scored_choices_equal_the_loss_of_each_alone(family):
             single = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None], "labels": labels[None]}
             alone = -model({**single, "task_ids": batch["task_ids"][i : i + 1]}).losses.sum()
             torch.testing.assert_close(scores[i, c], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_the_loss_is_that_of_the_whole_logits_though_the_last_block_computes_at_few_positions(family, checkpointing):
+    model = make(family)
+    batch = train_batch(model, tasks=(0, 4, 2, 6))
+    whole, labels = logits(model, batch), batch["labels"]
+    if not model.is_seq2seq:
+        whole, labels = whole[:, :-1], labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(whole[labels != -100], labels[labels != -100], reduction="none")
+    wanted = torch.autograd.grad(model(batch).losses.sum(), adapters(model))
+    if checkpointing:
+        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    losses = model(batch).losses
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), adapters(model)), wanted, atol=1e-5, rtol=1e-4)
 
 
 # -- saving -------------------------------------------------------------------------------------------------------------

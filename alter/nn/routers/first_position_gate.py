@@ -35,10 +35,10 @@ class FirstPositionGate(Router):
         rows = len(hidden_states)
         if routing.cached and self._kept is not None:  # beams or choices may have joined since; they stand together
             return self._kept.repeat_interleave(rows // len(self._kept), 0)
-        if routing.first is None:
-            first = hidden_states[:, :1]
-        else:
-            first = hidden_states[torch.arange(rows, device=hidden_states.device), routing.first].unsqueeze(1)
+        # One path for all: activation checkpointing runs a layer again when another stack has noted its own start. While
+        # training every start is 0, since training batches are padded on the right.
+        start = torch.zeros_like(hidden_states[:, 0, 0], dtype=torch.long) if routing.first is None else routing.first
+        first = hidden_states[torch.arange(rows, device=hidden_states.device), start].unsqueeze(1)
         gates = self.outer(self.inner(first).relu()).softmax(-1)
         self._kept = gates.detach()
         return gates

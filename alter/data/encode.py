@@ -266,8 +266,8 @@ def draw_shots(task: Task, shots: int, seed: int) -> dict[str, set[int]]:
             first[label] = dict(sorted(first[label].items())[: 2 * shots])
     problems = [
         f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots {shots} needs {2 * shots} "
-        f"different training rows, {shots} to learn from and {shots} to validate on, and there are {len(rows)}; lower "
-        "data.shots, add rows or leave the task out."
+        f"different training rows, {shots} to learn from and {shots} to validate on, and there are {len(rows)}; "
+        f"{f'lower data.shots to {len(rows) // 2}, ' if len(rows) > 1 else ''}add rows or leave the task out."
         for label, rows in first.items()
         if len(rows) < 2 * shots
     ]

@@ -75,12 +75,14 @@ def test_too_few_rows_name_the_task_the_class_the_count_and_the_remedy(choices):
     (sentence,) = error.value.messages
     where = "task 't', class 'c': data.shots 4 needs 8" if choices else "task 't': data.shots 40 needs 80"
     assert where in sentence
-    assert f"there are {7 if choices else 47}; lower data.shots" in sentence
+    assert sentence.endswith(
+        f"there are {'7; lower data.shots to 3' if choices else '47; lower data.shots to 23'}, add rows or leave the task out."
+    )
 
 
 def test_a_class_without_any_row_is_told_too():
     task, _ = task_of(["a", "b"] * 8)
-    with pytest.raises(AlterError, match=r"class 'c'.* there are 0"):
+    with pytest.raises(AlterError, match=r"class 'c'.* there are 0; add rows"):
         draw_shots(task, 2, 13)
 
 

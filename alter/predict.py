@@ -13,7 +13,7 @@ from alter.data import Collator, Task, encode_choices, encode_prompt
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
 from alter.nn.backbone import load_tokenizer, resolve_backbone
-from alter.nn.decoding import choice_log_likelihoods, generate
+from alter.nn.decoding import Generation, choice_log_likelihoods, generate
 from alter.nn.model import MTAModel, read_config
 
 MAX_BATCH_TOKENS = 2048
@@ -38,10 +38,14 @@ class Predictor:
         model: the MTA model.
         tokenizer: of its backbone.
         tasks: in the order of their ids.
+        generation: how answers are decoded; greedily by default.
     """
 
-    def __init__(self, model: MTAModel, tokenizer: Any, tasks: Sequence[Task]) -> None:
+    def __init__(
+        self, model: MTAModel, tokenizer: Any, tasks: Sequence[Task], generation: Generation | None = None
+    ) -> None:
         self.model = model
+        self.generation = generation or Generation()
         self.tokenizer = tokenizer
         self.collator = Collator(tokenizer.pad_token_id, model.is_seq2seq)
         self._tasks = {task.name: task for task in tasks}
@@ -66,7 +70,7 @@ class Predictor:
     def answer(self, name: str, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Answers tokenised prompts of one task, longest batches first, in the order given.
 
-        Classification scores every choice by its likelihood; generation decodes greedily and stops at a line's end.
+        Classification scores every choice by its likelihood; generation decodes and stops at a line's end.
         """
         task = self.task(name)
         task_id = self.tasks.index(name)
@@ -84,7 +88,8 @@ class Predictor:
         return answers  # type: ignore[return-value]
 
     def _generate(self, task: Task, batch: Mapping[str, torch.Tensor]) -> list[Answer]:
-        tokens = generate(self.model, batch, task.max_target_tokens, stop_tokens=self._line_ends())
+        options = self.generation.options()
+        tokens = generate(self.model, batch, task.max_target_tokens, self._line_ends(), **options)
         return [Answer(text.strip(), None) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _classify(self, task: Task, batch: Mapping[str, torch.Tensor], choices: list[list[int]]) -> list[Answer]:
@@ -133,4 +138,5 @@ def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MT
     where = resolve_backbone(backbone or read_config(run / "model")["backbone"]["name"])
     model = kind.from_pretrained(run / "model", str(where), content["precision"])
     by_name = {task.name: task for task in tasks}
-    return Predictor(model, load_tokenizer(where), [by_name[name] for name in model.tasks])
+    generation = Generation(**content.get("generation", {}))
+    return Predictor(model, load_tokenizer(where), [by_name[name] for name in model.tasks], generation)

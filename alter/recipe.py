@@ -17,6 +17,7 @@ from lightning import Trainer
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
 from alter.nn import TrunkCache
+from alter.nn.decoding import Generation
 from alter.schema import check, check_class
 from alter.stages import Stage1Module, Stage2Module, StageModule
 
@@ -51,6 +52,7 @@ def recipe_parser() -> ArgumentParser:
         "--precision", type=str, default="fp32", help="Of the frozen backbone: fp32, bf16, int8 or nf4."
     )
     parser.add_class_arguments(TrunkCache, "trunk_cache", instantiate=False, fail_untyped=False)
+    parser.add_class_arguments(Generation, "generation", instantiate=False, fail_untyped=False)
     parser.add_class_arguments(MultiTaskDataModule, "data", skip=DATA_SKIP, instantiate=False, fail_untyped=False)
     parser.add_class_arguments(Trainer, "trainer", skip=TRAINER_SKIP, instantiate=False, fail_untyped=False)
     for name, module in STAGES.items():
@@ -211,6 +213,10 @@ def _check_values(config: Namespace) -> list[str]:
         problems.append(
             f"precision: '{config.precision}' is not one of {', '.join(precisions)}.{did_you_mean(config.precision, precisions)}"
         )
+    try:
+        Generation(**config.generation.as_dict())
+    except AlterError as error:
+        problems += error.messages
     for stage in STAGES:
         problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
     return problems
@@ -251,6 +257,7 @@ def check_file(file: Path) -> list[str]:
     plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
     sections = {
         "trunk_cache": (TrunkCache, set()),
+        "generation": (Generation, set()),
         "data": (MultiTaskDataModule, DATA_SKIP),
         "trainer": (Trainer, TRAINER_SKIP),
     }

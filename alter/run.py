@@ -239,11 +239,11 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
 
 
 def _keep_best(trainer: Any, module: StageModule) -> None:
-    """Loads the adapters of the checkpoint with the lowest validation loss."""
+    """Loads the weights of the best checkpoint: by default the one with the lowest validation loss."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-        module.model.load_adapter_state(state, best)
+        module.model.load_trained_state(state, best)
 
 
 def _best_score(trainer: Any) -> float | None:

@@ -248,6 +248,19 @@ def test_predict_streams_answers_as_json_lines(project, capsys, monkeypatch):
     assert [set(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [{"answer"}, {"answer"}]
 
 
+def test_a_run_on_few_shots_learns_from_them_alone_and_tests_on_all(project, capsys):
+    fit("--data.shots", "4", "--data.seed", "21")
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "generation" in line]
+    assert table[0][:5] == ["echo", "generation", "4", "4", "6"]
+    results = json.loads((project / "run" / "results.json").read_text())
+    assert results["tasks"]["sort"]["accuracy"]["n"] == 6
+    main(["test", "--run", "run"])
+    again = json.loads((project / "run" / "results.json").read_text())
+    assert again["tasks"] == results["tasks"]
+    sentence = refused(capsys, "fit", "--config", "recipe.yaml", "--data.shots", "16", "--run", "other")[0]
+    assert "echo.yaml: task 'echo': data.shots 16 needs 32" in sentence
+
+
 ROUTER = '''
 import torch
 from alter.nn import Router

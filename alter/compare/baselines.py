@@ -62,7 +62,7 @@ class BaselineModel(MTAModel):
             import peft
         except ImportError as error:
             raise AlterError(
-                "--methods: peft_lora and peft_poly need the peft package; install \"alter-mta[compare]\"."
+                '--methods: peft_lora and peft_poly need the peft package; install "alter-mta[compare]".'
             ) from error
         if kind == "lora":
             config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
@@ -98,7 +98,7 @@ class BaselineModel(MTAModel):
             "tuned": list(own.values()),
         }
 
-    def adapter_state(self) -> dict[str, Tensor]:
+    def trained_state(self) -> dict[str, Tensor]:
         """The tensors that train, by name."""
         return {name: parameter.data for name, parameter in self.tuned().items()}
 
@@ -108,7 +108,7 @@ class BaselineModel(MTAModel):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.adapter_state().items()}, folder / WEIGHTS)
+        save_file({key: value.contiguous() for key, value in self.trained_state().items()}, folder / WEIGHTS)
         (folder / SETTINGS).write_text(json.dumps({**self.settings, "backbone": str(backbone)}, indent=2))
 
     @classmethod
@@ -119,7 +119,7 @@ class BaselineModel(MTAModel):
         settings = json.loads(Path(folder, SETTINGS).read_text())
         name = settings.pop("backbone")
         model = cls(load_backbone(backbone or name, precision), **settings)
-        model.load_adapter_state(load_file(Path(folder, WEIGHTS)), str(folder))
+        model.load_trained_state(load_file(Path(folder, WEIGHTS)), str(folder))
         return model.eval()
 
 

@@ -21,6 +21,7 @@ from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.metrics import metric
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
+from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
 from alter.predict import Predictor, load
 from alter.recipe import Recipe, read_recipe
@@ -71,7 +72,8 @@ def _answer(recipe: Recipe, plan: dict[str, Any], found: dict[str, Any], rows: l
     if not plan["trains"]:
         names = [task.name for task in recipe.tasks]
         model = MTAModel(load_backbone(str(backbone), recipe.config["precision"]), names, "all")
-        predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks)
+        generation = Generation(**recipe.config["generation"])
+        predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks, generation)
     else:
         baseline = (recipe.run / "model" / SETTINGS).is_file()
         predictor = load(recipe.run, str(backbone), BaselineModel if baseline else MTAModel)

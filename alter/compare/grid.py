@@ -128,8 +128,8 @@ class Planner:
             skills = len(self.model.tasks) if arguments["kind"] == "poly" else 1
             selectors = skills**2 * len(maps) if arguments["kind"] == "poly" else 0
             return arguments["rank"] * skills * sum(map(sum, maps)) + selectors
-        options = {key: arguments[key] for key in ("own", "num_experts") if arguments.get(key) is not None}
-        self.model.add_experts(_template(arguments, "expert"), _template(arguments, "router"), **options)
+        experts = arguments.get("num_experts") or len(config["data"]["tasks"])
+        self.model.add_experts(_template(arguments, "expert"), _template(arguments, "router"), num_experts=experts)
         parts = ["experts", "router"]
         if "stage2" in config["stages"]:
             second = config["stage2"]["model"]["init_args"]

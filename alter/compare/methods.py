@@ -136,6 +136,8 @@ def _baseline(kind: str) -> Callable[[Config, Budget], list[Run]]:
             "init_args": arguments,
         }
         if kind == "full":
+            if config["precision"] == "bf16":
+                config["trainer"]["precision"] = "bf16-mixed"
             config["precision"] = "fp32"  # bf16 weights cannot take small steps
             optimizer = arguments["optimizer"]
             optimizer["init_args"] = {**optimizer["init_args"], "lr": FULL_LR}

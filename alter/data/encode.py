@@ -7,7 +7,7 @@ import heapq
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ CHUNK = 1000
 MAX_MESSAGES = 5
 
 
-def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: int) -> Path:
+def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: int, shots: int | None = None) -> Path:
     """Encodes all splits of a task, or finds them encoded before.
 
     Args:
@@ -31,15 +31,16 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
         tokenizer: of the backbone.
         seq2seq: whether the backbone has an encoder.
         cache: folder of all encoded tasks.
-        seed: of the drawn ``limit``.
+        seed: of the drawn ``limit`` and ``shots``.
+        shots: K, to learn from few training rows alone: see ``draw_shots``; None for all.
 
     Returns:
         the folder with one data set a split and ``stats.json``.
 
     Raises:
-        AlterError: with the first mistakes found in the rows; nothing is kept then.
+        AlterError: with the first mistakes found in the rows, or too few of them for ``shots``; nothing is kept then.
     """
-    folder = cache / f"{task.name}-{_fingerprint(task, tokenizer, seq2seq, seed)}"
+    folder = cache / f"{task.name}-{_fingerprint(task, tokenizer, seq2seq, seed, shots)}"
     if (folder / "stats.json").is_file():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
             beside = cache / f".{folder.name}.{os.getpid()}"
             shutil.rmtree(beside, ignore_errors=True)
             try:
-                _encode(task, tokenizer, seq2seq, beside, seed)
+                _encode(task, tokenizer, seq2seq, beside, seed, shots)
                 shutil.rmtree(folder, ignore_errors=True)
                 beside.rename(folder)
             finally:
@@ -56,7 +57,7 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
     return folder
 
 
-def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int) -> None:
+def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, shots: int | None) -> None:
     import datasets
 
     features = datasets.Features(
@@ -69,12 +70,15 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int) 
         }
     )
     stats = {}
+    drawn = draw_shots(task, shots, seed) if shots is not None else {}
     for split in SPLITS:
-        encoder = _Encoder(task, tokenizer, seq2seq, split)
+        origin = "train" if split in drawn else split
+        rows = _numbered(task, origin, drawn[split]) if split in drawn else _limited(task, split, seed)
+        encoder = _Encoder(task, tokenizer, seq2seq, origin)
         (folder / split).mkdir(parents=True)
         writer = datasets.arrow_writer.ArrowWriter(path=str(folder / split / "data.arrow"), features=features)
         with writer:
-            for chunk in _chunks(_limited(task, split, seed)):
+            for chunk in _chunks(rows):
                 if examples := list(encoder.encode(chunk)):
                     writer.write_batch({name: [example[name] for example in examples] for name in features})
             encoder.finish()
@@ -226,7 +230,54 @@ def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:
         yield from rows
         return
     chosen = {n for _, n in heapq.nsmallest(limit, ((stable_fraction(f"{seed}:{n}"), n) for n, _ in rows))}
-    yield from ((n, row) for n, row in enumerate(task.opened.rows(split), 1) if n in chosen)
+    yield from _numbered(task, split, chosen)
+
+
+def _numbered(task: Task, split: str, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
+    return ((n, row) for n, row in enumerate(task.opened.rows(split), 1) if n in numbers)
+
+
+def draw_shots(task: Task, shots: int, seed: int) -> dict[str, set[int]]:
+    """Draws a K-shot split: K training rows of each class to learn from, and K others of each to validate on.
+
+    Both come from the training split, in place of any ``limit`` on train or validation; a task without choices is one
+    class. Rows with the same prompt and target count once, so that none is on both sides. The draw is a pure function of
+    the rows, K and the seed. Fewer than 2 K rows of a class are refused rather than made do with, since what is measured
+    then is not K-shot learning. Source: Gao et al. 2021 (LM-BFF), arXiv 2012.15723, section 3.
+
+    Args:
+        task: the task.
+        shots: K.
+        seed: of the draw.
+
+    Returns:
+        numbers of training rows, from 1, for ``train`` and for ``validation``.
+
+    Raises:
+        AlterError: a class has fewer than 2 K different rows, or a row does not fit the task.
+    """
+    first: dict[str, dict[float, int]] = {label: {} for label in task.choices or [""]}  # class -> random key -> row
+    for number, row in enumerate(task.opened.rows("train"), 1):
+        place = f"train row {number}"
+        prompt, target = task.render_prompt(row, place), task.render_target(row, place)
+        label = target if task.choices else ""
+        first[label].setdefault(stable_fraction(f"{seed}:{json.dumps([prompt, target])}"), number)
+        if len(first[label]) > 4 * shots:  # so that memory stays flat
+            first[label] = dict(sorted(first[label].items())[: 2 * shots])
+    problems = [
+        f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots {shots} needs {2 * shots} "
+        f"different training rows, {shots} to learn from and {shots} to validate on, and there are {len(rows)}; "
+        f"{f'lower data.shots to {len(rows) // 2}, ' if len(rows) > 1 else ''}add rows or leave the task out."
+        for label, rows in first.items()
+        if len(rows) < 2 * shots
+    ]
+    if problems:
+        raise AlterError(*problems[:MAX_MESSAGES])
+    drawn = [[number for _, number in sorted(rows.items())] for rows in first.values()]
+    return {
+        "train": {number for numbers in drawn for number in numbers[:shots]},
+        "validation": {number for numbers in drawn for number in numbers[shots : 2 * shots]},
+    }
 
 
 def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
@@ -234,9 +285,10 @@ def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
         yield chunk
 
 
-def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int) -> str:
+def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int, shots: int | None) -> str:
     plain = {key: value for key, value in task.to_dict().items() if key not in ("where", "weight", "metrics")}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [VERSION, plain, task.opened.fingerprint(), vocabulary, tokenizer.eos_token_id, seq2seq, seed]
+    parts += [] if shots is None else [f"{shots} shots"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]

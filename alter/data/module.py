@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ class MultiTaskDataModule(LightningDataModule):
         eval_max_tokens: of a validation batch.
         mixed_batches: whether a batch mixes tasks.
         num_workers: processes that load batches.
-        seed: of the mixture and of drawn limits.
+        seed: of the mixture, of drawn limits and of shots.
+        shots: K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K
+            others, as LM-BFF does; the test split stays as it is. By default all rows.
+        limit: most rows of a split of every task, drawn by the seed, where the task's own limit is not lower:
+            ``{validation: 100, test: 200}`` for a quick trial.
         cache_dir: for encoded tasks; by default ``tokens`` in ALTER's cache folder.
         root: folder that the paths of data files start from, for recipes that leave it to the user; by default each
             task file's own.
@@ -56,9 +61,17 @@ class MultiTaskDataModule(LightningDataModule):
         seed: int = 13,
         cache_dir: str | None = None,
         root: str | None = None,
+        shots: int | None = None,
+        limit: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        self.tasks: list[Task] = load_tasks(tasks or [], Path(root or "."), root)
+        if shots is not None and shots < 1:
+            raise AlterError(
+                f"data.shots: {shots} is below 1; give how many rows of a class to learn from, such as 16."
+            )
+        self.tasks: list[Task] = [
+            _limited(task, limit or {}) for task in load_tasks(tasks or [], Path(root or "."), root)
+        ]
         self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self.temperature = temperature
@@ -69,6 +82,7 @@ class MultiTaskDataModule(LightningDataModule):
         self.mixed_batches = mixed_batches
         self.num_workers = num_workers
         self.seed = seed
+        self.shots = shots
         self.cache_dir = Path(cache_dir) if cache_dir else alter_home() / "tokens"
         self._resumed = (0, 0)  # epoch, batches taken of it
         self._folders: dict[str, Path] = {}
@@ -91,7 +105,9 @@ class MultiTaskDataModule(LightningDataModule):
         problems: list[str] = []
         for task in self.tasks:
             try:
-                self._folders[task.name] = encode_task(task, tokenizer, self.seq2seq, self.cache_dir, self.seed)
+                self._folders[task.name] = encode_task(
+                    task, tokenizer, self.seq2seq, self.cache_dir, self.seed, self.shots
+                )
             except AlterError as error:
                 problems += error.messages
         if problems:
@@ -205,6 +221,16 @@ class MultiTaskDataModule(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _limited(task: Task, limit: Mapping[str, int]) -> Task:
+    """The task with no more rows of a split than the mixture's own limit."""
+    if not limit:
+        return task
+    if min(limit.values()) < 1:
+        raise AlterError(f"data.limit: {dict(limit)} has a number below 1; give the most rows of a split.")
+    lower = {split: min(rows, task.limit.get(split, rows)) for split, rows in limit.items()}
+    return replace(task, limit={**task.limit, **lower})
 
 
 class _Mixture(Dataset):

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alter.errors import AlterError
 from alter.nn.loss import token_losses
 from alter.nn.model import IGNORED, MTAModel
+
+
+@dataclass
+class Generation:
+    """How answers of generation tasks are decoded.
+
+    Attributes:
+        num_beams: beams of beam search; 1 is greedy.
+        length_penalty: with beams, a sequence's score is divided by its length to this power; below 1 favours short ones.
+    """
+
+    num_beams: int = 1
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise AlterError(f"generation.num_beams: {self.num_beams} is below 1; 1 is greedy, 4 a usual search.")
+
+    def options(self) -> dict[str, Any]:
+        """Options for ``generate``; a greedy search knows no length penalty."""
+        return {} if self.num_beams == 1 else {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
+
 
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass; bounds the choices' caches and logits
 

@@ -14,34 +14,39 @@ MAX_LOGITS = 2**24  # entries of one chunk: 64 MB in fp32
 
 
 def token_losses(
-    hidden_states: Tensor, targets: Tensor, logits: Callable[[Tensor], Tensor], vocabulary: int, frozen: bool = True
+    hidden_states: Tensor,
+    targets: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    head_trains: bool = False,
 ) -> Tensor:
     """Cross-entropy of every target token, a chunk of logits at a time.
 
     A token's loss depends on its own hidden state alone, so the gradient of each chunk is taken while its logits are
-    there, and only scaled in the backward pass. A head that trains needs its logits again then: they are made anew.
+    there, and only scaled in the backward pass. That holds for a frozen head; where it trains, each chunk's logits are
+    made again in the backward pass.
 
     Args:
         hidden_states: [tokens, d], what enters the head at the target positions.
         targets: [tokens], token ids.
         logits: the head, [n, d] -> [n, vocabulary].
         vocabulary: how many logits a token has; sets the chunks.
-        frozen: whether the head is.
+        head_trains: whether the head's own parameters need a gradient.
 
     Returns:
         [tokens] in fp32, nats.
     """
     rows = max(1, MAX_LOGITS // vocabulary)
-    chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
-    if not torch.is_grad_enabled() or (frozen and not hidden_states.requires_grad):
-        return torch.cat([_losses(logits(states), wanted) for states, wanted in chunks])
-    if frozen:
+    if torch.is_grad_enabled() and hidden_states.requires_grad and not head_trains:
         return _ChunkedLoss.apply(hidden_states, targets, logits, rows)
+    chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+    if head_trains and torch.is_grad_enabled():
+        return torch.cat([checkpoint(_head_losses, logits, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([_head_losses(logits, *chunk) for chunk in chunks])
 
-    def losses(states: Tensor, wanted: Tensor) -> Tensor:
-        return _losses(logits(states), wanted)
 
-    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])
+def _head_losses(logits: Callable[[Tensor], Tensor], hidden_states: Tensor, targets: Tensor) -> Tensor:
+    return _losses(logits(hidden_states), targets)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -76,6 +76,9 @@ class MTAModel(nn.Module):
         self.body = Body(backbone, adapted)
         # A plain dict: the layers are already registered as parts of the backbone.
         self.layers: Mapping[str, MixtureOfTaskAdapters] = self._attach(adapted)
+        self._untouched: dict[str, Tensor] | None = None
+        for stack in filter(None, (self.body.encoder, self.body.decoder)):
+            stack.register_forward_pre_hook(self._note_start, with_kwargs=True)
 
     def _attach(self, adapted: Sequence[FeedForward]) -> dict[str, MixtureOfTaskAdapters]:
         layers = {}
@@ -90,17 +93,25 @@ class MTAModel(nn.Module):
             layers[found.name].is_last = not self.is_seq2seq and not found.inline and found.index == len(blocks) - 1
         return layers
 
-    def add_experts(self, expert: Expert, router: Router, own: float = 0.9) -> None:
-        """Stage 1: one expert a task in every chosen layer.
+    def add_experts(self, expert: Expert, router: Router, own: float = 0.9, num_experts: int | None = None) -> None:
+        """Stage 1: experts in every chosen layer, one a task unless told otherwise.
 
         Args:
             expert: template of the experts.
             router: template of the router.
             own: the share of a task's own expert at the start.
+            num_experts: how many; None for one a task. Task t's own expert is ``t % num_experts``.
+
+        Raises:
+            AlterError: ``num_experts`` is below 1.
         """
-        count = len(self.tasks)
-        own = own if count > 1 else 1.0
-        prior = torch.full((count, count), (1 - own) / max(count - 1, 1)).fill_diagonal_(own)
+        if num_experts is not None and num_experts < 1:
+            raise AlterError(f"num_experts: {num_experts} is below 1; give a positive number, or none for one a task.")
+        self.num_experts = num_experts
+        tasks, experts = len(self.tasks), num_experts or len(self.tasks)
+        own = own if experts > 1 else 1.0
+        prior = torch.full((tasks, experts), (1 - own) / max(experts - 1, 1))
+        prior[torch.arange(tasks), torch.arange(tasks) % experts] = own
         for layer in self.layers.values():
             layer.add_experts(expert, router, prior)
         self._place_adapters()
@@ -136,19 +147,56 @@ class MTAModel(nn.Module):
 
     @contextmanager
     def adapters_disabled(self) -> Iterator[None]:
-        """The untouched backbone, for as long as the context lasts."""
+        """The untouched backbone, for as long as the context lasts; a trained one has its first weights back."""
         for layer in self.layers.values():
             layer.enabled = False
+        trained = {name: value.data for name, value in self._backbone_parameters().items()} if self._untouched else {}
         try:
+            self._set_backbone(self._untouched or {})
             yield
         finally:
+            self._set_backbone(trained)
             for layer in self.layers.values():
                 layer.enabled = True
+
+    # -- a backbone that trains too ---------------------------------------------------------------------------------
+
+    def train_backbone(self) -> None:
+        """Lets the backbone train too, without dropout still; its weights are then part of what is saved."""
+        self._own_backbone()
+        for parameter in self._backbone_parameters().values():
+            parameter.requires_grad_(True)
+
+    @property
+    def has_own_backbone(self) -> bool:
+        """Whether the backbone trains or has trained, so that its weights are no longer those of its folder."""
+        return self._untouched is not None
+
+    def _own_backbone(self) -> None:
+        if self._untouched is None:
+            self._untouched = {
+                name: parameter.detach().to("cpu", copy=True) for name, parameter in self._backbone_parameters().items()
+            }
+
+    def _backbone_parameters(self) -> dict[str, nn.Parameter]:
+        own = {id(parameter) for parameter in self.part_parameters()["backbone"]}
+        return {name: parameter for name, parameter in self.backbone.named_parameters() if id(parameter) in own}
+
+    def _set_backbone(self, weights: Mapping[str, Tensor]) -> None:
+        parameters = self._backbone_parameters()
+        for name, value in weights.items():
+            parameters[name].data = value.to(parameters[name].device)
 
     def set_tasks(self, task_ids: Tensor) -> None:
         """Says which task each example of the next calls belongs to, [batch]."""
         self.routing.task_ids = task_ids
         self.routing.positions = None
+
+    def _note_start(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        self.routing.cached = 0 if cache is None else int(cache.get_seq_length())
+        self.routing.first = mask.int().argmax(1) if mask is not None and mask.dim() == 2 else None
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +218,7 @@ class MTAModel(nn.Module):
             targets[positions],
             self.body.logits,
             self.body.vocabulary,
-            frozen=not self.body.head_trains,
+            self.body.head_trains,
         )
         routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
         extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
@@ -195,24 +243,25 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: a key is missing, surplus or of another shape.
         """
-        own = self.adapter_state()
-        problems = [f"{where}: the key '{key}' is missing." for key in own.keys() - state.keys()]
-        problems += [
-            f"{where}: the key '{key}' belongs to no adapter of this model." for key in state.keys() - own.keys()
-        ]
-        problems += [
-            f"{where}: the key '{key}' has shape {list(state[key].shape)}, not {list(own[key].shape)}."
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        ]
-        if problems:
-            raise AlterError(*sorted(problems))
-        with torch.no_grad():
-            for key, value in state.items():
-                own[key].copy_(value)
+        _copy_state(self.adapter_state(), state, where)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes: the adapters' tensors and, where the backbone trains too, its own as ``backbone.name``."""
+        if not self.has_own_backbone:
+            return self.adapter_state()
+        backbone = {f"backbone.{name}": value.detach() for name, value in self._backbone_parameters().items()}
+        return {**self.adapter_state(), **backbone}
+
+    def load_trained_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Loads what ``trained_state`` returned.
+
+        Raises:
+            AlterError: a key is missing, surplus or of another shape.
+        """
+        _copy_state(self.trained_state(), state, where)
 
     def save_pretrained(self, folder: str | Path, backbone: str) -> None:
-        """Writes the adapters alone, as safetensors and JSON.
+        """Writes the adapters, and the backbone only where it has trained, as safetensors and JSON.
 
         Args:
             folder: made where it does not exist; the JSON is written last, so a folder without it is not a model.
@@ -230,9 +279,11 @@ class MTAModel(nn.Module):
             "layers": self._layers_setting,
             "ffn": self._ffn_setting,
             "parts": {name: part.describe() for name, part in layer.parts().items()},
+            "num_experts": self.num_experts,
             "num_shared": self.num_shared,
+            "own_backbone": self.has_own_backbone,
         }
-        state = {key: value.detach().cpu().contiguous() for key, value in self.adapter_state().items()}
+        state = {key: value.detach().cpu().contiguous() for key, value in self.trained_state().items()}
         temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
         save_file(state, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / WEIGHTS_FILE)
@@ -267,14 +318,24 @@ class MTAModel(nn.Module):
             )
         model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
         parts, where = config["parts"], str(folder / CONFIG_FILE)
-        model.add_experts(make_template(parts["experts"], Expert, where), make_template(parts["router"], Router, where))
+        model.add_experts(
+            make_template(parts["experts"], Expert, where),
+            make_template(parts["router"], Router, where),
+            num_experts=config.get("num_experts"),
+        )
         if "shared" in parts:
             model.add_shared(
                 make_template(parts["shared"], Expert, where),
                 config["num_shared"],
                 make_template(parts["shared_router"], Router, where),
             )
-        model.load_adapter_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+        if config.get("own_backbone"):
+            if precision not in ("fp32", "bf16"):
+                raise AlterError(
+                    f"{where}: the backbone was trained too, so its precision cannot be {precision}; load it as fp32 or bf16."
+                )
+            model._own_backbone()
+        model.load_trained_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         return model.eval()
 
 
@@ -282,6 +343,22 @@ def _places(positions: Tensor) -> Tensor:
     """The places of [batch, seq] that are true, [batch, n]; rows that have fewer are filled up with others."""
     count = max(1, int(positions.sum(1).max()))
     return positions.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def _copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors into those of the same name; raises where names or shapes differ."""
+    problems = [f"{where}: the key '{key}' is missing." for key in own.keys() - state.keys()]
+    problems += [f"{where}: the key '{key}' belongs to no adapter of this model." for key in state.keys() - own.keys()]
+    problems += [
+        f"{where}: the key '{key}' has shape {list(state[key].shape)}, not {list(own[key].shape)}."
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise AlterError(*sorted(problems))
+    with torch.no_grad():
+        for key, value in state.items():
+            own[key].copy_(value)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

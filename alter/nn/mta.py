@@ -72,6 +72,7 @@ class MixtureOfTaskAdapters(nn.Module):
         self.shared.build(self.frozen, num_shared)
         width = self.frozen.hidden_size * (1 + num_shared)
         self.shared_router.build(RouterShape(*prior.shape, width, prior))
+        self.router.join_shared()
 
     def parts(self) -> dict[str, nn.Module]:
         """The trainable modules by name: experts, router, shared, shared_router."""
@@ -82,11 +83,14 @@ class MixtureOfTaskAdapters(nn.Module):
         """[batch, seq, d] -> [batch, seq, d]."""
         if not self.enabled or self.experts is None:
             return self.ffn(hidden_states)
-        if self.routing.positions is None or not self.is_last:
+        if self.routing.positions is None or not self.is_last or self._reads_sequence():
             return self.mix(hidden_states, lambda: self.ffn(hidden_states))
         index = self.routing.positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
         needed = hidden_states.gather(1, index)
         return torch.zeros_like(hidden_states).scatter(1, index, self.mix(needed, lambda: self.ffn(needed)))
+
+    def _reads_sequence(self) -> bool:
+        return any(router.reads_sequence for router in (self.router, self.shared_router) if router is not None)
 
     def mix(self, hidden_states: Tensor, ffn_output: Callable[[], Tensor]) -> Tensor:
         """Computes the equations above; ``ffn_output()`` gives F(x) where it is needed."""

@@ -26,7 +26,10 @@ class Template(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Returns ``{"class_path", "init_args"}``, enough to make this template again."""
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
+        # a class without an __init__ of its own has torch's, with *args and **kwargs
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        parameters = inspect.signature(type(self)).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.kind in named]
         module = type(self).__module__
         return {  # ALTER's own by their public name, so that a model outlives a change of files
             "class_path": f"{'alter.nn' if module.startswith('alter.nn.') else module}.{type(self).__qualname__}",

@@ -46,7 +46,7 @@ class StageModule(LightningModule):
     ) -> None:
         super().__init__()
         self.model = None
-        self.strict_loading = False  # checkpoints hold the adapters alone; on_load_checkpoint checks that they fit
+        self.strict_loading = False  # checkpoints hold what trains alone; on_load_checkpoint checks that they fit
         self.make_optimizer = optimizer
         self.schedule = schedule
         self.warmup = warmup
@@ -68,18 +68,31 @@ class StageModule(LightningModule):
         return f"{fingerprint} {self.precision} transformers {version('transformers')}"
 
     def configure_model(self) -> None:
-        """Makes the model once, on the process that trains it; every part not in ``learning_rates`` is frozen."""
+        """Makes the model once, on the process that trains it; every part not in ``learning_rates`` is frozen.
+
+        Raises:
+            AlterError: the backbone is to train and its precision is not fp32.
+        """
         if self.model is not None:
             return
-        self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
         rates = self.learning_rates()
+        if rates.get("backbone", 0.0) > 0 and self.precision != "fp32":
+            raise AlterError(
+                f"precision: the backbone trains (backbone_lr {rates['backbone']:g}) and needs fp32, not {self.precision}; "
+                "write precision: fp32, with trainer.precision: bf16-mixed for speed, or backbone_lr: 0."
+            )
+        self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
+        if rates.get("backbone", 0.0) > 0:
+            self.model.train_backbone()
         for part, parameters in self.model.part_parameters().items():
             for parameter in parameters:
                 # hard selectors have nothing to learn and say so themselves
                 parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
         if self.gradient_checkpointing:
             self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
-        if self.trunk_cache is not None:
+        if self.model.has_own_backbone:
+            self.model.body.uncached = "the backbone trains or has trained, so its states are its own"
+        elif self.trunk_cache is not None:
             self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
 
     def parts_table(self) -> str:
@@ -187,13 +200,13 @@ class StageModule(LightningModule):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the adapters alone; the backbone does not change."""
-        checkpoint["state_dict"] = self.model.adapter_state()
+        """Keeps the adapters alone where the backbone does not change."""
+        checkpoint["state_dict"] = self.model.trained_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads the adapters and checks that every key matched, which ``strict_loading=False`` would not."""
+        """Loads what trains and checks that every key matched, which ``strict_loading=False`` would not."""
         self.configure_model()
-        self.model.load_adapter_state(checkpoint["state_dict"], "the checkpoint")
+        self.model.load_trained_state(checkpoint["state_dict"], "the checkpoint")
 
 
 def _per_example(losses: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:

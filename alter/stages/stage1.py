@@ -16,7 +16,7 @@ from alter.stages.base import StageModule
 
 
 class Stage1Module(StageModule):
-    """Trains one expert a task and the selector that mixes them; the backbone is frozen.
+    """Trains one expert a task and the selector that mixes them; the backbone is frozen unless told otherwise.
 
     Args:
         backbone: name or folder, set by the recipe's ``backbone``.
@@ -27,7 +27,10 @@ class Stage1Module(StageModule):
         expert: the kind of the task experts (default LoRA).
         router: who mixes them (default TaskSelector).
         own: share of a task's own expert at the start.
+        num_experts: how many experts; None for one a task. Task t's own is ``t % num_experts``.
         router_lr: factor on the router's learning rate.
+        backbone_lr: factor on the backbone's learning rate; 0 freezes it. Above 0 all of it trains, without dropout, in
+            fp32; checkpoints and the model hold it whole, and the trunk cache is off.
         optimizer: class and arguments (default AdamW, lr 3e-3).
         schedule: of the learning rate after the warm-up.
         warmup: share of the steps over which the learning rate rises.
@@ -46,7 +49,9 @@ class Stage1Module(StageModule):
         expert: Expert | None = None,
         router: Router | None = None,
         own: float = 0.9,
+        num_experts: int | None = None,
         router_lr: float = 1.0,
+        backbone_lr: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
         warmup: float = 0.05,
@@ -63,14 +68,16 @@ class Stage1Module(StageModule):
         self.expert = expert or LoRA()
         self.router = router or TaskSelector()
         self.own = own
+        self.num_experts = num_experts
         self.router_lr = router_lr
+        self.backbone_lr = backbone_lr
 
     def make_model(self) -> MTAModel:
         """The backbone with fresh experts."""
         model = MTAModel(load_backbone(self.backbone, self.precision), self.tasks, self.layers, self.ffn)
-        model.add_experts(self.expert, self.router, self.own)
+        model.add_experts(self.expert, self.router, self.own, self.num_experts)
         return model
 
     def learning_rates(self) -> dict[str, float]:
-        """Experts and their router train."""
-        return {"experts": 1.0, "router": self.router_lr}
+        """Experts and their router train; the backbone at its own factor, frozen by default."""
+        return {"experts": 1.0, "router": self.router_lr, "backbone": self.backbone_lr}

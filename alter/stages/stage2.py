@@ -15,7 +15,8 @@ from alter.stages.base import StageModule
 
 
 class Stage2Module(StageModule):
-    """Starts from stage 1, adds shared experts and trains them and their gate; the backbone is frozen.
+    """Starts from stage 1, adds shared experts and trains them and their gate; the backbone is frozen unless told
+    otherwise.
 
     Args:
         backbone: name or folder, set by the recipe's ``backbone``.
@@ -27,6 +28,7 @@ class Stage2Module(StageModule):
         router: gate over the task experts' mixture and the shared experts (default SharedGate).
         keep: the task experts' share at the start.
         task_expert_lr: factor on the task experts' learning rate; 0 freezes them and their router.
+        backbone_lr: factor on the backbone's learning rate; 0 freezes it, as stage 1 left it. See stage 1.
         optimizer: class and arguments (default AdamW, lr 1e-3).
         schedule: of the learning rate after the warm-up.
         warmup: share of the steps over which the learning rate rises.
@@ -46,6 +48,7 @@ class Stage2Module(StageModule):
         router: Router | None = None,
         keep: float = 0.9,
         task_expert_lr: float = 0.0,
+        backbone_lr: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
         warmup: float = 0.05,
@@ -63,6 +66,7 @@ class Stage2Module(StageModule):
         self.router = router or SharedGate()
         self.keep = keep
         self.task_expert_lr = task_expert_lr
+        self.backbone_lr = backbone_lr
 
     def make_model(self) -> MTAModel:
         """Stage 1's model with fresh shared experts."""
@@ -71,5 +75,11 @@ class Stage2Module(StageModule):
         return model
 
     def learning_rates(self) -> dict[str, float]:
-        """The shared experts and the gate train; the task experts at their own factor, frozen by default."""
-        return {"shared": 1.0, "shared_router": 1.0, "experts": self.task_expert_lr, "router": self.task_expert_lr}
+        """The shared experts and the gate train; task experts and backbone at their own factors, frozen by default."""
+        return {
+            "shared": 1.0,
+            "shared_router": 1.0,
+            "experts": self.task_expert_lr,
+            "router": self.task_expert_lr,
+            "backbone": self.backbone_lr,
+        }

@@ -92,3 +92,18 @@ def test_a_run_resumed_in_mid_epoch_sees_just_the_remaining_batches(tmp_path, wo
     before = run(Recorder(stop_at))
     after = run(Recorder(), str(tmp_path / "ckpt" / "last.ckpt"))
     assert before + after == whole
+
+
+def test_a_limit_for_all_tasks_is_not_above_a_tasks_own(tmp_path, words):
+    small = task_dict(tmp_path, "small", 40, limit={"train": 10})
+    large = task_dict(tmp_path, "large", 160, choices=None, metrics=["rougeL"])
+    data = make(tmp_path, words, tasks=[small, large], limit={"train": 20, "test": 3})
+    assert data.sizes == [10, 20]
+    assert [len(data.examples(task, "test")) for task in ("small", "large")] == [3, 3]
+    assert [len(data.examples(task, "validation")) for task in ("small", "large")] == [6, 6]
+
+
+@pytest.mark.parametrize("limit", [{"test": 0}, {"tst": 3}])
+def test_a_limit_that_is_none_is_refused(tmp_path, words, limit):
+    with pytest.raises(AlterError, match="limit"):
+        make(tmp_path, words, limit=limit)

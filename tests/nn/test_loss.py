@@ -29,7 +29,7 @@ def test_losses_and_gradients_are_those_of_the_whole_logits_whatever_the_chunks(
 
     before, loss.MAX_LOGITS = loss.MAX_LOGITS, rows * 11
     try:
-        found = token_losses(states, targets, logits, 11, frozen)
+        found = token_losses(states, targets, logits, 11, not frozen)
     finally:
         loss.MAX_LOGITS = before
     expected = F.cross_entropy(plain @ plain_head, targets, reduction="none")

@@ -4,9 +4,21 @@ To add one, subclass ``Router``: keep the hyperparameters in ``__init__``, make 
 ``forward``, and name the class in the recipe by ``class_path``.
 """
 
+from alter.nn.routers.adjacent_selector import AdjacentSelector
 from alter.nn.routers.base import Router, RouterShape, Routing
+from alter.nn.routers.first_position_gate import FirstPositionGate
 from alter.nn.routers.gates import TaskGate, TokenGate
 from alter.nn.routers.shared_gate import SharedGate
 from alter.nn.routers.task_selector import TaskSelector
 
-__all__ = ["Router", "RouterShape", "Routing", "SharedGate", "TaskGate", "TaskSelector", "TokenGate"]
+__all__ = [
+    "AdjacentSelector",
+    "FirstPositionGate",
+    "Router",
+    "RouterShape",
+    "Routing",
+    "SharedGate",
+    "TaskGate",
+    "TaskSelector",
+    "TokenGate",
+]

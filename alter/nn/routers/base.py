@@ -18,10 +18,14 @@ class Routing:
     Attributes:
         task_ids: [batch], the task of each example.
         positions: [batch, n], the positions whose output matters after the last block, while training; None for all.
+        cached: tokens that came before the hidden states, in the cache of the stack that runs; 0 at a sequence's start.
+        first: [rows], where each row of the hidden states starts behind its padding on the left; None where there is none.
     """
 
     task_ids: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
     positions: Tensor | None = None
+    cached: int = 0
+    first: Tensor | None = None
 
     def rows(self, count: int) -> Tensor:
         """The task of each of ``count`` rows: beams or choices of one example stand next to each other."""
@@ -50,10 +54,12 @@ class Router(Template):
 
     Attributes:
         normalised: whether the gates of a token sum to one.
+        reads_sequence: whether a token's gates depend on other tokens too, so that the layer must always hand over all.
         auxiliary_loss: set by ``forward`` where the design has a loss of its own; added to the training loss.
     """
 
     normalised = True
+    reads_sequence = False
     auxiliary_loss: Tensor | None = None
 
     @property
@@ -64,6 +70,9 @@ class Router(Template):
     @abstractmethod
     def build(self, shape: RouterShape) -> None:
         """Makes the parameters."""
+
+    def join_shared(self) -> None:
+        """Told to the task experts' router when stage 2's shared experts join, and again when such a model is loaded."""
 
     @abstractmethod
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:

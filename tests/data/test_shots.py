@@ -1,0 +1,128 @@
+"""K-shot splits: counts by class, disjointness, seeds, and one clear sentence where there are too few rows."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alter.data import MultiTaskDataModule, Task
+from alter.data.encode import draw_shots, encode_task
+from alter.data.sources import Function
+from alter.errors import AlterError
+from tests.data.conftest import task_dict, write_jsonl
+from tests.data.test_module import make
+
+CHOICES = ["a", "b", "c"]
+
+
+def task_of(labels, repeats=1, choices=CHOICES):
+    rows = [{"text": f"row {i // repeats}", "label": label} for i, label in enumerate(labels)]
+    task = Task("t", {}, "{{ text }}", "{{ label }}", choices=choices)
+    task.__dict__["opened"] = Function(lambda split: iter(rows))
+    return task, rows
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    extra=st.lists(st.sampled_from(CHOICES), max_size=60),
+    shots=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_k_of_each_class_and_k_others_to_validate(extra, shots, seed, data):
+    labels = data.draw(st.permutations([*CHOICES * (2 * shots), *extra]))
+    task, rows = task_of(labels)
+    drawn = draw_shots(task, shots, seed)
+    assert not drawn["train"] & drawn["validation"]
+    for numbers in drawn.values():
+        assert Counter(rows[n - 1]["label"] for n in numbers) == dict.fromkeys(CHOICES, shots)
+    assert draw_shots(task, shots, seed) == drawn
+
+
+@given(count=st.integers(12, 40), shots=st.integers(1, 6), seed=st.integers(0, 99))
+def test_a_task_without_choices_is_one_class(count, shots, seed):
+    task, _ = task_of([f"text {i}" for i in range(count)], choices=None)
+    drawn = draw_shots(task, shots, seed)
+    assert len(drawn["train"]) == len(drawn["validation"]) == shots
+    assert not drawn["train"] & drawn["validation"]
+
+
+@given(seed=st.integers(0, 99))
+def test_equal_rows_are_drawn_once(seed):
+    labels = [label for label in CHOICES * 8 for _ in range(5)]
+    task, rows = task_of(labels, repeats=5)
+    drawn = draw_shots(task, 4, seed)
+    texts = [{rows[n - 1]["text"] for n in drawn[split]} for split in ("train", "validation")]
+    assert len(texts[0]) == len(texts[1]) == 12
+    assert not texts[0] & texts[1]
+
+
+def test_the_papers_seeds_draw_different_rows_and_all_rows_come_up():
+    task, _ = task_of(CHOICES * 200)
+    draws = [frozenset(draw_shots(task, 16, seed)["train"]) for seed in (13, 21, 42, 87, 100)]
+    assert len(set(draws)) == 5
+    seen = Counter(n for seed in range(200) for n in draw_shots(task, 16, seed)["train"])
+    assert len(seen) > 590  # of 600, each with a chance of 16 in 200 a seed
+    assert max(seen.values()) < 45
+
+
+@pytest.mark.parametrize("choices", [CHOICES, None])
+def test_too_few_rows_name_the_task_the_class_the_count_and_the_remedy(choices):
+    task, _ = task_of(["a"] * 20 + ["b"] * 20 + ["c"] * 7, choices=choices)
+    with pytest.raises(AlterError) as error:
+        draw_shots(task, 4 if choices else 40, 13)
+    (sentence,) = error.value.messages
+    where = "task 't', class 'c': data.shots 4 needs 8" if choices else "task 't': data.shots 40 needs 80"
+    assert where in sentence
+    assert sentence.endswith(
+        f"there are {'7; lower data.shots to 3' if choices else '47; lower data.shots to 23'}, add rows or leave the task out."
+    )
+
+
+def test_a_class_without_any_row_is_told_too():
+    task, _ = task_of(["a", "b"] * 8)
+    with pytest.raises(AlterError, match=r"class 'c'.* there are 0; add rows"):
+        draw_shots(task, 2, 13)
+
+
+def test_the_module_learns_from_few_rows_and_tests_on_all(tmp_path, words):
+    whole, few = make(tmp_path, words), make(tmp_path, words, shots=5, seed=21)
+    assert few.sizes == [10, 5]
+    for name, size in (("small", 10), ("large", 5)):
+        parts = {s: few.examples(name, s)["prompt"][:] for s in ("train", "validation", "test")}
+        assert [len(parts[s]) for s in ("train", "validation")] == [size, size]
+        assert parts["test"] == whole.examples(name, "test")["prompt"][:]
+        known = whole.examples(name, "train")["prompt"][:]
+        assert set(parts["train"]) | set(parts["validation"]) <= set(known)
+        assert not set(parts["train"]) & set(parts["validation"])
+    assert Counter(few.examples("small", "train")["target"]) == {"yes": 5, "no": 5}
+    assert (
+        make(tmp_path, words, shots=5, seed=21).examples("small", "train")["prompt"][:]
+        == few.examples("small", "train")["prompt"][:]
+    )
+
+
+def test_tokens_are_kept_apart_by_shots_and_a_limit_gives_way(tmp_path, tokenizer):
+    task = Task.from_dict(task_dict(tmp_path, limit={"train": 3, "test": 2}), "t.yaml")
+    folders = [encode_task(task, tokenizer, False, tmp_path / "cache", 13, shots) for shots in (None, 2, 3)]
+    assert len(set(folders)) == 3
+    import json
+
+    counts = [
+        [json.loads((f / "stats.json").read_text())[s]["rows"] for s in ("train", "validation", "test")]
+        for f in folders
+    ]
+    assert counts == [[3, 6, 2], [4, 4, 2], [6, 6, 2]]
+
+
+def test_a_bad_row_is_told_by_its_number_in_the_training_split(tmp_path, tokenizer):
+    content = task_dict(tmp_path, choices=["yes", "no"])
+    write_jsonl(tmp_path / "t.train.jsonl", [{"text": "w1", "label": "yes"}, {"text": "w2", "label": "maybe"}])
+    with pytest.raises(AlterError, match="train row 2: the label 'maybe' is not one of the choices"):
+        encode_task(Task.from_dict(content, "t.yaml"), tokenizer, False, tmp_path / "cache", 13, 1)
+
+
+def test_shots_below_one_are_refused():
+    with pytest.raises(AlterError, match=r"data\.shots: 0 is below 1"):
+        MultiTaskDataModule(shots=0)

@@ -35,7 +35,7 @@ class TokenLosses(NamedTuple):
     Attributes:
         losses: [tokens], cross-entropy in nats.
         rows: [tokens], which example of the batch a token belongs to.
-        auxiliary: the routers' own losses, a scalar.
+        auxiliary: the sum of the routers' own losses over the layers, a scalar; 0 in evaluation mode.
     """
 
     losses: Tensor
@@ -70,7 +70,7 @@ class MTAModel(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.tasks = list(tasks)
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
-        self.routing = Routing()
+        self.routing = Routing(prompt=torch.zeros(1, backbone.get_input_embeddings().weight.shape[-1]))
         self._layers_setting, self._ffn_setting = layers, ffn
         adapted = select_layers(find_feed_forwards(backbone, ffn), layers)
         self.body = Body(backbone, adapted)
@@ -79,6 +79,7 @@ class MTAModel(nn.Module):
 
     def _attach(self, adapted: Sequence[FeedForward]) -> dict[str, MixtureOfTaskAdapters]:
         layers = {}
+        encoder = {id(module) for module in self.body.encoder.modules()} if self.is_seq2seq else set()
         for found in adapted:
             owner = self.backbone.get_submodule(found.name)
             frozen = FrozenFeedForward(owner, found, self.backbone.dtype)
@@ -87,20 +88,29 @@ class MTAModel(nn.Module):
             layers[found.name] = mixture(self.backbone.get_submodule(path), frozen, self.routing)
             self.backbone.set_submodule(path, layers[found.name])
             blocks = self.backbone.get_submodule(found.stack) if found.stack else ()
+            layers[found.name].stack = "encoder" if id(blocks) in encoder else "decoder"
             layers[found.name].is_last = not self.is_seq2seq and not found.inline and found.index == len(blocks) - 1
         return layers
 
-    def add_experts(self, expert: Expert, router: Router, own: float = 0.9) -> None:
-        """Stage 1: one expert a task in every chosen layer.
+    def add_experts(self, expert: Expert, router: Router, own: float = 0.9, num_experts: int | None = None) -> None:
+        """Stage 1: task experts in every chosen layer.
 
         Args:
             expert: template of the experts.
             router: template of the router.
             own: the share of a task's own expert at the start.
+            num_experts: E; None for one a task. Task t's own expert is t modulo E.
+
+        Raises:
+            AlterError: there would be no expert, or the router or the experts do not fit.
         """
-        count = len(self.tasks)
+        tasks = len(self.tasks)
+        count = tasks if num_experts is None else num_experts
+        if count < 1:
+            raise AlterError(f"num_experts is {count}; give 1 or more, or leave it out for one expert a task.")
         own = own if count > 1 else 1.0
-        prior = torch.full((count, count), (1 - own) / max(count - 1, 1)).fill_diagonal_(own)
+        prior = torch.full((tasks, count), (1 - own) / max(count - 1, 1))
+        prior[torch.arange(tasks), torch.arange(tasks) % count] = own
         for layer in self.layers.values():
             layer.add_experts(expert, router, prior)
         self._place_adapters()
@@ -145,10 +155,30 @@ class MTAModel(nn.Module):
             for layer in self.layers.values():
                 layer.enabled = True
 
-    def set_tasks(self, task_ids: Tensor) -> None:
-        """Says which task each example of the next calls belongs to, [batch]."""
-        self.routing.task_ids = task_ids
-        self.routing.positions = None
+    def set_examples(self, batch: Mapping[str, Tensor]) -> None:
+        """Says which examples the next calls are about.
+
+        Args:
+            batch: ``task_ids`` [batch]; where a router reads the prompt also ``input_ids`` and ``attention_mask``
+                [batch, seq], and ``labels`` where targets stand behind the prompts.
+        """
+        self.routing.task_ids = batch["task_ids"]
+        self.routing.positions, self.routing.masks = None, {}
+        if any(router.reads_prompt for router in self._routers()):
+            self.routing.prompt = self._pooled_prompt(batch)
+
+    def _routers(self) -> Iterator[Router]:
+        for layer in self.layers.values():
+            yield from (router for router in (layer.router, layer.shared_router) if router is not None)
+
+    @torch.no_grad()
+    def _pooled_prompt(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the frozen input embeddings over each prompt's tokens, [batch, d]; targets are left out."""
+        mask = batch["attention_mask"].bool()
+        if not self.is_seq2seq and "labels" in batch:
+            mask = mask & (batch["labels"] == IGNORED)
+        embeddings = self.backbone.get_input_embeddings()(batch["input_ids"]).float()
+        return (embeddings * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -159,15 +189,20 @@ class MTAModel(nn.Module):
             batch: ``input_ids``, ``attention_mask`` and ``labels`` [batch, seq] (-100 where there is no loss), and
                 ``task_ids`` [batch].
         """
-        self.set_tasks(batch["task_ids"])
-        labels = batch["labels"]
+        self.set_examples(batch)
+        labels, mask = batch["labels"], batch["attention_mask"].bool()
         targets = labels if self.is_seq2seq else F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # i predicts token i + 1
         positions = targets != IGNORED
         self.routing.positions = _places(positions)
+        self.routing.masks = {
+            "encoder": mask,
+            "decoder": positions if self.is_seq2seq else mask,
+            "positions": positions.gather(1, self.routing.positions),  # rows that have fewer are filled up
+        }
+        self.routing.losses = extra = []
         hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
+        self.routing.losses = None
         losses = token_losses(hidden_states[positions], targets[positions], self.body.logits, self.body.vocabulary)
-        routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
-        extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
         return TokenLosses(
             losses, positions.nonzero()[:, 0], torch.stack(extra).sum() if extra else losses.new_zeros(())
         )
@@ -224,6 +259,7 @@ class MTAModel(nn.Module):
             "layers": self._layers_setting,
             "ffn": self._ffn_setting,
             "parts": {name: part.describe() for name, part in layer.parts().items()},
+            "num_experts": self.num_experts,
             "num_shared": self.num_shared,
         }
         state = {key: value.detach().cpu().contiguous() for key, value in self.adapter_state().items()}
@@ -233,6 +269,11 @@ class MTAModel(nn.Module):
         temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(temporary, folder / CONFIG_FILE)
+
+    @property
+    def num_experts(self) -> int:
+        """E, how many task experts there are."""
+        return next(iter(self.layers.values())).num_experts
 
     @property
     def num_shared(self) -> int:
@@ -261,7 +302,11 @@ class MTAModel(nn.Module):
             )
         model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
         parts, where = config["parts"], str(folder / CONFIG_FILE)
-        model.add_experts(make_template(parts["experts"], Expert, where), make_template(parts["router"], Router, where))
+        model.add_experts(
+            make_template(parts["experts"], Expert, where),
+            make_template(parts["router"], Router, where),
+            num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
+        )
         if "shared" in parts:
             model.add_shared(
                 make_template(parts["shared"], Expert, where),

@@ -16,7 +16,7 @@ from alter.stages.base import StageModule
 
 
 class Stage1Module(StageModule):
-    """Trains one expert a task and the selector that mixes them; the backbone is frozen.
+    """Trains task experts and the router that mixes them; the backbone is frozen.
 
     Args:
         backbone: name or folder, set by the recipe's ``backbone``.
@@ -27,6 +27,7 @@ class Stage1Module(StageModule):
         expert: the kind of the task experts (default LoRA).
         router: who mixes them (default TaskSelector).
         own: share of a task's own expert at the start.
+        num_experts: how many task experts (default one a task); task t's own is t modulo their number.
         router_lr: factor on the router's learning rate.
         optimizer: class and arguments (default AdamW, lr 3e-3).
         schedule: of the learning rate after the warm-up.
@@ -46,6 +47,7 @@ class Stage1Module(StageModule):
         expert: Expert | None = None,
         router: Router | None = None,
         own: float = 0.9,
+        num_experts: int | None = None,
         router_lr: float = 1.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
@@ -63,12 +65,13 @@ class Stage1Module(StageModule):
         self.expert = expert or LoRA()
         self.router = router or TaskSelector()
         self.own = own
+        self.num_experts = num_experts
         self.router_lr = router_lr
 
     def make_model(self) -> MTAModel:
         """The backbone with fresh experts."""
         model = MTAModel(load_backbone(self.backbone, self.precision), self.tasks, self.layers, self.ffn)
-        model.add_experts(self.expert, self.router, self.own)
+        model.add_experts(self.expert, self.router, self.own, self.num_experts)
         return model
 
     def learning_rates(self) -> dict[str, float]:

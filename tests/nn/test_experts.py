@@ -7,8 +7,10 @@ from torch import nn
 from alter.nn.experts import Bottleneck, FFNCopy, LoRA
 from alter.nn.feed_forward import FeedForward
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers import Routing
 
-D, H, E = 12, 20, 5
+D, H, E, T = 12, 20, 5, 3
+ROUTING = Routing(torch.tensor([2, 0]))
 
 
 class Block(nn.Module):
@@ -44,7 +46,7 @@ def make(expert, gated=True, bias=False):
         intermediate_size=H,
     )
     frozen = FrozenFeedForward(block, found, torch.float32)
-    expert.build(frozen, E)
+    expert.build(frozen, E, T)
     for parameter in expert.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return block, frozen, expert
@@ -79,7 +81,7 @@ KINDS = [lambda: Bottleneck(rank=3), lambda: LoRA(rank=3, alpha=6), FFNCopy]
 def test_each_expert_equals_its_equation(kind, gated, bias):
     block, frozen, expert = make(kind(), gated, bias)
     x = torch.randn(2, 3, D)
-    each = expert.each(x, frozen)
+    each = expert.each(x, frozen, ROUTING)
     assert each.shape == (2, 3, E, D)
     for b in range(2):
         for s in range(3):
@@ -93,14 +95,14 @@ def test_a_mixture_of_outputs_is_the_weighted_sum_of_the_experts(kind, per_token
     _, frozen, expert = make(kind(), bias=True)
     x = torch.randn(2, 3, D)
     gates = torch.rand(2, 3 if per_token else 1, E).softmax(-1)
-    expected = (expert.each(x, frozen) * gates.unsqueeze(-1)).sum(-2)
-    torch.testing.assert_close(expert.mix(x, gates, frozen), expected, atol=1e-5, rtol=1e-5)
+    expected = (expert.each(x, frozen, ROUTING) * gates.unsqueeze(-1)).sum(-2)
+    torch.testing.assert_close(expert.mix(x, gates, frozen, None, ROUTING), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mixture_of_lora_blends_the_changes_of_the_weights():
     block, frozen, expert = make(LoRA(rank=3, alpha=6), bias=True)
     x, gates = torch.randn(2, 3, D), torch.rand(2, 3, E)
-    mixed = expert.mix(x, gates, frozen)
+    mixed = expert.mix(x, gates, frozen, None, ROUTING)
 
     def linear(role, v, g):
         module = getattr(block, role)
@@ -124,7 +126,7 @@ def test_sparse_copies_equal_dense_ones_forward_and_backward(active, bias):
     gates.requires_grad_()
     results = []
     for setting in (None, active):
-        output = expert.mix(x, gates, frozen, setting)
+        output = expert.mix(x, gates, frozen, setting, ROUTING)
         wanted = [x, *expert.parameters()]
         results.append((output, torch.autograd.grad(output.square().sum(), wanted)))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
@@ -145,7 +147,7 @@ def test_gathered_experts_equal_dense_ones_forward_and_backward(expert, active, 
     gates.requires_grad_()
     results = []
     for setting in (None, active):
-        output = expert.mix(x, gates, frozen, setting)
+        output = expert.mix(x, gates, frozen, setting, ROUTING)
         wanted = [x, *expert.parameters()]
         results.append((output, *torch.autograd.grad(output.square().mean(), wanted)))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
@@ -160,10 +162,10 @@ def test_fresh_experts_start_as_the_frozen_block(gated):
     x, gates = torch.randn(2, 3, D), torch.rand(2, 3, E).softmax(-1)
     lora, bottleneck, copy = LoRA(), Bottleneck(), FFNCopy()
     for expert in (lora, bottleneck, copy):
-        expert.build(frozen, E)
-    assert torch.equal(lora.mix(x, gates, frozen), block(x))
-    assert torch.equal(bottleneck.mix(x, gates, frozen), torch.zeros_like(x))
-    torch.testing.assert_close(copy.mix(x, gates, frozen), block(x), atol=1e-5, rtol=1e-5)
+        expert.build(frozen, E, T)
+    assert torch.equal(lora.mix(x, gates, frozen, None, ROUTING), block(x))
+    assert torch.equal(bottleneck.mix(x, gates, frozen, None, ROUTING), torch.zeros_like(x))
+    torch.testing.assert_close(copy.mix(x, gates, frozen, None, ROUTING), block(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_template_describes_itself_and_its_copies_are_apart():

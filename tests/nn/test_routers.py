@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from alter.nn.routers import RouterShape, Routing, SharedGate, TaskGate, TaskSelector, TokenGate
 
-T, E, D = 3, 4, 6
+T, E, D, P = 3, 4, 6, 5
 PRIOR = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
 SOFT = [TaskSelector, TokenGate, TaskGate, SharedGate]
 
 
 def build(router, noise=0.0):
     torch.manual_seed(0)
-    router.build(RouterShape(T, E, D, PRIOR))
+    router.build(RouterShape(T, E, D, PRIOR, prompt_size=P))
     for parameter in router.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return router

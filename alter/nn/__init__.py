@@ -1,18 +1,37 @@
 """Plain PyTorch: experts, routers, the layer and the model. Knows nothing of Lightning or of the data package."""
 
-from alter.nn.experts import Bottleneck, Expert, FFNCopy, LoRA
+from alter.nn.experts import Bottleneck, Expert, FFNCopy, HydraLoRA, LoRA, MTLLoRA
 from alter.nn.model import MTAModel
 from alter.nn.mta import MixtureOfTaskAdapters
-from alter.nn.routers import Router, RouterShape, Routing, SharedGate, TaskGate, TaskSelector, TokenGate
+from alter.nn.routers import (
+    Description,
+    ModSquad,
+    MOELoRA,
+    Polytropon,
+    Router,
+    RouterShape,
+    Routing,
+    SharedGate,
+    TaskGate,
+    TaskSelector,
+    TokenGate,
+    TopK,
+)
 from alter.nn.trunk_cache import TrunkCache
 
 __all__ = [
     "Bottleneck",
+    "Description",
     "Expert",
     "FFNCopy",
+    "HydraLoRA",
     "LoRA",
+    "MOELoRA",
     "MTAModel",
+    "MTLLoRA",
     "MixtureOfTaskAdapters",
+    "ModSquad",
+    "Polytropon",
     "Router",
     "RouterShape",
     "Routing",
@@ -20,5 +39,6 @@ __all__ = [
     "TaskGate",
     "TaskSelector",
     "TokenGate",
+    "TopK",
     "TrunkCache",
 ]

@@ -5,8 +5,26 @@ To add one, subclass ``Router``: keep the hyperparameters in ``__init__``, make 
 """
 
 from alter.nn.routers.base import Router, RouterShape, Routing
+from alter.nn.routers.description import Description
 from alter.nn.routers.gates import TaskGate, TokenGate
+from alter.nn.routers.mod_squad import ModSquad
+from alter.nn.routers.moe_lora import MOELoRA
+from alter.nn.routers.polytropon import Polytropon
 from alter.nn.routers.shared_gate import SharedGate
 from alter.nn.routers.task_selector import TaskSelector
+from alter.nn.routers.top_k import TopK
 
-__all__ = ["Router", "RouterShape", "Routing", "SharedGate", "TaskGate", "TaskSelector", "TokenGate"]
+__all__ = [
+    "Description",
+    "MOELoRA",
+    "ModSquad",
+    "Polytropon",
+    "Router",
+    "RouterShape",
+    "Routing",
+    "SharedGate",
+    "TaskGate",
+    "TaskSelector",
+    "TokenGate",
+    "TopK",
+]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alter.errors import AlterError
 from alter.nn.template import Template
@@ -60,8 +60,8 @@ class Routing:
         """The mean of [batch, seq, ...] over the tokens that count."""
         if self.mask is None:
             return values.flatten(0, 1).mean(0)
-        shares = self.mask / self.mask.sum().clamp_min(1)
-        return torch.tensordot(shares.to(values.dtype), values, dims=2)
+        shares = (self.mask / self.mask.sum().clamp_min(1)).to(values.dtype)
+        return (values * shares.view(*shares.shape, *[1] * (values.dim() - 2))).sum((0, 1))
 
 
 @dataclass(frozen=True)
@@ -136,3 +136,14 @@ class Router(Template):
 
     def _require_temperature(self) -> None:
         self._require("temperature", self.temperature > 0, "give a number above 0, such as 1.0")
+
+
+def start_small(weight: Tensor) -> None:
+    """Fills [..., in] so that inputs of unit size move the logits by about 0.1: enough to tell experts apart."""
+    nn.init.normal_(weight, std=0.1 * weight.shape[-1] ** -0.5)
+
+
+def keep_largest(probabilities: Tensor, k: int) -> Tensor:
+    """The k largest of [..., experts] over their sum, zero elsewhere."""
+    kept, chosen = probabilities.topk(k, dim=-1)
+    return torch.zeros_like(probabilities).scatter(-1, chosen, kept / kept.sum(-1, keepdim=True))

@@ -58,7 +58,7 @@ def generate(
     Returns:
         for each prompt the answer's token ids, without the end-of-sequence token and padding.
     """
-    model.set_tasks(prompts["task_ids"])
+    model.set_examples(prompts)
     config = model.backbone.generation_config
     end = config.eos_token_id if config.eos_token_id is not None else model.backbone.config.eos_token_id
     ends = {*(end if isinstance(end, list) else [end]), *stop_tokens}
@@ -105,7 +105,7 @@ def choice_log_likelihoods(model: MTAModel, prompts: Mapping[str, Tensor], choic
 def _score_causal(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
     mask = prompts["attention_mask"]
     batch, (count, length) = len(mask), choices.shape
-    model.set_tasks(prompts["task_ids"])
+    model.set_examples(prompts)
     places = (mask.cumsum(1) - 1).clamp_min(0)
     prompt = model.body.decode(prompts["input_ids"], attention_mask=mask, position_ids=places, use_cache=True)
     last = model.body.logits(prompt.last_hidden_state[:, -1])
@@ -130,7 +130,7 @@ def _score_causal(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tenso
 def _score_seq2seq(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
     mask = prompts["attention_mask"]
     batch, count = len(mask), len(choices)
-    model.set_tasks(prompts["task_ids"])
+    model.set_examples(prompts)
     encoded = model.body.encode(prompts["input_ids"], mask)
     wanted = choices.repeat(batch, 1)
     output = model.body.decode(

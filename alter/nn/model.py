@@ -35,7 +35,7 @@ class TokenLosses(NamedTuple):
     Attributes:
         losses: [tokens], cross-entropy in nats.
         rows: [tokens], which example of the batch a token belongs to.
-        auxiliary: the routers' own losses, a scalar.
+        auxiliary: the sum of the routers' own losses over the layers, a scalar; 0 in evaluation mode.
     """
 
     losses: Tensor
@@ -70,7 +70,7 @@ class MTAModel(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.tasks = list(tasks)
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
-        self.routing = Routing()
+        self.routing = Routing(prompt=torch.zeros(1, backbone.get_input_embeddings().weight.shape[-1]))
         self._layers_setting, self._ffn_setting = layers, ffn
         adapted = select_layers(find_feed_forwards(backbone, ffn), layers)
         self.body = Body(backbone, adapted)
@@ -82,6 +82,7 @@ class MTAModel(nn.Module):
 
     def _attach(self, adapted: Sequence[FeedForward]) -> dict[str, MixtureOfTaskAdapters]:
         layers = {}
+        encoder = {id(module) for module in self.body.encoder.modules()} if self.is_seq2seq else set()
         for found in adapted:
             owner = self.backbone.get_submodule(found.name)
             frozen = FrozenFeedForward(owner, found, self.backbone.dtype)
@@ -90,6 +91,7 @@ class MTAModel(nn.Module):
             layers[found.name] = mixture(self.backbone.get_submodule(path), frozen, self.routing)
             self.backbone.set_submodule(path, layers[found.name])
             blocks = self.backbone.get_submodule(found.stack) if found.stack else ()
+            layers[found.name].stack = "encoder" if id(blocks) in encoder else "decoder"
             layers[found.name].is_last = not self.is_seq2seq and not found.inline and found.index == len(blocks) - 1
         return layers
 
@@ -100,14 +102,13 @@ class MTAModel(nn.Module):
             expert: template of the experts.
             router: template of the router.
             own: the share of a task's own expert at the start.
-            num_experts: how many; None for one a task. Task t's own expert is ``t % num_experts``.
+            num_experts: E; None for one a task. Task t's own expert is t modulo E.
 
         Raises:
-            AlterError: ``num_experts`` is below 1.
+            AlterError: there would be no expert, or the router or the experts do not fit.
         """
         if num_experts is not None and num_experts < 1:
             raise AlterError(f"num_experts: {num_experts} is below 1; give a positive number, or none for one a task.")
-        self.num_experts = num_experts
         tasks, experts = len(self.tasks), num_experts or len(self.tasks)
         own = own if experts > 1 else 1.0
         prior = torch.full((tasks, experts), (1 - own) / max(experts - 1, 1))
@@ -187,10 +188,30 @@ class MTAModel(nn.Module):
         for name, value in weights.items():
             parameters[name].data = value.to(parameters[name].device)
 
-    def set_tasks(self, task_ids: Tensor) -> None:
-        """Says which task each example of the next calls belongs to, [batch]."""
-        self.routing.task_ids = task_ids
-        self.routing.positions = None
+    def set_examples(self, batch: Mapping[str, Tensor]) -> None:
+        """Says which examples the next calls are about.
+
+        Args:
+            batch: ``task_ids`` [batch]; where a router reads the prompt also ``input_ids`` and ``attention_mask``
+                [batch, seq], and ``labels`` where targets stand behind the prompts.
+        """
+        self.routing.task_ids = batch["task_ids"]
+        self.routing.positions, self.routing.masks = None, {}
+        if any(router.reads_prompt for router in self._routers()):
+            self.routing.prompt = self._pooled_prompt(batch)
+
+    def _routers(self) -> Iterator[Router]:
+        for layer in self.layers.values():
+            yield from (router for router in (layer.router, layer.shared_router) if router is not None)
+
+    @torch.no_grad()
+    def _pooled_prompt(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean of the frozen input embeddings over each prompt's tokens, [batch, d]; targets are left out."""
+        mask = batch["attention_mask"].bool()
+        if not self.is_seq2seq and "labels" in batch:
+            mask = mask & (batch["labels"] == IGNORED)
+        embeddings = self.backbone.get_input_embeddings()(batch["input_ids"]).float()
+        return (embeddings * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
 
     def _note_start(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
@@ -207,12 +228,19 @@ class MTAModel(nn.Module):
             batch: ``input_ids``, ``attention_mask`` and ``labels`` [batch, seq] (-100 where there is no loss), and
                 ``task_ids`` [batch].
         """
-        self.set_tasks(batch["task_ids"])
-        labels = batch["labels"]
+        self.set_examples(batch)
+        labels, mask = batch["labels"], batch["attention_mask"].bool()
         targets = labels if self.is_seq2seq else F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # i predicts token i + 1
         positions = targets != IGNORED
         self.routing.positions = _places(positions)
+        self.routing.masks = {
+            "encoder": mask,
+            "decoder": positions if self.is_seq2seq else mask,
+            "positions": positions.gather(1, self.routing.positions),  # rows that have fewer are filled up
+        }
+        self.routing.losses = extra = []
         hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
+        self.routing.losses = None
         losses = token_losses(
             hidden_states[positions],
             targets[positions],
@@ -220,8 +248,6 @@ class MTAModel(nn.Module):
             self.body.vocabulary,
             self.body.head_trains,
         )
-        routers = [r for layer in self.layers.values() for r in (layer.router, layer.shared_router) if r is not None]
-        extra = [r.auxiliary_loss for r in routers if r.auxiliary_loss is not None]
         return TokenLosses(
             losses, positions.nonzero()[:, 0], torch.stack(extra).sum() if extra else losses.new_zeros(())
         )
@@ -292,6 +318,11 @@ class MTAModel(nn.Module):
         os.replace(temporary, folder / CONFIG_FILE)
 
     @property
+    def num_experts(self) -> int:
+        """E, how many task experts there are."""
+        return next(iter(self.layers.values())).num_experts
+
+    @property
     def num_shared(self) -> int:
         """K, how many shared experts there are."""
         return next(iter(self.layers.values())).num_shared
@@ -321,7 +352,7 @@ class MTAModel(nn.Module):
         model.add_experts(
             make_template(parts["experts"], Expert, where),
             make_template(parts["router"], Router, where),
-            num_experts=config.get("num_experts"),
+            num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
         )
         if "shared" in parts:
             model.add_shared(

@@ -33,11 +33,12 @@ class MixtureOfTaskAdapters(nn.Module):
         self.routing = routing
         self.enabled = True
         self.is_last = False  # nothing above mixes positions any more
+        self.stack = "decoder"  # or "encoder": whose tokens pass here
         self.experts: Expert | None = None
         self.router: Router | None = None
         self.shared: Expert | None = None
         self.shared_router: Router | None = None
-        self.num_shared = 0
+        self.num_experts = self.num_shared = 0
 
     def add_experts(self, expert: Expert, router: Router, prior: Tensor) -> None:
         """Adds the task experts and their router.
@@ -56,8 +57,9 @@ class MixtureOfTaskAdapters(nn.Module):
                 "take another router or LoRA or Bottleneck experts."
             )
         self.experts, self.router = expert.fresh(), router.fresh()
-        self.experts.build(self.frozen, prior.shape[1])
-        self.router.build(RouterShape(*prior.shape, self.frozen.hidden_size, prior))
+        num_tasks, self.num_experts = prior.shape
+        self.experts.build(self.frozen, self.num_experts, num_tasks)
+        self.router.build(self._shape(prior, self.frozen.hidden_size))
 
     def add_shared(self, expert: Expert, num_shared: int, router: Router, prior: Tensor) -> None:
         """Adds stage 2's shared experts and the gate over the task experts' mixture and them.
@@ -69,10 +71,12 @@ class MixtureOfTaskAdapters(nn.Module):
             prior: [tasks, 1 + K], the gates to start from.
         """
         self.shared, self.shared_router, self.num_shared = expert.fresh(), router.fresh(), num_shared
-        self.shared.build(self.frozen, num_shared)
-        width = self.frozen.hidden_size * (1 + num_shared)
-        self.shared_router.build(RouterShape(*prior.shape, width, prior))
+        self.shared.build(self.frozen, num_shared, len(prior))
+        self.shared_router.build(self._shape(prior, self.frozen.hidden_size * (1 + num_shared)))
         self.router.join_shared()
+
+    def _shape(self, prior: Tensor, hidden_size: int) -> RouterShape:
+        return RouterShape(*prior.shape, hidden_size, prior, prompt_size=self.routing.prompt.shape[-1])
 
     def parts(self) -> dict[str, nn.Module]:
         """The trainable modules by name: experts, router, shared, shared_router."""
@@ -84,29 +88,39 @@ class MixtureOfTaskAdapters(nn.Module):
         if not self.enabled or self.experts is None:
             return self.ffn(hidden_states)
         if self.routing.positions is None or not self.is_last or self._reads_sequence():
-            return self.mix(hidden_states, lambda: self.ffn(hidden_states))
+            return self.mix(hidden_states, lambda: self.ffn(hidden_states), self.stack)
         index = self.routing.positions.unsqueeze(-1).expand(-1, -1, hidden_states.shape[-1])
         needed = hidden_states.gather(1, index)
-        return torch.zeros_like(hidden_states).scatter(1, index, self.mix(needed, lambda: self.ffn(needed)))
+        mixed = self.mix(needed, lambda: self.ffn(needed), "positions")
+        return torch.zeros_like(hidden_states).scatter(1, index, mixed)
 
     def _reads_sequence(self) -> bool:
         return any(router.reads_sequence for router in (self.router, self.shared_router) if router is not None)
 
-    def mix(self, hidden_states: Tensor, ffn_output: Callable[[], Tensor]) -> Tensor:
-        """Computes the equations above; ``ffn_output()`` gives F(x) where it is needed."""
+    def mix(self, hidden_states: Tensor, ffn_output: Callable[[], Tensor], place: str) -> Tensor:
+        """Computes the equations above.
+
+        Args:
+            hidden_states: [batch, seq, d].
+            ffn_output: gives F(x) where it is needed.
+            place: whose tokens these are, a key of ``Routing.masks``.
+
+        Returns:
+            [batch, seq, d].
+        """
         dtype = self.frozen.dtype
         # Adapters are kept in fp32 whatever the backbone's precision, and compute in the backbone's.
         with torch.autocast(hidden_states.device.type, dtype, enabled=dtype != torch.float32):
-            return self._mix(hidden_states.float(), ffn_output).to(hidden_states.dtype)
+            return self._mix(hidden_states.float(), ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
 
-    def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor]) -> Tensor:
-        gates = self.router(x, self.routing)
-        task = self.experts.mix(x, gates, self.frozen, self.router.active)
+    def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
+        gates = self.router(x, routing)
+        task = self.experts.mix(x, gates, self.frozen, self.router.active, routing)
         if self.shared is None:
             y, ffn_share = task, float(self.experts.contains_ffn)
         else:
-            outputs = torch.cat([task.unsqueeze(-2), self.shared.each(x, self.frozen)], dim=-2)
-            weights = self.shared_router(outputs.float().flatten(-2), self.routing)
+            outputs = torch.cat([task.unsqueeze(-2), self.shared.each(x, self.frozen, routing)], dim=-2)
+            weights = self.shared_router(outputs.float().flatten(-2), routing)
             y = torch.einsum("bsk,bskd->bsd", weights.expand(*outputs.shape[:2], -1).to(outputs.dtype), outputs)
             ffn_share = self._ffn_share(weights)
         if isinstance(ffn_share, float) and ffn_share == 1.0:
@@ -148,6 +162,6 @@ class InlineMixture(MixtureOfTaskAdapters):
             return self.ffn(hidden_states)
         self._expects_input = False  # experts that vary the block call its linear maps themselves
         try:
-            return self.mix(x, lambda: self.ffn(hidden_states))
+            return self.mix(x, lambda: self.ffn(hidden_states), self.stack)
         finally:
             self._expects_input = True

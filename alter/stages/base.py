@@ -88,12 +88,16 @@ class StageModule(LightningModule):
             for parameter in parameters:
                 # hard selectors have nothing to learn and say so themselves
                 parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
+        for layer in self.model.layers.values():
+            for part, module in layer.parts().items():
+                module.train(rates.get(part, 0.0) > 0)  # a frozen router draws no noise and has no loss
         if self.gradient_checkpointing:
             self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         if self.model.has_own_backbone:
             self.model.body.uncached = "the backbone trains or has trained, so its states are its own"
         elif self.trunk_cache is not None:
-            self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
+            with self.model.adapters_disabled():  # the check must not meet their noise
+                self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
 
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""
@@ -138,11 +142,13 @@ class StageModule(LightningModule):
         losses, rows, auxiliary = self.model(batch)
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
         loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
-        self._check_finite(loss, batch)
+        self._check_finite(loss + auxiliary, batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
         task_sums, task_counts = self._per_task(sums.detach(), counts, batch["task_ids"])
         present = (task_counts > 0).nonzero().flatten().tolist()
         self.log_dict({f"train/loss/{self.model.tasks[t]}": task_sums[t] / task_counts[t] for t in present})
+        if auxiliary.requires_grad:
+            self.log("train/auxiliary", auxiliary.detach())
         return loss + auxiliary
 
     def on_validation_epoch_start(self) -> None:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from alter.nn.experts import Bottleneck, FFNCopy, LoRA
+from alter.nn.experts import Bottleneck, FFNCopy, HydraLoRA, LoRA, MTLLoRA
 from alter.nn.feed_forward import FeedForward
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers import Routing
 
-D, H, E = 12, 20, 5
+D, H, E, T = 12, 20, 5, 3
+ROUTING = Routing(torch.tensor([2, 0]))
 
 
 class Block(nn.Module):
@@ -44,13 +46,22 @@ def make(expert, gated=True, bias=False):
         intermediate_size=H,
     )
     frozen = FrozenFeedForward(block, found, torch.float32)
-    expert.build(frozen, E)
+    expert.build(frozen, E, T)
     for parameter in expert.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     return block, frozen, expert
 
 
-def one_expert(block, expert, k, x):
+def change(expert, role, k, task):
+    """What expert k adds to the weight [out, in] for this task, from the equations."""
+    scale = 1.0 if expert.alpha is None else expert.alpha / expert.rank
+    if isinstance(expert, LoRA):
+        return scale * (expert.a[role][:, k] @ expert.b[role][k]).T
+    middle = expert.task[role][task].T if isinstance(expert, MTLLoRA) else torch.eye(expert.rank)
+    return scale * expert.b[role][k].T @ middle @ expert.a[role].T
+
+
+def one_expert(block, expert, k, x, task):
     """A_k(x) or F_k(x) of one token [d], from the equations."""
     if isinstance(expert, Bottleneck):
         return expert.up[k].T @ nn.functional.gelu(expert.down[:, k].T @ x)
@@ -58,10 +69,8 @@ def one_expert(block, expert, k, x):
     def linear(role, v):
         module = getattr(block, role)
         bias = module.bias if module.bias is not None else 0
-        if isinstance(expert, LoRA):
-            scale = 1.0 if expert.alpha is None else expert.alpha / expert.rank
-            change = scale * (expert.a[role][:, k] @ expert.b[role][k]).T
-            return (module.weight + change) @ v + bias
+        if expert.blends_parameters:
+            return (module.weight + change(expert, role, k, task)) @ v + bias
         return expert.weight[role][k].T @ v + (expert.bias[role][k] if role in expert.bias else 0)
 
     inner = (
@@ -70,7 +79,8 @@ def one_expert(block, expert, k, x):
     return linear("down", inner)
 
 
-KINDS = [lambda: Bottleneck(rank=3), lambda: LoRA(rank=3, alpha=6), FFNCopy]
+BLENDS = [lambda: LoRA(rank=3, alpha=6), lambda: HydraLoRA(rank=3, alpha=6), lambda: MTLLoRA(rank=3, alpha=6)]
+KINDS = [lambda: Bottleneck(rank=3), FFNCopy, *BLENDS]
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -79,39 +89,50 @@ KINDS = [lambda: Bottleneck(rank=3), lambda: LoRA(rank=3, alpha=6), FFNCopy]
 def test_each_expert_equals_its_equation(kind, gated, bias):
     block, frozen, expert = make(kind(), gated, bias)
     x = torch.randn(2, 3, D)
-    each = expert.each(x, frozen)
+    each = expert.each(x, frozen, ROUTING)
     assert each.shape == (2, 3, E, D)
     for b in range(2):
         for s in range(3):
             for k in range(E):
-                torch.testing.assert_close(each[b, s, k], one_expert(block, expert, k, x[b, s]), atol=1e-5, rtol=1e-5)
+                expected = one_expert(block, expert, k, x[b, s], ROUTING.task_ids[b])
+                torch.testing.assert_close(each[b, s, k], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]])
+@pytest.mark.parametrize("kind", KINDS[:2])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_a_mixture_of_outputs_is_the_weighted_sum_of_the_experts(kind, per_token):
     _, frozen, expert = make(kind(), bias=True)
     x = torch.randn(2, 3, D)
     gates = torch.rand(2, 3 if per_token else 1, E).softmax(-1)
-    expected = (expert.each(x, frozen) * gates.unsqueeze(-1)).sum(-2)
-    torch.testing.assert_close(expert.mix(x, gates, frozen), expected, atol=1e-5, rtol=1e-5)
+    expected = (expert.each(x, frozen, ROUTING) * gates.unsqueeze(-1)).sum(-2)
+    torch.testing.assert_close(expert.mix(x, gates, frozen, None, ROUTING), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_mixture_of_lora_blends_the_changes_of_the_weights():
-    block, frozen, expert = make(LoRA(rank=3, alpha=6), bias=True)
-    x, gates = torch.randn(2, 3, D), torch.rand(2, 3, E)
-    mixed = expert.mix(x, gates, frozen)
+@pytest.mark.parametrize("kind", BLENDS)
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_mixture_of_low_rank_changes_blends_the_weights_forward_and_backward(kind, per_token, beams):
+    block, frozen, expert = make(kind(), bias=True)
+    rows = 2 * beams
+    x = torch.randn(rows, 3, D, requires_grad=True)
+    gates = torch.rand(rows, 3 if per_token else 1, E, requires_grad=True)
+    mixed = expert.mix(x, gates, frozen, None, ROUTING)
+    tasks = [2] * beams + [0] * beams
 
-    def linear(role, v, g):
+    def linear(role, v, g, task):
         module = getattr(block, role)
-        change = sum(g[k] * 2 * (expert.a[role][:, k] @ expert.b[role][k]).T for k in range(E))
-        return (module.weight + change) @ v + module.bias
+        return (module.weight + sum(g[k] * change(expert, role, k, task) for k in range(E))) @ v + module.bias
 
-    for b in range(2):
+    expected = torch.empty(rows, 3, D)
+    for b in range(rows):
         for s in range(3):
-            g, v = gates[b, s], x[b, s]
-            expected = linear("down", nn.functional.silu(linear("gate", v, g)) * linear("up", v, g), g)
-            torch.testing.assert_close(mixed[b, s], expected, atol=1e-5, rtol=1e-5)
+            g, v, task = gates[b, s if per_token else 0], x[b, s], tasks[b]
+            inner = nn.functional.silu(linear("gate", v, g, task)) * linear("up", v, g, task)
+            expected[b, s] = linear("down", inner, g, task)
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+    wanted = [x, gates, *expert.parameters()]
+    found, slow = (torch.autograd.grad(y.square().mean(), wanted) for y in (mixed, expected))
+    torch.testing.assert_close(found, slow, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("active", [1, 2])
@@ -124,7 +145,7 @@ def test_sparse_copies_equal_dense_ones_forward_and_backward(active, bias):
     gates.requires_grad_()
     results = []
     for setting in (None, active):
-        output = expert.mix(x, gates, frozen, setting)
+        output = expert.mix(x, gates, frozen, setting, ROUTING)
         wanted = [x, *expert.parameters()]
         results.append((output, torch.autograd.grad(output.square().sum(), wanted)))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-5, rtol=1e-5)
@@ -145,7 +166,7 @@ def test_gathered_experts_equal_dense_ones_forward_and_backward(expert, active, 
     gates.requires_grad_()
     results = []
     for setting in (None, active):
-        output = expert.mix(x, gates, frozen, setting)
+        output = expert.mix(x, gates, frozen, setting, ROUTING)
         wanted = [x, *expert.parameters()]
         results.append((output, *torch.autograd.grad(output.square().mean(), wanted)))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
@@ -158,12 +179,13 @@ def test_fresh_experts_start_as_the_frozen_block(gated):
     found = FeedForward("b", 0, "", 0, False, "gate" if gated else None, "up", "down", nn.functional.silu, D, H)
     frozen = FrozenFeedForward(block, found, torch.float32)
     x, gates = torch.randn(2, 3, D), torch.rand(2, 3, E).softmax(-1)
-    lora, bottleneck, copy = LoRA(), Bottleneck(), FFNCopy()
-    for expert in (lora, bottleneck, copy):
-        expert.build(frozen, E)
-    assert torch.equal(lora.mix(x, gates, frozen), block(x))
-    assert torch.equal(bottleneck.mix(x, gates, frozen), torch.zeros_like(x))
-    torch.testing.assert_close(copy.mix(x, gates, frozen), block(x), atol=1e-5, rtol=1e-5)
+    bottleneck, copy, *changes = Bottleneck(), FFNCopy(), LoRA(), HydraLoRA(), MTLLoRA()
+    for expert in (bottleneck, copy, *changes):
+        expert.build(frozen, E, T)
+    for expert in changes:
+        assert torch.equal(expert.mix(x, gates, frozen, None, ROUTING), block(x))
+    assert torch.equal(bottleneck.mix(x, gates, frozen, None, ROUTING), torch.zeros_like(x))
+    torch.testing.assert_close(copy.mix(x, gates, frozen, None, ROUTING), block(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_template_describes_itself_and_its_copies_are_apart():

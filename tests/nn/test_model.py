@@ -61,7 +61,7 @@ def prompts(model, tasks=(0, 2, 1), seed=0):
 def logits(model, batch, backbone=None):
     labels = batch["labels"]
     extra = {"decoder_input_ids": model.body.shift_right(labels)} if model.is_seq2seq else {}
-    model.set_tasks(batch["task_ids"])
+    model.set_examples(batch)
     with torch.no_grad():
         return (backbone or model.backbone)(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **extra
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_whole_logits(family, router, shared):
     losses = model(batch).losses
     trained = [p for p in adapters(model) if p.requires_grad]
     found = torch.autograd.grad((losses * weights[: len(losses)]).sum(), trained)
-    model.set_tasks(batch["task_ids"])
+    model.set_examples(batch)
     labels = batch["labels"]
     extra = {"decoder_input_ids": model.body.shift_right(labels)} if model.is_seq2seq else {}
     whole = model.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra).logits
@@ -217,7 +217,7 @@ def test_a_task_answers_with_its_own_expert(family):
 def test_stage_two_computes_its_equation(family, task_expert, shared):
     model = make(family, task_expert, TaskGate(), shared=shared)
     layer = next(iter(model.layers.values()))
-    model.set_tasks(torch.tensor([2, 0]))
+    model.set_examples({"task_ids": torch.tensor([2, 0])})
     x = torch.randn(2, 3, 32)
     frozen = layer.ffn(x)
 
@@ -225,9 +225,15 @@ def test_stage_two_computes_its_equation(family, task_expert, shared):
         return value - frozen.view(*frozen.shape[:2], *[1] * (value.dim() - 3), -1) if expert.contains_ffn else value
 
     gates = layer.router(x, layer.routing)
-    e = addition(layer.experts, layer.experts.mix(x, gates, layer.frozen))
-    shares = addition(layer.shared, layer.shared.each(x, layer.frozen))
-    seen = torch.cat([layer.experts.mix(x, gates, layer.frozen)[:, :, None], layer.shared.each(x, layer.frozen)], 2)
+    e = addition(layer.experts, layer.experts.mix(x, gates, layer.frozen, None, layer.routing))
+    shares = addition(layer.shared, layer.shared.each(x, layer.frozen, layer.routing))
+    seen = torch.cat(
+        [
+            layer.experts.mix(x, gates, layer.frozen, None, layer.routing)[:, :, None],
+            layer.shared.each(x, layer.frozen, layer.routing),
+        ],
+        2,
+    )
     a = layer.shared_router(seen.flatten(-2), layer.routing)
     expected = frozen + a[..., :1] * e + (a[..., 1:, None] * shares).sum(-2)
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)

@@ -172,7 +172,7 @@ def test_the_first_position_of_each_step_would_answer_otherwise():
 
 
 def choice_of_next(model, batch):
-    model.set_tasks(batch["task_ids"])
+    model.set_examples(batch)
     ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     output = model.backbone.generate(
         **ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True

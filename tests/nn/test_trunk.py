@@ -145,7 +145,7 @@ def test_an_answer_after_training_does_not_use_the_cache(tmp_path):
     step(cached, train_batch(cached))
     ids = torch.randint(5, 90, (2, 5), generator=torch.Generator().manual_seed(3))
     for model in (plain, cached):
-        model.set_tasks(torch.tensor([0, 1]))
+        model.set_examples({"task_ids": torch.tensor([0, 1])})
     assert torch.equal(cached.backbone(input_ids=ids).logits, plain.backbone(input_ids=ids).logits)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers.base import Routing
 from alter.nn.template import Template
 
 
@@ -23,11 +24,13 @@ class Expert(Template):
     blends_parameters = False
 
     @abstractmethod
-    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
-        """Makes the parameters for ``num_experts`` experts beside the frozen block ``ffn``."""
+    def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
+        """Makes the parameters for ``num_experts`` experts beside the frozen block ``ffn``, for ``num_tasks`` tasks."""
 
     @abstractmethod
-    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+    def mix(
+        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
+    ) -> Tensor:
         """Returns the experts' mixture ``sum_k g_k A_k(x)``.
 
         Args:
@@ -35,13 +38,14 @@ class Expert(Template):
             gates: [batch, seq or 1, experts].
             ffn: the frozen block.
             active: how many gates of a token are not zero, where the router knows; None for all.
+            routing: the tasks of the batch, for experts that hold something for each.
 
         Returns:
             [batch, seq, d].
         """
 
     @abstractmethod
-    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         """Returns every expert's output by itself, [batch, seq, experts, d]."""
 
 

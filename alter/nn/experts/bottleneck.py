@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from alter.nn.experts.base import Expert, few_experts
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers.base import Routing
 
 
 class Bottleneck(Expert):
@@ -29,7 +30,7 @@ class Bottleneck(Expert):
         self.rank = rank
         self.activation = activation
 
-    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
+    def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         d = ffn.hidden_size
         self.down = nn.Parameter(torch.randn(d, num_experts, self.rank) * d**-0.5)
         self.up = nn.Parameter(torch.zeros(num_experts, self.rank, d))
@@ -37,11 +38,13 @@ class Bottleneck(Expert):
     def _units(self, hidden_states: Tensor) -> Tensor:
         return getattr(F, self.activation)(hidden_states @ self.down.flatten(1)).unflatten(-1, self.down.shape[1:])
 
-    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+    def mix(
+        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
+    ) -> Tensor:
         if few := few_experts(hidden_states, gates, active):
             units = getattr(F, self.activation)(torch.bmm(hidden_states, few.inputs(self.down)))
             return torch.bmm(units * few.units(self.rank), few.outputs(self.up))
         return (self._units(hidden_states) * gates.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1)
 
-    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         return torch.einsum("bsek,ekd->bsed", self._units(hidden_states), self.up)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from alter.nn.experts.base import Expert
 from alter.nn.feed_forward import dense_weight
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers.base import Routing
 
 
 class FFNCopy(Expert):
@@ -22,7 +23,7 @@ class FFNCopy(Expert):
 
     contains_ffn = True
 
-    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
+    def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         self.weight, self.bias = nn.ParameterDict(), nn.ParameterDict()
         for role in ffn.shapes:
             weight, bias = dense_weight(ffn.module(role))
@@ -31,13 +32,15 @@ class FFNCopy(Expert):
             if bias is not None:
                 self.bias[role] = nn.Parameter(bias.unsqueeze(0).repeat(num_experts, 1))
 
-    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+    def mix(
+        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
+    ) -> Tensor:
         tokens = hidden_states.flatten(0, 1)
         weights = gates.expand(*hidden_states.shape[:2], -1).flatten(0, 1)
         mixed = self._dense(tokens, weights, ffn) if active is None else self._sparse(tokens, weights, ffn, active)
         return mixed.view_as(hidden_states)
 
-    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         outputs = ffn.run(hidden_states.flatten(0, 1), self._all_experts)
         return outputs.transpose(0, 1).unflatten(0, hidden_states.shape[:2])
 

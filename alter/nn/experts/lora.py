@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from alter.nn.experts.base import Expert, few_experts
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.routers.base import Routing
 
 
 class LoRA(Expert):
@@ -28,14 +29,16 @@ class LoRA(Expert):
         self.rank = rank
         self.alpha = alpha
 
-    def build(self, ffn: FrozenFeedForward, num_experts: int) -> None:
+    def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for role, (fan_in, fan_out) in ffn.shapes.items():
             self.a[role] = nn.Parameter(torch.empty(fan_in, num_experts, self.rank).uniform_(-1, 1) * fan_in**-0.5)
             self.b[role] = nn.Parameter(torch.zeros(num_experts, self.rank, fan_out))
         self.scale = 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def mix(self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None = None) -> Tensor:
+    def mix(
+        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
+    ) -> Tensor:
         few = few_experts(hidden_states, gates * self.scale, active)
         scaled = few.units(self.rank) if few else (gates * self.scale).repeat_interleave(self.rank, -1)
 
@@ -48,7 +51,7 @@ class LoRA(Expert):
 
         return ffn.run(hidden_states, linear)
 
-    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward) -> Tensor:
+    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         experts = next(iter(self.b.values())).shape[0]
 
         def linear(role: str, x: Tensor) -> Tensor:  # x is [batch, seq, 1 or experts, width]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from alter.errors import AlterError
 from alter.nn.template import Template
 
 
@@ -17,19 +19,53 @@ class Routing:
 
     Attributes:
         task_ids: [batch], the task of each example.
+        prompt: [batch, prompt_size], the mean of each prompt's input embeddings, where a router reads it.
         positions: [batch, n], the positions whose output matters after the last block, while training; None for all.
         cached: tokens that came before the hidden states, in the cache of the stack that runs; 0 at a sequence's start.
         first: [rows], where each row of the hidden states starts behind its padding on the left; None where there is none.
+        masks: while training, which tokens count in the routers' own losses: those of the ``encoder`` and the
+            ``decoder`` [batch, seq], and of ``positions`` [batch, n].
+        mask: the one of them that fits the hidden states, in what a layer hands its routers; None where all count.
+        losses: collects the routers' own losses during a forward pass that trains; None at other times, such as the
+            second forward pass of activation checkpointing.
     """
 
     task_ids: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    prompt: Tensor = field(default_factory=lambda: torch.zeros(1, 0))
     positions: Tensor | None = None
     cached: int = 0
     first: Tensor | None = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
+    losses: list[Tensor] | None = None
+
+    def seen_at(self, place: str) -> Self:
+        """The same with the mask of ``place``, a key of ``masks``."""
+        return replace(self, mask=self.masks.get(place))
 
     def rows(self, count: int) -> Tensor:
         """The task of each of ``count`` rows: beams or choices of one example stand next to each other."""
         return self.task_ids.repeat_interleave(count // len(self.task_ids))
+
+    def prompt_rows(self, count: int) -> Tensor:
+        """The prompt of each of ``count`` rows, [count, prompt_size]."""
+        return self.prompt.repeat_interleave(count // len(self.prompt), 0)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds a router's own loss, a scalar, to the batch's.
+
+        Routers compute it whenever they train, since activation checkpointing's second pass has to do as the first did;
+        only the first counts.
+        """
+        if self.losses is not None:
+            self.losses.append(loss)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of [batch, seq, ...] over the tokens that count."""
+        if self.mask is None:
+            return values.flatten(0, 1).mean(0)
+        shares = (self.mask / self.mask.sum().clamp_min(1)).to(values.dtype)
+        return (values * shares.view(*shares.shape, *[1] * (values.dim() - 2))).sum((0, 1))
 
 
 @dataclass(frozen=True)
@@ -41,26 +77,31 @@ class RouterShape:
         num_experts: experts to choose from.
         hidden_size: width of the router's input.
         prior: [tasks, experts], the gates to start from, each row summing to one.
+        prompt_size: width of ``Routing.prompt``.
     """
 
     num_tasks: int
     num_experts: int
     hidden_size: int
     prior: Tensor
+    prompt_size: int = 0
 
 
 class Router(Template):
-    """Maps a token, or its task, to a weight for every expert.
+    """Maps a token, its task or its prompt to a weight for every expert.
+
+    A design that has a loss of its own hands it, already weighted, to ``routing.add_loss`` in ``forward`` while
+    ``self.training``.
 
     Attributes:
         normalised: whether the gates of a token sum to one.
+        reads_prompt: whether it needs ``Routing.prompt``, which is not made otherwise.
         reads_sequence: whether a token's gates depend on other tokens too, so that the layer must always hand over all.
-        auxiliary_loss: set by ``forward`` where the design has a loss of its own; added to the training loss.
     """
 
     normalised = True
+    reads_prompt = False
     reads_sequence = False
-    auxiliary_loss: Tensor | None = None
 
     @property
     def active(self) -> int | None:
@@ -83,5 +124,35 @@ class Router(Template):
             routing: the tasks of the batch.
 
         Returns:
-            [batch, seq, experts], or [batch, 1, experts] where they depend on the task alone.
+            [batch, seq, experts], or [batch, 1, experts] where they depend on the task or the prompt alone.
         """
+
+    def _require(self, key: str, fits: bool, remedy: str) -> None:
+        """Raises AlterError where an argument does not fit.
+
+        Args:
+            key: its name, under which it is kept.
+            fits: whether it does.
+            remedy: the rest of the sentence, "give ...".
+        """
+        if not fits:
+            raise AlterError(f"{type(self).__name__}: {key} is {getattr(self, key)}; {remedy}.")
+
+    def _require_weights(self, *keys: str) -> None:
+        """Raises AlterError where one of these arguments is negative."""
+        for key in keys:
+            self._require(key, getattr(self, key) >= 0, "give 0 to leave it out, or more")
+
+    def _require_temperature(self) -> None:
+        self._require("temperature", self.temperature > 0, "give a number above 0, such as 1.0")
+
+
+def start_small(weight: Tensor) -> None:
+    """Fills [..., in] so that inputs of unit size move the logits by about 0.1: enough to tell experts apart."""
+    nn.init.normal_(weight, std=0.1 * weight.shape[-1] ** -0.5)
+
+
+def keep_largest(probabilities: Tensor, k: int) -> Tensor:
+    """The k largest of [..., experts] over their sum, zero elsewhere."""
+    kept, chosen = probabilities.topk(k, dim=-1)
+    return torch.zeros_like(probabilities).scatter(-1, chosen, kept / kept.sum(-1, keepdim=True))

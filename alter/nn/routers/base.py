@@ -19,7 +19,8 @@ class Routing:
         task_ids: [batch], the task of each example.
         positions: [batch, n], the positions whose output matters after the last block, while training; None for all.
         cached: tokens that came before the hidden states, in the cache of the stack that runs; 0 at a sequence's start.
-        first: [rows], where each row of the hidden states starts behind its padding on the left; None where there is none.
+        first: [rows], where each row of the hidden states starts behind padding on its left; None means all at 0, or a
+            step that goes on from a cache.
     """
 
     task_ids: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))

@@ -217,7 +217,8 @@ class MTAModel(nn.Module):
         """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.routing.cached = 0 if cache is None else int(cache.get_seq_length())
-        self.routing.first = mask.int().argmax(1) if mask is not None and mask.dim() == 2 else None
+        known = self.routing.cached == 0 and isinstance(mask, Tensor) and mask.dim() == 2
+        self.routing.first = mask.int().argmax(1) if known else None
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ class AdjacentSelector(Router):
 
     Task t starts on experts ``t % E`` and ``(t + 1) % E``, whatever the prior. Once shared experts join in stage 2, these
     two alone answer, with their two weights of the E as they are: the mixture is ``w_t E_t + w_{t+1} E_{t+1}``, whose
-    weights sum to less than one, and nothing stands in for the rest. This is what the released code of arXiv 2309.11042.
+    weights sum to less than one, and nothing stands in for the rest. Source: the released code of arXiv 2309.11042.
 
     Args:
         temperature: below 1 sharpens.

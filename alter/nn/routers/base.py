@@ -22,7 +22,8 @@ class Routing:
         prompt: [batch, prompt_size], the mean of each prompt's input embeddings, where a router reads it.
         positions: [batch, n], the positions whose output matters after the last block, while training; None for all.
         cached: tokens that came before the hidden states, in the cache of the stack that runs; 0 at a sequence's start.
-        first: [rows], where each row of the hidden states starts behind its padding on the left; None where there is none.
+        first: [rows], where each row of the hidden states starts behind padding on its left; None means all at 0, or a
+            step that goes on from a cache.
         masks: while training, which tokens count in the routers' own losses: those of the ``encoder`` and the
             ``decoder`` [batch, seq], and of ``positions`` [batch, n].
         mask: the one of them that fits the hidden states, in what a layer hands its routers; None where all count.

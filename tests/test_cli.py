@@ -296,6 +296,61 @@ def test_a_router_from_a_users_own_file_trains_and_is_imported_only_when_asked_f
     assert json.loads(capsys.readouterr().out)["answer"] in ("yes", "no")
 
 
+def template(name, **arguments):
+    return {"class_path": f"alter.nn.{name}", "init_args": arguments}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            {"router": template("TopK", k=2, load_balance=0.02, z_loss=0.01, noise=0.1), "num_experts": 3},
+            {"router": template("Description", temperature=0.5, supervision=0.2)},
+        ),
+        (
+            {
+                "router": template("ModSquad", k=1, mutual_information=0.1, momentum=0.5, noise=0.2),
+                "expert": template("HydraLoRA", rank=4, alpha=None),
+            },
+            {"router": template("TopK", k=2, load_balance=0.1, z_loss=0.0, noise=0.0)},
+        ),
+        (
+            {"router": template("Description", temperature=1.0, supervision=0.1)},
+            {"router": template("Polytropon", temperature=0.5), "expert": template("MTLLoRA", rank=4, alpha=None)},
+        ),
+    ],
+    ids=["TopK", "ModSquad", "Description"],
+)
+def test_routers_and_experts_named_in_the_recipe_with_their_weights_train_and_answer(project, first, second):
+    for stage, arguments in (("stage1", first), ("stage2", second)):
+        change(project, **{f"{stage}__model__init_args__{key}": value for key, value in arguments.items()})
+    fit()
+    config = json.loads((project / "run" / "model" / "alter.json").read_text())
+    assert config["parts"]["router"] == first["router"]
+    assert config["parts"]["shared_router"] == second["router"]
+    assert config["num_experts"] == first.get("num_experts", 2)
+    metrics = [line.split(",")[1] for line in (project / "run" / "stage1" / "metrics.csv").read_text().splitlines()]
+    assert "train/auxiliary" in metrics
+    assert set(json.loads((project / "run" / "results.json").read_text())["tasks"]) == {"echo", "sort"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"router": template("TopK", k=3)}, "TopK: k is 3; give 1 to 2, the number of experts."),
+        (
+            {"router": template("TopK", load_balance=-1.0)},
+            "TopK: load_balance is -1.0; give 0 to leave it out, or more.",
+        ),
+        ({"num_experts": 0}, "num_experts is 0; give 1 or more, or leave it out for one expert a task."),
+    ],
+)
+def test_arguments_of_a_router_that_do_not_fit_are_one_sentence(project, capsys, arguments, message):
+    change(project, **{f"stage1__model__init_args__{key}": value for key, value in arguments.items()})
+    (sentence,) = refused(capsys)
+    assert message in sentence
+
+
 @pytest.mark.parametrize(
     ("arguments", "content", "message"),
     [

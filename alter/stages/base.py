@@ -88,9 +88,6 @@ class StageModule(LightningModule):
             for parameter in parameters:
                 # hard selectors have nothing to learn and say so themselves
                 parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
-        for layer in self.model.layers.values():
-            for part, module in layer.parts().items():
-                module.train(rates.get(part, 0.0) > 0)  # a frozen router draws no noise and has no loss
         if self.gradient_checkpointing:
             self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
         if self.model.has_own_backbone:

@@ -323,23 +323,23 @@ def test_noise_is_drawn_while_training_alone(router):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("router", "message"),
     [
-        (lambda: build(TopK(k=5)), "TopK: k is 5; give 1 to 4, the number of experts."),
-        (lambda: build(TopK(k=0)), "TopK: k is 0; give 1 to 4"),
-        (lambda: build(ModSquad(k=5)), "ModSquad: k is 5; give 1 to 4"),
-        (lambda: TopK(load_balance=-1.0), "TopK: load_balance is -1.0; give 0 to leave it out, or more."),
-        (lambda: TopK(z_loss=-1.0), "TopK: z_loss is -1.0"),
-        (lambda: TopK(noise=-1.0), "TopK: noise is -1.0"),
-        (lambda: ModSquad(mutual_information=-1.0), "ModSquad: mutual_information is -1.0"),
-        (lambda: ModSquad(momentum=1.0), "ModSquad: momentum is 1.0; give 0 or more, and less than 1."),
-        (lambda: Polytropon(temperature=0.0), "Polytropon: temperature is 0.0; give a number above 0"),
-        (lambda: MOELoRA(embedding_size=0), "MOELoRA: embedding_size is 0; give 1 or more"),
-        (lambda: Description(supervision=-1.0), "Description: supervision is -1.0"),
-        (lambda: Description(temperature=-1.0), "Description: temperature is -1.0"),
+        (TopK(k=5), "TopK: k is 5; give 1 to 4, the number of experts."),
+        (TopK(k=0), "TopK: k is 0; give 1 to 4"),
+        (ModSquad(k=5), "ModSquad: k is 5; give 1 to 4"),
+        (TopK(load_balance=-1.0), "TopK: load_balance is -1.0; give 0 to leave it out, or more."),
+        (TopK(z_loss=-1.0), "TopK: z_loss is -1.0"),
+        (TopK(noise=-1.0), "TopK: noise is -1.0"),
+        (ModSquad(mutual_information=-1.0), "ModSquad: mutual_information is -1.0"),
+        (ModSquad(momentum=1.0), "ModSquad: momentum is 1.0; give 0 or more, and less than 1."),
+        (Polytropon(temperature=0.0), "Polytropon: temperature is 0.0; give a number above 0"),
+        (MOELoRA(embedding_size=0), "MOELoRA: embedding_size is 0; give 1 or more"),
+        (Description(supervision=-1.0), "Description: supervision is -1.0"),
+        (Description(temperature=-1.0), "Description: temperature is -1.0"),
     ],
 )
-def test_arguments_that_do_not_fit_are_one_sentence(make, message):
+def test_arguments_that_do_not_fit_are_one_sentence(router, message):
     with pytest.raises(AlterError) as error:
-        make()
+        build(router)
     assert str(error.value).startswith(message)

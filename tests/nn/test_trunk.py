@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alter.nn import LoRA, MTAModel, SharedGate, TaskSelector, TrunkCache
+from alter.nn import Description, LoRA, MTAModel, SharedGate, TaskSelector, TopK, TrunkCache
 from alter.nn.trunk import Trunk
 from tests.nn.test_model import adapters, train_batch
 from tests.nn.tiny import FAMILIES, tiny_model
@@ -13,12 +13,12 @@ DECODER_ONLY = {"t5": [4, 5], "bart": [4, 5]}  # layers are counted over the enc
 PLACES = [(family, "last:1") for family in FAMILIES] + [(f, DECODER_ONLY[f]) for f in DECODER_ONLY]
 
 
-def make(family, layers, cache=None, shared=False):
+def make(family, layers, cache=None, shared=False, router=None):
     torch.manual_seed(1)
     model = MTAModel(tiny_model(family), TASKS, layers)
-    model.add_experts(LoRA(rank=4), TaskSelector())
+    model.add_experts(LoRA(rank=4), router or TaskSelector())
     if shared:
-        model.add_shared(LoRA(rank=4), 2, SharedGate(hidden=8))
+        model.add_shared(LoRA(rank=4), 2, router or SharedGate(hidden=8))
     for parameter in adapters(model):
         parameter.data += 0.3 * torch.randn_like(parameter)
     if cache is not None:
@@ -29,7 +29,7 @@ def make(family, layers, cache=None, shared=False):
 def step(model, batch):
     model.zero_grad()
     found = model(batch)
-    found.losses.mean().backward()
+    (found.losses.mean() + found.auxiliary).backward()
     return [found.losses.detach(), *(p.grad for p in adapters(model))]
 
 
@@ -59,6 +59,15 @@ def test_losses_and_gradients_are_the_same_cold_and_warm(tmp_path, family, layer
     runs = count_runs(again)
     torch.testing.assert_close(step(again, train_batch(again)), expected[0], atol=1e-5, rtol=1e-5)
     assert not runs
+
+
+@pytest.mark.parametrize(("family", "layers"), PLACES)
+@pytest.mark.parametrize("router", [Description(supervision=0.5), TopK(k=2)], ids=["Description", "TopK"])
+def test_routers_that_read_prompts_or_have_losses_see_the_same_too(tmp_path, family, layers, router):
+    plain, cached = (make(family, layers, cache, True, router) for cache in (None, TrunkCache(folder=tmp_path)))
+    expected = step(plain.train(), train_batch(plain))
+    for _ in range(2):
+        torch.testing.assert_close(step(cached.train(), train_batch(cached)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "layers"), PLACES)

@@ -8,7 +8,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader
 
 from alter.errors import AlterError
-from alter.nn import LoRA, MTAModel, TaskSelector
+from alter.nn import Description, LoRA, ModSquad, MTAModel, Polytropon, TaskSelector, TopK
 from alter.stages import Stage1Module, Stage2Module
 from tests.nn.tiny import tiny_model
 
@@ -142,6 +142,66 @@ def test_a_hard_selector_is_not_trained(tmp_path):
     module = Stage1Module(str(tmp_path / "backbone"), TASKS, router=TaskSelector(hard=True))
     fit(module, False, tmp_path)
     assert not any(p.requires_grad for p in module.model.part_parameters()["router"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_routers_losses_train_are_logged_and_stay_out_of_validation(backbone, tmp_path, checkpointing):
+    router = TopK(k=1, load_balance=0.5, z_loss=0.1)
+    first = Stage1Module(
+        backbone, TASKS, layers="last:1", expert=LoRA(rank=4), router=router, gradient_checkpointing=checkpointing
+    )
+    first.configure_model()
+    before = snapshot(first.model)
+    trainer = fit(first, first.model.is_seq2seq, tmp_path)
+    assert not same(before["router"], snapshot(first.model)["router"])  # with one expert a token by its losses alone
+    assert trainer.callback_metrics["train/auxiliary"] > 0.4
+    first.eval()
+    first.on_validation_epoch_start()
+    for index, batch in enumerate(batches(first.model.is_seq2seq)):
+        first.validation_step(batch, index)
+    per_task = first._sums[0] / first._sums[1]
+    torch.testing.assert_close(trainer.callback_metrics["val/loss"].double(), per_task.mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("router", [Polytropon(), ModSquad(k=1, noise=1.0), TopK(k=1)], ids=lambda r: type(r).__name__)
+def test_a_frozen_router_draws_no_noise_and_has_no_loss(tmp_path, router):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    first = Stage1Module(str(tmp_path / "backbone"), TASKS, layers="last:1", router=router)
+    fit(first, False, tmp_path)
+    first.model.save_pretrained(tmp_path / "stage1", str(tmp_path / "backbone"))
+    second = Stage2Module(
+        str(tmp_path / "backbone"), TASKS, start_from=str(tmp_path / "stage1"), router=Description(supervision=0.5)
+    )
+    second.configure_model()
+    before = {key: value.clone() for key, value in second.model.adapter_state().items() if ".router." in key}
+    fit(second, False, tmp_path)  # with validation between its epochs
+    state = second.model.adapter_state()
+    assert all(torch.equal(value, state[key]) for key, value in before.items())
+    batch = batches(False, 1)[0]
+    second.zero_grad()
+    values = [second.model(batch) for _ in range(2)]
+    assert torch.equal(values[0].losses, values[1].losses)
+    assert values[0].auxiliary > 0
+    values[0].auxiliary.backward()
+    assert {
+        name for name, group in second.model.part_parameters().items() if any(p.grad is not None for p in group)
+    } == {"shared_router"}
+
+
+def test_the_number_of_experts_is_free_and_comes_back(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    counts = []
+    for num_experts in (None, 2, 3):
+        module = Stage1Module(str(tmp_path / "backbone"), TASKS, layers="last:1", num_experts=num_experts)
+        module.configure_model()
+        parts = module.model.part_parameters()
+        assert module.trainable_parameters() == sum(p.numel() for name in ("experts", "router") for p in parts[name])
+        counts.append(sum(p.numel() for p in parts["experts"]))
+        module.model.save_pretrained(tmp_path / "stage1", str(tmp_path / "backbone"))
+        second = Stage2Module(str(tmp_path / "backbone"), TASKS, start_from=str(tmp_path / "stage1"))
+        second.configure_model()
+        assert second.model.num_experts == (num_experts or 2)
+    assert counts[0] == counts[1] == counts[2] / 3 * 2
 
 
 @pytest.mark.parametrize("stage", [Stage1Module, Stage2Module])

@@ -91,8 +91,8 @@ class RouterShape:
 class Router(Template):
     """Maps a token, its task or its prompt to a weight for every expert.
 
-    A design that has a loss of its own hands it, already weighted, to ``routing.add_loss`` in ``forward`` while
-    ``self.training``.
+    A design that has a loss of its own hands it, already weighted, to ``routing.add_loss`` in ``forward`` while it is
+    ``learning``.
 
     Attributes:
         normalised: whether the gates of a token sum to one.
@@ -105,13 +105,22 @@ class Router(Template):
     reads_sequence = False
 
     @property
+    def learning(self) -> bool:
+        """Whether it trains now; only then does it draw noise and have losses, so a frozen router is what was saved."""
+        return self.training and any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
     def active(self) -> int | None:
         """How many experts a token uses, where that is fewer than all; None for all."""
         return None
 
     @abstractmethod
     def build(self, shape: RouterShape) -> None:
-        """Makes the parameters."""
+        """Makes the parameters.
+
+        Raises:
+            AlterError: an argument does not fit; here and not in ``__init__``, whose errors jsonargparse hides.
+        """
 
     def join_shared(self) -> None:
         """Told to the task experts' router when stage 2's shared experts join, and again when such a model is loaded."""

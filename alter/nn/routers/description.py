@@ -23,7 +23,7 @@ class Description(Router):
         supervision: weight of the loss; None for 0.01 where each task has an expert of its own, else 0.
 
     Raises:
-        AlterError: the temperature is not above 0, or the weight is negative.
+        AlterError: by ``build``, where the temperature is not above 0, or the weight is negative.
     """
 
     reads_prompt = True
@@ -32,11 +32,11 @@ class Description(Router):
         super().__init__()
         self.temperature = temperature
         self.supervision = supervision
-        self._require_temperature()
-        if supervision is not None:
-            self._require_weights("supervision")
 
     def build(self, shape: RouterShape) -> None:
+        self._require_temperature()
+        if self.supervision is not None:
+            self._require_weights("supervision")
         self.gate = nn.Linear(shape.prompt_size, shape.num_experts)
         start_small(self.gate.weight)
         self.gate.bias.data = shape.prior.mean(0).clamp_min(1e-6).log() * self.temperature
@@ -49,7 +49,7 @@ class Description(Router):
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         prompt = routing.prompt_rows(len(hidden_states))
         logits = self.gate(F.layer_norm(prompt, prompt.shape[-1:])).float() / self.temperature
-        if self.training and self.weight:
+        if self.learning and self.weight:
             own = self.own[routing.rows(len(hidden_states))]
             routing.add_loss(self.weight * F.cross_entropy(logits, own))
         return logits.softmax(-1).unsqueeze(1)

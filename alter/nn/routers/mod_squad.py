@@ -27,7 +27,7 @@ class ModSquad(Router):
         noise: standard deviation of the logits' noise while training.
 
     Raises:
-        AlterError: an argument is negative, momentum is not below 1, or there are fewer than k experts.
+        AlterError: by ``build``, where an argument is negative, momentum is not below 1, or there are fewer than k experts.
     """
 
     def __init__(self, k: int = 2, mutual_information: float = 0.01, momentum: float = 0.9, noise: float = 0.1) -> None:
@@ -36,14 +36,14 @@ class ModSquad(Router):
         self.mutual_information = mutual_information
         self.momentum = momentum
         self.noise = noise
-        self._require_weights("mutual_information", "noise")
-        self._require("momentum", 0 <= momentum < 1, "give 0 or more, and less than 1")
 
     @property
     def active(self) -> int | None:
         return self.k
 
     def build(self, shape: RouterShape) -> None:
+        self._require_weights("mutual_information", "noise")
+        self._require("momentum", 0 <= self.momentum < 1, "give 0 or more, and less than 1")
         self._require("k", 1 <= self.k <= shape.num_experts, f"give 1 to {shape.num_experts}, the number of experts")
         self.weight = nn.Parameter(torch.empty(shape.num_tasks, shape.num_experts, shape.hidden_size))
         start_small(self.weight)
@@ -55,10 +55,10 @@ class ModSquad(Router):
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         tasks = routing.rows(len(hidden_states))
         logits = (torch.bmm(hidden_states, self.weight[tasks].mT) + self.bias[tasks].unsqueeze(1)).float()
-        if self.training and self.noise:
+        if self.learning and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)
         probabilities = logits.softmax(-1)
-        if self.training:
+        if self.learning:
             experts = self._experts_of_tasks(probabilities, tasks, routing)
             routing.add_loss(-self.mutual_information * _mutual_information(experts))
         return keep_largest(probabilities, self.k)

@@ -18,15 +18,15 @@ class MOELoRA(Router):
         embedding_size: width of the task embeddings.
 
     Raises:
-        AlterError: the embedding has no width.
+        AlterError: by ``build``, where the embedding has no width.
     """
 
     def __init__(self, embedding_size: int = 64) -> None:
         super().__init__()
         self.embedding_size = embedding_size
-        self._require("embedding_size", embedding_size > 0, "give 1 or more, best at least the number of tasks")
 
     def build(self, shape: RouterShape) -> None:
+        self._require("embedding_size", self.embedding_size > 0, "give 1 or more, best at least the number of tasks")
         self.embedding = nn.Embedding(shape.num_tasks, self.embedding_size)
         self.gate = nn.Linear(self.embedding_size, shape.num_experts, bias=False)
         log_prior = shape.prior.clamp_min(1e-6).log()

@@ -20,20 +20,20 @@ class Polytropon(Router):
         temperature: of the relaxation; below 1 draws nearer to 0 and 1.
 
     Raises:
-        AlterError: the temperature is not above 0.
+        AlterError: by ``build``, where the temperature is not above 0.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
-        self._require_temperature()
 
     def build(self, shape: RouterShape) -> None:
+        self._require_temperature()
         self.skills = nn.Parameter(shape.prior.logit(eps=1e-3))
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         logits = self.skills[routing.rows(len(hidden_states))].unsqueeze(1)
-        if self.training:
+        if self.learning:
             logits = (logits + torch.rand_like(logits).logit(eps=1e-6)) / self.temperature
         # sigmoid(x) / sum sigmoid(x), also where every skill is nearly off
         return nn.functional.logsigmoid(logits).softmax(-1)

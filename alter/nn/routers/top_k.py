@@ -28,7 +28,7 @@ class TopK(Router):
         noise: standard deviation of the logits' noise while training.
 
     Raises:
-        AlterError: an argument is negative, or there are fewer than k experts.
+        AlterError: by ``build``, where an argument is negative, or there are fewer than k experts.
     """
 
     def __init__(self, k: int = 2, load_balance: float = 0.01, z_loss: float = 0.001, noise: float = 0.0) -> None:
@@ -37,13 +37,13 @@ class TopK(Router):
         self.load_balance = load_balance
         self.z_loss = z_loss
         self.noise = noise
-        self._require_weights("load_balance", "z_loss", "noise")
 
     @property
     def active(self) -> int | None:
         return self.k
 
     def build(self, shape: RouterShape) -> None:
+        self._require_weights("load_balance", "z_loss", "noise")
         self._require("k", 1 <= self.k <= shape.num_experts, f"give 1 to {shape.num_experts}, the number of experts")
         self.gate = nn.Linear(shape.hidden_size, shape.num_experts)
         start_small(self.gate.weight)
@@ -51,11 +51,11 @@ class TopK(Router):
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         logits = self.gate(hidden_states).float()
-        if self.training and self.noise:
+        if self.learning and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)
         probabilities = logits.softmax(-1)
         gates = keep_largest(probabilities, self.k)
-        if self.training:
+        if self.learning:
             chosen = routing.mean((gates > 0).float()) / self.k
             balance = gates.shape[-1] * (chosen * routing.mean(probabilities)).sum()
             size = routing.mean(logits.logsumexp(-1).square())

@@ -14,8 +14,8 @@ class HydraLoRA(Expert):
     """Low-rank changes that share A: ``F_k`` is F with ``W + (alpha / rank) B_k A``.
 
     A mixture is ``W + (alpha / rank) (sum_k g_k B_k) A``. With the router ``TokenGate`` it is the design of Tian et al.,
-    arXiv 2404.19245. B starts small with a mean of zero over the experts, so that equal gates start as F. At zero, as in
-    the source, experts with equal gates would get equal gradients and stay one. As stage 2's shared experts they stay
+    arXiv 2404.19245. B starts small with a mean of zero over the experts, so that equal gates start as F. At zero,
+    experts with equal gates would get equal gradients and stay one. As stage 2's shared experts they stay
     nearly one under ``SharedGate``, which starts with equal gates at all tokens; take another router or ``LoRA`` there.
 
     Args:

@@ -95,7 +95,7 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
             name for name, method in result["methods"].items() if abs(method["trainable_parameters"] / budget - 1) > 0.1
         ]
         yield (
-            f"- Parameter budget: {budget:,}, that of the recipe's two stages; every method is within 10% of it"
+            f"- Parameter budget: {budget:,}, that of the recipe's two stages; every method that trains is within 10% of it"
             f"{', except ' if apart else ''}{', '.join(apart)}."
         )
     for key in ("command", "commit", "hardware", "hours"):
@@ -120,23 +120,28 @@ def _number(value: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numbers = [all(cell[:1] in "0123456789+-*" for cell in column) for column in zip(*rows, strict=True)]
-    lines = [head, ["---:" if number else "---" for number in numbers], *rows]
+    lines = [head, ["---:" if number else "---" for number in _numeric(rows)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Which columns hold numbers."""
+    return [all(cell[:1] in "0123456789+-*" for cell in column) for column in zip(*rows, strict=True)]
 
 
 # -- HTML -------------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --ink: 37 99 235; }
+:root { color-scheme: light dark; --line: #8884; --ink: 37 99 235; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+li { overflow-wrap: anywhere; }
+.text { text-align: left; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 thead th { vertical-align: bottom; }
-tr:has(b) { background: var(--soft); }
 .heat { display: flex; flex-wrap: wrap; gap: 1.2rem; }
 .heat figure { margin: 0; } .heat figcaption { font-size: .8rem; margin-bottom: .2rem; }
 .heat table { font-size: .7rem; } .heat th, .heat td { border: 0; padding: 0 .25rem; text-align: center; }
@@ -174,8 +179,12 @@ def page(result: Mapping[str, Any], title: str) -> str:
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{_bold(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    kinds = ["" if number else ' class="text"' for number in _numeric(rows)]
+    top = "".join(f"<th{kind}>{html.escape(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
+    body = "".join(
+        f"<tr>{''.join(f'<td{kind}>{_bold(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

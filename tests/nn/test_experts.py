@@ -182,8 +182,12 @@ def test_fresh_experts_start_as_the_frozen_block(gated):
     bottleneck, copy, *changes = Bottleneck(), FFNCopy(), LoRA(), HydraLoRA(), MTLLoRA()
     for expert in (bottleneck, copy, *changes):
         expert.build(frozen, E, T)
-    for expert in changes:
-        assert torch.equal(expert.mix(x, gates, frozen, None, ROUTING), block(x))
+    lora, *sharing = changes
+    assert torch.equal(lora.mix(x, gates, frozen, None, ROUTING), block(x))
+    for expert in sharing:
+        torch.testing.assert_close(expert.mix(x, gates, frozen, None, ROUTING), block(x), atol=2e-3, rtol=1e-2)
+        alike = torch.full_like(gates, 1 / E)
+        torch.testing.assert_close(expert.mix(x, alike, frozen, None, ROUTING), block(x), atol=1e-6, rtol=1e-5)
     assert torch.equal(bottleneck.mix(x, gates, frozen, None, ROUTING), torch.zeros_like(x))
     torch.testing.assert_close(copy.mix(x, gates, frozen, None, ROUTING), block(x), atol=1e-5, rtol=1e-5)
 

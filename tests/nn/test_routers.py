@@ -55,7 +55,7 @@ def test_other_routers_that_know_the_task_start_at_its_prior_too(kind):
 
 
 @pytest.mark.parametrize(
-    ("router", "near"), [(SharedGate(), 1e-6), (TokenGate(), 0.1), (TopK(k=E), 0.1), (Description(), 0.1)]
+    ("router", "near"), [(SharedGate(), 1e-6), (TokenGate(), 1e-6), (TopK(k=E), 0.1), (Description(), 0.1)]
 )
 def test_routers_that_do_not_know_the_task_start_at_the_mean_prior(router, near):
     routing = Routing(torch.tensor([0, 1]), prompt=torch.randn(2, P))

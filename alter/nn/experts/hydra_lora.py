@@ -14,7 +14,9 @@ class HydraLoRA(Expert):
     """Low-rank changes that share A: ``F_k`` is F with ``W + (alpha / rank) B_k A``.
 
     A mixture is ``W + (alpha / rank) (sum_k g_k B_k) A``. With the router ``TokenGate`` it is the design of Tian et al.,
-    arXiv 2404.19245. B starts at zero, so F_k starts as F; all experts start alike, so the gates have to differ.
+    arXiv 2404.19245. B starts small with a mean of zero over the experts, so that equal gates start as F. At zero,
+    experts with equal gates would get equal gradients and stay one. As stage 2's shared experts they stay
+    nearly one under ``SharedGate``, which starts with equal gates at all tokens; take another router or ``LoRA`` there.
 
     Args:
         rank: of each change.
@@ -33,7 +35,8 @@ class HydraLoRA(Expert):
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for role, (fan_in, fan_out) in ffn.shapes.items():
             self.a[role] = nn.Parameter(torch.empty(fan_in, self.rank).uniform_(-1, 1) * fan_in**-0.5)
-            self.b[role] = nn.Parameter(torch.zeros(num_experts, self.rank, fan_out))
+            b = 1e-3 * torch.randn(num_experts, self.rank, fan_out)
+            self.b[role] = nn.Parameter(b - b.mean(0))
         self.scale = 1.0 if self.alpha is None else self.alpha / self.rank
 
     def _low(self, role: str, x: Tensor, routing: Routing) -> Tensor:

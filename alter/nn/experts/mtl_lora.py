@@ -14,7 +14,7 @@ class MTLLoRA(HydraLoRA):
     """``HydraLoRA`` with a matrix Lambda_t [rank, rank] a task: ``F_k`` is F with ``W + (alpha / rank) B_k Lambda_t A``.
 
     With the router ``TaskSelector`` a mixture is ``W + (alpha / rank) sum_k softmax(w_t / tau)_k B_k Lambda_t A``, the
-    design of Yang et al., arXiv 2410.09437. Lambda starts as the identity and B at zero, so F_k starts as F.
+    design of Yang et al., arXiv 2410.09437. Lambda starts as the identity.
 
     Args:
         rank: of each change.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alter.nn.routers.base import Router, RouterShape, Routing, start_small
+from alter.nn.routers.base import Router, RouterShape, Routing
 
 
 class TokenGate(Router):
     """One linear gate for all tasks, read at every token: ``g = softmax((W x + b) / temperature)``.
 
-    Starts near the tasks' mean prior, with a small random W, since experts that start alike (``HydraLoRA``) would stay
-    alike under gates that are. Source: Shazeer et al., arXiv 1701.06538, without noise or top-k.
+    Starts at the tasks' mean prior. Source: Shazeer et al., arXiv 1701.06538, without noise or top-k.
 
     Args:
         temperature: below 1 sharpens.
@@ -24,7 +23,7 @@ class TokenGate(Router):
 
     def build(self, shape: RouterShape) -> None:
         self.gate = nn.Linear(shape.hidden_size, shape.num_experts)
-        start_small(self.gate.weight)
+        nn.init.zeros_(self.gate.weight)
         self.gate.bias.data = shape.prior.mean(0).clamp_min(1e-6).log() * self.temperature
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:

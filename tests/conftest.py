@@ -2,8 +2,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from alter.errors import AlterError
+
+settings.register_profile("shared", deadline=None)  # a busy machine is no defect
+settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)

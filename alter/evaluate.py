@@ -13,7 +13,8 @@ from alter.results import task_results
 
 def answers(predictor: Predictor, data: MultiTaskDataModule, task: str, split: str) -> list[str]:
     """The model's answers to a task's rows, in their order."""
-    return [answer.text for answer in predictor.answer(task, data.examples(task, split)["prompt_ids"][:])]
+    prompts = data.examples(task, split)["prompt_ids"][:]
+    return [answer.text for answer in predictor.answer(task, prompts, probabilities=False)]
 
 
 def evaluate(

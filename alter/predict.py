@@ -13,7 +13,7 @@ from alter.data import Collator, Task, encode_choices, encode_prompt
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
 from alter.nn.backbone import load_tokenizer, resolve_backbone
-from alter.nn.decoding import Generation, choice_log_likelihoods, generate
+from alter.nn.decoding import Generation, best_choices, choice_log_likelihoods, generate
 from alter.nn.model import MTAModel, read_config
 
 MAX_BATCH_TOKENS = 2048
@@ -67,10 +67,15 @@ class Predictor:
             )
         return self._tasks[name]
 
-    def answer(self, name: str, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+    def answer(self, name: str, prompts: Sequence[Sequence[int]], probabilities: bool = True) -> list[Answer]:
         """Answers tokenised prompts of one task, longest batches first, in the order given.
 
-        Classification scores every choice by its likelihood; generation decodes and stops at a line's end.
+        Classification scores choices by their likelihood; generation decodes and stops at a line's end.
+
+        Args:
+            name: of the task.
+            prompts: token ids.
+            probabilities: whether to tell those of a classification; without them not every choice has to be scored.
         """
         task = self.task(name)
         task_id = self.tasks.index(name)
@@ -82,7 +87,12 @@ class Predictor:
         for rows in eval_batches([len(p) + longest for p in prompts], budget):
             batch = self.collator.prompts([prompts[i] for i in rows], [task_id] * len(rows))
             batch = {key: value.to(device) for key, value in batch.items()}
-            found = self._generate(task, batch) if choices is None else self._classify(task, batch, choices)
+            if choices is None:
+                found = self._generate(task, batch)
+            elif probabilities:
+                found = self._classify(task, batch, choices)
+            else:
+                found = [Answer(task.choices[i], None) for i in best_choices(self.model, batch, choices).tolist()]
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
         return answers  # type: ignore[return-value]

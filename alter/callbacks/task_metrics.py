@@ -39,7 +39,7 @@ class TaskMetrics(Callback):
         scores = {}
         for task in data.tasks:
             rows = data.examples(task.name, "validation")[: self.rows]
-            answers = [answer.text for answer in predictor.answer(task.name, rows["prompt_ids"])]
+            answers = [answer.text for answer in predictor.answer(task.name, rows["prompt_ids"], probabilities=False)]
             name = task.metrics[0]
             scores[f"val/{name}/{task.name}"] = metric(name, answers, rows["target"], task.choices).value()
         pl_module.log_dict(scores)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class Generation:
         return {} if self.num_beams == 1 else {"num_beams": self.num_beams, "length_penalty": self.length_penalty}
 
 
+SCORED_FIRST = 8  # of many choices, those with the likeliest first tokens
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass; bounds the choices' caches and logits
 
 
@@ -90,55 +91,127 @@ def choice_log_likelihoods(model: MTAModel, prompts: Mapping[str, Tensor], choic
     Returns:
         [batch, choices], the summed log-probability of the choice's tokens.
     """
-    length = max(map(len, choices))
-    tokens = torch.tensor([[*choice, *[-1] * (length - len(choice))] for choice in choices])
-    per_prompt = len(choices) * (prompts["input_ids"].shape[1] + length)
-    size = max(1, MAX_SCORED_POSITIONS // per_prompt)
-    score = _score_seq2seq if model.is_seq2seq else _score_causal
-    scores = []
-    for start in range(0, len(prompts["input_ids"]), size):
-        part = {name: value[start : start + size] for name, value in prompts.items()}
-        scores.append(score(model, part, tokens.to(part["input_ids"].device)))
+    tokens, scores = _padded(choices, prompts["input_ids"].device), []
+    for part in _parts(prompts, len(choices), tokens.shape[-1]):
+        read = _read(model, part)
+        first = None if model.is_seq2seq else read.first_tokens()
+        scores.append(read.score(tokens.expand(len(part["input_ids"]), -1, -1), first))
     return torch.cat(scores)
 
 
-def _score_causal(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
-    mask = prompts["attention_mask"]
-    batch, (count, length) = len(mask), choices.shape
-    model.set_examples(prompts)
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    prompt = model.body.decode(prompts["input_ids"], attention_mask=mask, position_ids=places, use_cache=True)
-    last = model.body.logits(prompt.last_hidden_state[:, -1])
-    first = last.float().log_softmax(-1)[:, choices[:, 0]]  # [batch, choices]
-    if length == 1:
-        return first
+@torch.inference_mode()
+def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[int]]) -> Tensor:
+    """Finds the likeliest choice for every prompt, the first of equals, without scoring all of many.
 
-    cache = prompt.past_key_values
-    cache.batch_repeat_interleave(count)
-    wanted = choices[:, 1:].repeat(batch, 1)
-    inputs = choices[:, :-1].repeat(batch, 1)
-    rest = model.body.decode(
-        inputs.clamp_min(0),
-        attention_mask=torch.cat([mask.repeat_interleave(count, 0), (inputs >= 0).to(mask.dtype)], dim=1),
-        position_ids=mask.sum(1).repeat_interleave(count).unsqueeze(1) + torch.arange(length - 1, device=mask.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return first + _sum_by_row(model, rest.last_hidden_state, wanted).view(batch, count)
+    A choice is at most as likely as its first token, which the prompt's own pass tells for all. So the few with the
+    likeliest first tokens are scored, and the others only where one could still be above the best of these.
+
+    Args:
+        model: in evaluation mode.
+        prompts: as for ``generate``.
+        choices: token ids of each choice, with the end-of-sequence token.
+
+    Returns:
+        [batch], which choice.
+    """
+    if len(choices) <= SCORED_FIRST:
+        return choice_log_likelihoods(model, prompts, choices).argmax(1)
+    tokens = _padded(choices, prompts["input_ids"].device)
+    found = []
+    for part in _parts(prompts, SCORED_FIRST, tokens.shape[-1]):
+        read = _read(model, part)
+        first = read.first_tokens()
+        bounds = first[:, tokens[:, 0]]
+        chosen = bounds.topk(SCORED_FIRST).indices.sort().values
+        scores = read.score(tokens[chosen], first)
+        best = chosen.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
+        others = bounds.scatter(1, chosen, -torch.inf).amax(1)
+        # rounding may make a bound seem lower than it is
+        open_rows = (others >= scores.amax(1) - 1e-3).nonzero().squeeze(1)
+        if len(open_rows):
+            rest = {name: value[open_rows] for name, value in part.items()}
+            best[open_rows] = choice_log_likelihoods(model, rest, choices).argmax(1)
+        found.append(best)
+    return torch.cat(found)
 
 
-def _score_seq2seq(model: MTAModel, prompts: Mapping[str, Tensor], choices: Tensor) -> Tensor:
-    mask = prompts["attention_mask"]
-    batch, count = len(mask), len(choices)
-    model.set_examples(prompts)
-    encoded = model.body.encode(prompts["input_ids"], mask)
-    wanted = choices.repeat(batch, 1)
-    output = model.body.decode(
-        model.body.shift_right(wanted.masked_fill(wanted < 0, IGNORED)),
-        encoder_hidden_states=encoded.repeat_interleave(count, 0),
-        encoder_attention_mask=mask.repeat_interleave(count, 0),
-    )
-    return _sum_by_row(model, output.last_hidden_state, wanted).view(batch, count)
+def _read(model: MTAModel, prompts: Mapping[str, Tensor]) -> _CausalPrompts | _Seq2seqPrompts:
+    return _Seq2seqPrompts(model, prompts) if model.is_seq2seq else _CausalPrompts(model, prompts)
+
+
+def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[choices, length], -1 behind the end."""
+    length = max(map(len, choices))
+    return torch.tensor([[*choice, *[-1] * (length - len(choice))] for choice in choices], device=device)
+
+
+def _parts(prompts: Mapping[str, Tensor], count: int, length: int) -> Iterator[dict[str, Tensor]]:
+    """The prompts, as many at a time as may be scored with ``count`` choices each."""
+    rows, width = prompts["input_ids"].shape
+    size = max(1, MAX_SCORED_POSITIONS // (count * (width + length)))
+    for start in range(0, rows, size):
+        yield {name: value[start : start + size] for name, value in prompts.items()}
+
+
+class _CausalPrompts:
+    """Prompts that have been read once, to score choices behind them."""
+
+    def __init__(self, model: MTAModel, prompts: Mapping[str, Tensor]) -> None:
+        self.model, self.mask = model, prompts["attention_mask"]
+        model.set_examples(prompts)
+        places = (self.mask.cumsum(1) - 1).clamp_min(0)
+        output = model.body.decode(prompts["input_ids"], attention_mask=self.mask, position_ids=places, use_cache=True)
+        self.cache = output.past_key_values
+        self.states = output.last_hidden_state[:, -1]
+
+    def first_tokens(self) -> Tensor:
+        """The log-probability of each token as an answer's first, [batch, vocabulary]."""
+        return self.model.body.logits(self.states).float().log_softmax(-1)
+
+    def score(self, choices: Tensor, first_tokens: Tensor) -> Tensor:
+        """The log-likelihood of each row's own choices [batch, choices, length], [batch, choices]; may be called once."""
+        batch, count, length = choices.shape
+        first = first_tokens.gather(1, choices[:, :, 0])
+        if length == 1:
+            return first
+        self.cache.batch_repeat_interleave(count)
+        wanted, inputs = choices[:, :, 1:].flatten(0, 1), choices[:, :, :-1].flatten(0, 1)
+        mask = torch.cat([self.mask.repeat_interleave(count, 0), (inputs >= 0).to(self.mask.dtype)], dim=1)
+        start = self.mask.sum(1).repeat_interleave(count).unsqueeze(1)
+        rest = self.model.body.decode(
+            inputs.clamp_min(0),
+            attention_mask=mask,
+            position_ids=start + torch.arange(length - 1, device=mask.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return first + _sum_by_row(self.model, rest.last_hidden_state, wanted).view(batch, count)
+
+
+class _Seq2seqPrompts:
+    """The same for an encoder-decoder, whose choices are whole decoder sequences."""
+
+    def __init__(self, model: MTAModel, prompts: Mapping[str, Tensor]) -> None:
+        self.model, self.mask = model, prompts["attention_mask"]
+        model.set_examples(prompts)
+        self.encoded = model.body.encode(prompts["input_ids"], self.mask)
+
+    def first_tokens(self) -> Tensor:
+        """The log-probability of each token as an answer's first, [batch, vocabulary]."""
+        start = self.model.body.shift_right(self.mask.new_zeros(len(self.mask), 1))
+        output = self.model.body.decode(start, encoder_hidden_states=self.encoded, encoder_attention_mask=self.mask)
+        return self.model.body.logits(output.last_hidden_state[:, -1]).float().log_softmax(-1)
+
+    def score(self, choices: Tensor, first_tokens: Tensor | None = None) -> Tensor:
+        """The log-likelihood of each row's own choices [batch, choices, length], [batch, choices]."""
+        batch, count, _ = choices.shape
+        wanted = choices.flatten(0, 1)
+        output = self.model.body.decode(
+            self.model.body.shift_right(wanted.masked_fill(wanted < 0, IGNORED)),
+            encoder_hidden_states=self.encoded.repeat_interleave(count, 0),
+            encoder_attention_mask=self.mask.repeat_interleave(count, 0),
+        )
+        return _sum_by_row(self.model, output.last_hidden_state, wanted).view(batch, count)
 
 
 def _sum_by_row(model: MTAModel, hidden_states: Tensor, wanted: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """`alter compare` as a user calls it, on a tiny backbone."""
 
+import copy
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ import pytest
 import yaml
 
 from alter.cli import main
+from alter.compare.grid import Planner
 from alter.compare.methods import METHODS
+from alter.recipe import read_recipe
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
 
@@ -76,6 +79,23 @@ def test_every_method_runs_through_the_same_data_and_budget(compared, methods, c
     assert "http" not in page.replace("http-equiv", "")
     assert all(name in page for name in methods)
     assert Path("out/compare.md").read_text() in out
+
+
+def test_ranks_are_chosen_to_use_the_parameter_budget_and_draws_the_tokens(compared):
+    change(compared, stage1__model__init_args__expert={"class_path": "alter.nn.LoRA", "init_args": {"rank": 32}})
+    recipe = read_recipe(["--config", "recipe.yaml", "--data.examples_per_epoch", "90"])
+    planner = Planner(recipe)
+    assert planner.budget.draws == 135  # one epoch of stage 1, half a one of stage 2
+    for name, method in METHODS.items():
+        runs = method.plan(copy.deepcopy(recipe.config), planner.budget)
+        for run in runs:
+            planner.match(run)
+        if name not in ("untouched", "full"):
+            used = sum(planner.count(run.config) for run in runs)
+            assert used == pytest.approx(planner.budget.parameters, rel=0.1), name
+        if name not in ("untouched", "two_stage"):
+            assert sum(run.config["data"]["examples_per_epoch"] for run in runs) == pytest.approx(135, abs=1)
+    assert recipe.config["data"]["examples_per_epoch"] == 90  # the plans changed copies
 
 
 def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):

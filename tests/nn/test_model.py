@@ -1,9 +1,12 @@
 """MTAModel on every family: the properties that hold whatever the experts and routers."""
 
 import json
+import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from alter.errors import AlterError
@@ -23,8 +26,9 @@ from alter.nn import (
     TaskSelector,
     TokenGate,
     TopK,
+    decoding,
 )
-from alter.nn.decoding import choice_log_likelihoods, generate
+from alter.nn.decoding import best_choices, choice_log_likelihoods, generate
 from tests.nn.tiny import FAMILIES, tiny_model
 
 TASKS = ["a", "b", "c"]
@@ -255,6 +259,30 @@ def test_choices_scored_together_equal_the_loss_of_each_alone(family, router, ga
             single = {"input_ids": row[None], "attention_mask": torch.ones_like(row)[None], "labels": labels[None]}
             alone = -model({**single, "task_ids": batch["task_ids"][i : i + 1]}).losses.sum()
             torch.testing.assert_close(scores[i, c], alone, atol=1e-4, rtol=1e-4)
+
+
+@PAIR
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(2, 40),
+    starts=st.integers(1, 20),
+    scored=st.integers(1, 5),
+    positions=st.sampled_from([1, 200, 4096]),
+)
+def test_the_best_choice_is_that_of_all_scores(family, seed, count, starts, scored, positions):
+    model = make(family, LoRA(rank=4), TaskSelector())
+    batch = prompts(model)
+    g = random.Random(seed)
+    drawn = {(11 + g.randrange(starts), *(g.randrange(11, 90) for _ in range(g.randrange(4))), 1) for _ in range(count)}
+    choices = [list(choice) for choice in sorted(drawn)]
+    before = decoding.SCORED_FIRST, decoding.MAX_SCORED_POSITIONS
+    decoding.SCORED_FIRST, decoding.MAX_SCORED_POSITIONS = scored, positions
+    try:
+        best, scores = best_choices(model, batch, choices), choice_log_likelihoods(model, batch, choices)
+    finally:
+        decoding.SCORED_FIRST, decoding.MAX_SCORED_POSITIONS = before
+    torch.testing.assert_close(scores.gather(1, best[:, None])[:, 0], scores.amax(1), atol=1e-5, rtol=1e-5)
 
 
 @PAIR

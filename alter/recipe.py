@@ -87,6 +87,11 @@ class Recipe:
         """The run folder."""
         return Path(self.config["run"])
 
+    def epochs_before(self, stage: str) -> int:
+        """Epochs of the mixture that the stages before this one draw, whole or in part."""
+        before = list(STAGES)[: list(STAGES).index(stage)]
+        return sum({**self.config["trainer"], **self.config[name]["trainer"]}.get("max_epochs") or 1 for name in before)
+
     def data_args(self, tokenizer: str, seq2seq: bool) -> dict[str, Any]:
         """Arguments for ``MultiTaskDataModule``."""
         return {**self.config["data"], "tasks": self.tasks, "tokenizer": tokenizer, "seq2seq": seq2seq}

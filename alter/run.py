@@ -213,6 +213,7 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
     say(f"\n{stage}: trains in {folder}")
     started = time.perf_counter()
     cli = StageCLI(folder, recipe.stage_args(stage, backbone))
+    data.first_epoch = recipe.epochs_before(stage)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
         say(f"{stage}: goes on from {last}.")

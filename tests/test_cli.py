@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import alter
 from alter.cli import main
+from alter.data.sampler import MixtureBatchSampler
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.nn.tiny import tiny_model
 
@@ -173,6 +174,7 @@ def step(self, batch, index):
     return kept(self, batch, index)
 StageModule.training_step = step
 from alter.cli import main
+from alter.data.sampler import MixtureBatchSampler
 main(["fit", "--config", "recipe.yaml", "--run", sys.argv[3], "--test", "false"])
 """
     change(project, trainer__callbacks=None, trainer__val_check_interval=3)
@@ -469,3 +471,11 @@ def test_help_is_there_at_once():
     result = subprocess.run([sys.executable, "-m", "alter", "--help"], capture_output=True, text=True, check=True)
     assert "alter fit --config" in result.stdout
     assert time.perf_counter() - started < 5  # the half second is measured by benchmarks; this notices a heavy import
+
+
+def test_stage_two_does_not_repeat_the_draws_of_stage_one(project, monkeypatch):
+    drawn = []
+    draws = MixtureBatchSampler.draws
+    monkeypatch.setattr(MixtureBatchSampler, "draws", lambda self, epoch: drawn.append(epoch) or draws(self, epoch))
+    fit("--test", "false", "--stage2.trainer", '{"max_epochs": 3}')
+    assert sorted(set(drawn)) == [0, 1, 2, 3, 4]  # two epochs of stage 1, three of stage 2

@@ -25,6 +25,9 @@ from alter.home import alter_home
 class MultiTaskDataModule(LightningDataModule):
     """Merges tasks, drawn at rates ``weight * min(n, K) ** (1 / T)``, into batches of a token budget.
 
+    Attributes:
+        first_epoch: epochs that an earlier stage has drawn; training goes on with draws of its own after them.
+
     Args:
         tasks: paths of task files, relative to the recipe, or tasks written out.
         tokenizer: folder of the backbone's tokenizer, set by the run.
@@ -84,6 +87,7 @@ class MultiTaskDataModule(LightningDataModule):
         self.seed = seed
         self.shots = shots
         self.cache_dir = Path(cache_dir) if cache_dir else alter_home() / "tokens"
+        self.first_epoch = 0
         self._resumed = (0, 0)  # epoch, batches taken of it
         self._folders: dict[str, Path] = {}
         self._splits: dict[tuple[str, str], Any] = {}
@@ -182,7 +186,15 @@ class MultiTaskDataModule(LightningDataModule):
         rank, world = self._place()
         lengths = [_lengths(self.examples(task.name, "train"), self.seq2seq) for task in self.tasks]
         sampler = MixtureBatchSampler(
-            lengths, self.rates, self.draws, self.max_tokens, self.seed, rank, world, self.mixed_batches
+            lengths,
+            self.rates,
+            self.draws,
+            self.max_tokens,
+            self.seed,
+            rank,
+            world,
+            self.mixed_batches,
+            self.first_epoch,
         )
         sampler.resume(*self._resumed)
         return self._loader("train", sampler)

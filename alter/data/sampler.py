@@ -28,6 +28,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         rank: this process; it takes every ``world_size``-th batch.
         world_size: number of processes.
         mixed: whether a batch mixes tasks.
+        first_epoch: epochs drawn before, by an earlier stage; this one goes on after them.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         rank: int = 0,
         world_size: int = 1,
         mixed: bool = True,
+        first_epoch: int = 0,
     ) -> None:
         self.lengths = [np.asarray(task_lengths) for task_lengths in lengths]
         self.rates = np.asarray(rates, dtype=float)
@@ -49,8 +51,8 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         self.rank = rank
         self.world_size = world_size
         self.mixed = mixed
-        self.epoch = 0
-        self._resumed = (0, 0)  # epoch, batches of it that were taken before
+        self.epoch = self.first_epoch = first_epoch
+        self._resumed = (first_epoch, 0)  # epoch, batches of it that were taken before
         self._planned: tuple[int, list[list[Pair]]] | None = None
 
     @property
@@ -59,14 +61,15 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch; Lightning calls it before each."""
-        self.epoch = epoch
+        """Chooses the epoch of this stage; Lightning calls it before each."""
+        self.epoch = self.first_epoch + epoch
 
     def resume(self, epoch: int, taken: int) -> None:
         """Goes on in an epoch of which some batches were taken before, or in the next where all were."""
-        self.epoch = epoch
+        self.set_epoch(epoch)
         if taken >= len(self):
-            self.epoch, taken = epoch + 1, 0
+            self.set_epoch(epoch + 1)
+            taken = 0
         self._resumed = (self.epoch, taken)
 
     def __iter__(self) -> Iterator[list[Pair]]:

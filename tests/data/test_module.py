@@ -107,3 +107,17 @@ def test_a_limit_for_all_tasks_is_not_above_a_tasks_own(tmp_path, words):
 def test_a_limit_that_is_none_is_refused(tmp_path, words, limit):
     with pytest.raises(AlterError, match="limit"):
         make(tmp_path, words, limit=limit)
+
+
+def test_a_later_stage_goes_on_with_the_next_epochs_draws(tmp_path, words):
+    def rows(data, epoch):
+        loader = data.train_dataloader()
+        loader.batch_sampler.set_epoch(epoch)
+        return list(loader.batch_sampler)
+
+    data = make(tmp_path, words, examples_per_epoch=30)
+    third, fourth = rows(data, 2), rows(data, 3)
+    data.first_epoch = 2
+    assert rows(data, 0) == third
+    assert rows(data, 1) == fourth
+    assert third != fourth

@@ -28,15 +28,17 @@ from alter.recipe import Recipe, read_recipe
 from alter.results import peak_memory_bytes, write_json
 
 PLAN = "cell.json"
+TRAINED = "trained"  # in place of a split: answers nothing
 BUSY = 75  # exit status where another process runs the cell
 
 
-def run_cell(folder: Path) -> None:
+def run_cell(folder: Path, split: str) -> None:
     """Trains what a cell's plan names and is not trained yet, then answers the rows of the split.
 
     Args:
-        folder: holds ``cell.json``: ``recipes`` (files in the folder), ``trains`` and ``split``. Leaves
-            ``SPLIT.jsonl``, a line a row with task, target and answer, and ``SPLIT.json`` with what was measured.
+        folder: holds ``cell.json``: ``recipes`` (files in the folder) and ``trains``. Leaves ``SPLIT.jsonl``, a line a row
+            with task, target and answer, and ``SPLIT.json`` with what was measured.
+        split: whose rows to answer; ``trained`` is for training alone, so that trials of learning rates read no test rows.
     """
     started = time.perf_counter()
     plan = json.loads((folder / PLAN).read_text())
@@ -46,7 +48,8 @@ def run_cell(folder: Path) -> None:
     for recipe in recipes:
         if plan["trains"]:
             run.fit(recipe)
-        _answer(recipe, plan, found, rows)
+        if split != TRAINED:
+            _answer(recipe, plan, split, found, rows)
     records = [record for recipe in recipes for record in run.stage_records(recipe.run).values()]
     losses = [list(run.stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
     tokens, seconds = sum(r["tokens"] for r in records), sum(r["step_seconds"] for r in records)
@@ -54,17 +57,19 @@ def run_cell(folder: Path) -> None:
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
-        "seconds": time.perf_counter() - started,  # of the last start, where it was stopped in between
+        "seconds": time.perf_counter() - started,  # of the last start, where there were more
         "validation_loss": fmean(losses) if losses and None not in losses else None,
     }
-    with (folder / f"{plan['split']}.jsonl").open("w", encoding="utf-8") as stream:
+    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_json(folder / f"{plan['split']}.json", found)  # last: it says that the cell is complete
+    write_json(folder / f"{split}.json", found)  # last: it says that the cell is complete
     for checkpoints in folder.glob("*/stage*/checkpoints"):
         shutil.rmtree(checkpoints)  # the models stay
 
 
-def _answer(recipe: Recipe, plan: dict[str, Any], found: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _answer(
+    recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
     backbone = resolve_backbone(recipe.config["backbone"])
     data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
     data.prepare_data()
@@ -78,9 +83,9 @@ def _answer(recipe: Recipe, plan: dict[str, Any], found: dict[str, Any], rows: l
         baseline = (recipe.run / "model" / SETTINGS).is_file()
         predictor = load(recipe.run, str(backbone), BaselineModel if baseline else MTAModel)
     for task in recipe.tasks:
-        examples = data.examples(task.name, plan["split"])
-        print(f"{plan['split']}: {task.name}, {len(examples)} rows", flush=True)
-        predictions, targets = answers(predictor, data, task.name, plan["split"]), examples["target"][:]
+        examples = data.examples(task.name, split)
+        print(f"{split}: {task.name}, {len(examples)} rows", flush=True)
+        predictions, targets = answers(predictor, data, task.name, split), examples["target"][:]
         found["tasks"][task.name] = {
             name: metric(name, predictions, targets, task.choices).value() for name in task.metrics
         }
@@ -93,20 +98,21 @@ def _answer(recipe: Recipe, plan: dict[str, Any], found: dict[str, Any], rows: l
         found["trainable_parameters"] += sum(
             p.numel() for name, part in parts.items() if name != "backbone" for p in part if p.requires_grad
         )
-        found["routing"] |= mean_gates(predictor, data)
+        if len(plan["recipes"]) == 1:
+            found["routing"] = mean_gates(predictor, data)
 
 
 def main() -> None:
-    """``python -m alter.compare.cell FOLDER``: runs a cell, unless another process does."""
+    """``python -m alter.compare.cell FOLDER SPLIT``: runs a cell, unless another process does."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("split")
     parser.add_argument("--wait", action="store_true", help="until the other process has ended")
     options = parser.parse_args()
     try:
         with FileLock(options.folder / ".lock", timeout=-1 if options.wait else 0):
-            split = json.loads((options.folder / PLAN).read_text())["split"]
-            if not (options.folder / f"{split}.json").is_file():
-                run_cell(options.folder)
+            if not (options.folder / f"{options.split}.json").is_file():
+                run_cell(options.folder, options.split)
     except Timeout:
         sys.exit(BUSY)
     except AlterError as error:

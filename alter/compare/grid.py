@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from alter.compare.cell import BUSY, PLAN
+from alter.compare.cell import BUSY, PLAN, TRAINED
 from alter.compare.methods import Budget, Config, Method, Run
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
@@ -67,26 +67,31 @@ def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], 
     Raises:
         AlterError: the folder holds other settings, or cells have failed.
     """
-    first = grid.seeds[0]
     tuned = {name: grid.factors if method.trains else (1.0,) for name, method in grid.methods.items()}
-    trials = [_plan(grid, planner, name, first, factor) for name in grid.methods for factor in tuned[name]]
-    failed = _run_cells(grid, trials)
-    chosen = {name: _best_factor(grid, name, tuned[name]) for name in grid.methods}
-    rest = [_plan(grid, planner, name, seed, chosen[name]) for seed in grid.seeds[1:] for name in grid.methods]
-    failed += _run_cells(grid, rest)
+    trials = [
+        _plan(grid, planner, name, grid.seeds[0], factor)
+        for name, factors in tuned.items()
+        for factor in (factors if len(factors) > 1 else ())
+    ]
+    failed = _run_cells(grid, trials, TRAINED) if trials else []
+    chosen = {name: _best_factor(grid, name, factors) for name, factors in tuned.items()}
+    cells = [_plan(grid, planner, name, seed, chosen[name]) for seed in grid.seeds for name in grid.methods]
+    failed += _run_cells(grid, cells, grid.split)
     if failed:
-        count = len(trials) + len(rest)
         raise AlterError(
-            f"{len(failed)} of {count} cells are not complete; the same command tries them again.", *failed
+            f"{len(failed)} of {len(trials) + len(cells)} cells are not complete; the same command tries them again.",
+            *failed,
         )
+    done = [cell / f"{TRAINED}.json" for cell in trials] + [cell / f"{grid.split}.json" for cell in cells]
     found = {name: {seed: grid.cell(name, seed, chosen[name]) for seed in grid.seeds} for name in grid.methods}
-    return found, sum(json.loads((cell / f"{grid.split}.json").read_text())["seconds"] for cell in trials + rest)
+    return found, sum(json.loads(file.read_text())["seconds"] for file in done)
 
 
 def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float:
+    """The factor with the lowest validation loss."""
     losses = {}
     for factor in factors if len(factors) > 1 else ():
-        file = grid.cell(name, grid.seeds[0], factor) / f"{grid.split}.json"
+        file = grid.cell(name, grid.seeds[0], factor) / f"{TRAINED}.json"
         loss = json.loads(file.read_text())["validation_loss"] if file.is_file() else None
         losses[factor] = float("inf") if loss is None else loss
     return min(losses, key=losses.__getitem__) if losses else factors[0]
@@ -191,7 +196,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
             )
         file.write_text(text, encoding="utf-8")
     recipes = [f"{run.name}.yaml" for run in runs]
-    write_json(folder / PLAN, {"recipes": recipes, "trains": method.trains, "split": grid.split})
+    write_json(folder / PLAN, {"recipes": recipes, "trains": method.trains})
     return folder
 
 
@@ -206,17 +211,17 @@ def _scale(arguments: dict[str, Any], factor: float) -> None:
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
-def _run_cells(grid: Grid, cells: Sequence[Path]) -> list[str]:
+def _run_cells(grid: Grid, cells: Sequence[Path], split: str) -> list[str]:
     """Runs cells in processes of their own; returns a line for each that failed."""
-    todo = [cell for cell in cells if not (cell / f"{grid.split}.json").is_file()]
+    todo = [cell for cell in cells if not (cell / f"{split}.json").is_file()]
     failed: list[str] = []
     busy: list[Path] = []
     done = len(cells) - len(todo)
-    print(f"{len(cells)} cells, {done} complete before", flush=True)
+    print(f"{len(cells)} cells, {done} complete before" + (", learning rates" if split == TRAINED else ""), flush=True)
 
     def run(cell: Path, wait: bool = False) -> None:
         started = time.perf_counter()
-        status, said = _child(cell, wait, grid.processes)
+        status, said = _child(cell, split, wait, grid.processes)
         name = cell.relative_to(grid.folder / "cells")
         if status == BUSY:
             busy.append(cell)
@@ -237,9 +242,9 @@ def _run_cells(grid: Grid, cells: Sequence[Path]) -> list[str]:
 LOG = "log.txt"
 
 
-def _child(cell: Path, wait: bool, processes: int) -> tuple[int, str]:
+def _child(cell: Path, split: str, wait: bool, processes: int) -> tuple[int, str]:
     """Runs a cell; returns the exit status and the last line that it wrote."""
-    command = [sys.executable, "-m", "alter.compare.cell", str(cell), *(["--wait"] if wait else [])]
+    command = [sys.executable, "-m", "alter.compare.cell", str(cell), split, *(["--wait"] if wait else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
     if processes > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))

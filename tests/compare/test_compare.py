@@ -114,7 +114,7 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):
     before = done.stat().st_mtime_ns
     result = compare(*arguments)
     assert done.stat().st_mtime_ns == before
-    assert "3 cells, 2 complete before" in capsys.readouterr().out
+    assert "6 cells, 2 complete before" in capsys.readouterr().out
     again = compare(*arguments)
     assert again["methods"] == result["methods"]
     spread = result["methods"]["two_stage"]["tasks"]["sort"]["accuracy"]
@@ -140,12 +140,12 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
     result = compare("--methods", "stage1,untouched", "--seeds", "2", "--tune", "1,1e-9,0.001", "--split", "validation")
     assert result["split"] == "validation"
     assert result["methods"]["stage1"]["learning_rate_factor"] == 1
-    losses = {
-        cell.name: json.loads((cell / "validation.json").read_text())["validation_loss"]
-        for cell in Path("out/cells/stage1").iterdir()
-    }
-    assert set(losses) == {"seed13", "seed13-lr1e-09", "seed13-lr0.001", "seed21"}
+    cells = {cell.name: cell for cell in Path("out/cells/stage1").iterdir()}
+    assert set(cells) == {"seed13", "seed13-lr1e-09", "seed13-lr0.001", "seed21"}
+    losses = {n: json.loads((cells[n] / "trained.json").read_text())["validation_loss"] for n in cells if n != "seed21"}
     assert losses["seed13"] < min(losses["seed13-lr1e-09"], losses["seed13-lr0.001"])
+    answered = [name for name, cell in cells.items() if (cell / "validation.json").is_file()]
+    assert sorted(answered) == ["seed13", "seed21"]  # rates that were not chosen answer nothing
     assert sorted(p.name for p in Path("out/cells/untouched").iterdir()) == ["seed13", "seed21"]
 
 

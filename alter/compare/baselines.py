@@ -62,7 +62,7 @@ class BaselineModel(MTAModel):
             import peft
         except ImportError as error:
             raise AlterError(
-                "--methods: peft_lora and peft_poly need the peft package; install \"alter-mta[compare]\"."
+                '--methods: peft_lora and peft_poly need the peft package; install "alter-mta[compare]".'
             ) from error
         if kind == "lora":
             config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)

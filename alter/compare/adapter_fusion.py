@@ -8,6 +8,7 @@ trained stays in ``FOLDER/../model``, a file a training, and is not trained agai
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -41,6 +42,7 @@ def load_model(plan: Plan) -> PreTrainedModel:
     backbone = {id(parameter) for parameter in model.parameters()}
     names = {id(module): name for name, module in model.named_modules()}
     adapters.init(model)
+    _pass_cache(model)
     left_out = [i for i, block in model.iter_layers() if names[id(block)] not in plan["blocks"]]
     # The library divides and rounds down; the half keeps the quotient clear of the next integer.
     factor = model.config.hidden_size / (plan["bottleneck"] + 0.5)
@@ -55,6 +57,23 @@ def load_model(plan: Plan) -> PreTrainedModel:
         if id(parameter) not in backbone:
             parameter.data = parameter.data.float()
     return model.to("cuda" if plan["cuda"] and torch.cuda.is_available() else "cpu")
+
+
+def _pass_cache(model: nn.Module) -> None:
+    """Mends adapters 1.3: some of its layers, Llama's among them, take the key-value cache by a name of older transformers.
+
+    Under 4.57 they would run without it, each generated token seeing itself alone.
+    """
+
+    def rename(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if "past_key_values" in kwargs:
+            kwargs["past_key_value"] = kwargs.pop("past_key_values")
+        return args, kwargs
+
+    for module in model.modules():
+        known = inspect.signature(type(module).forward).parameters
+        if "past_key_value" in known and "past_key_values" not in known:
+            module.register_forward_pre_hook(rename, with_kwargs=True)
 
 
 def adapter_names(plan: Plan) -> list[str]:
@@ -92,6 +111,7 @@ def _train_once(
     model: PreTrainedModel, plan: Plan, file: Path, batches: Sequence[Batch], validation: Sequence[Sequence[Batch]]
 ) -> dict[str, Any]:
     """Trains what is set to train, or takes it from the file where it was trained before."""
+    model.eval()  # no dropout, as with every other method; choosing what trains has switched it on
     if file.is_file():
         found = torch.load(file, map_location="cpu", weights_only=True)
     else:
@@ -118,7 +138,6 @@ def train(
     Returns:
         what was measured.
     """
-    model.eval()  # no dropout, as with every other method
     parameters = trainable(model)
     optimizer = getattr(torch.optim, plan["optimizer"])(list(parameters.values()), **plan["optimizer_args"])
     steps = len(batches)

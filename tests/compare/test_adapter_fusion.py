@@ -261,16 +261,21 @@ with torch.no_grad():
             losses, _, _ = script.token_losses(model, plan, {"prompts": [prompt], "targets": [choice]})
             torch.testing.assert_close(scores[row, column], -losses.sum(), atol=1e-4, rtol=1e-4)
 
-    # generation: each token is the likeliest after those before it
+    # generation: the same tokens one by one without a cache
     batch = json.loads((folder / "questions0.jsonl").read_text().splitlines()[0])
-    for prompt, answer in zip(batch["prompts"], script.generate(model, plan, batch["prompts"], 4)):
-        ended = answer + [1] * (len(answer) < 4)
-        losses, _, _ = script.token_losses(model, plan, {"prompts": [prompt], "targets": [ended]})
-        for i, token in enumerate(ended):
-            others = [ended[:i] + [other] for other in (5, 77, 300, 400)]
-            for other in others:
-                found, _, _ = script.token_losses(model, plan, {"prompts": [prompt], "targets": [other]})
-                assert losses[i] <= found[i] + 1e-4
+    ends = {1, *plan["stop_tokens"]}
+    for prompt, answer in zip(batch["prompts"], script.generate(model, plan, batch["prompts"], 6), strict=True):
+        wanted = []
+        while len(wanted) < 6:
+            if plan["seq2seq"]:
+                logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *wanted]]), use_cache=False).logits
+            else:
+                logits = model(input_ids=torch.tensor([prompt + wanted]), use_cache=False).logits
+            token = logits[0, -1].argmax().item()
+            if token in ends:
+                break
+            wanted.append(token)
+        assert answer == wanted
 """
 
 

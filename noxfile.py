@@ -25,3 +25,12 @@ def lint(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def fusion(session: nox.Session) -> None:
+    """Make the environment of `alter compare --methods adapter_fusion`."""
+    # Without constraints.txt: the adapters library pins a transformers older than ALTER's.
+    session.install("torch", "adapters>=1.3,<2")
+    session.run("python", "-c", "import adapters")
+    session.log(f"For alter compare in another folder: export ALTER_ADAPTERS_PYTHON={session.bin}/python")

@@ -99,7 +99,7 @@ class Predictor:
 
     def _generate(self, task: Task, batch: Mapping[str, torch.Tensor]) -> list[Answer]:
         options = self.generation.options()
-        tokens = generate(self.model, batch, task.max_target_tokens, self._line_ends(), **options)
+        tokens = generate(self.model, batch, task.max_target_tokens, line_ends(self.tokenizer), **options)
         return [Answer(text.strip(), None) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _classify(self, task: Task, batch: Mapping[str, torch.Tensor], choices: list[list[int]]) -> list[Answer]:
@@ -108,12 +108,6 @@ class Predictor:
             Answer(task.choices[max(range(len(row)), key=row.__getitem__)], dict(zip(task.choices, row, strict=True)))
             for row in probabilities
         ]
-
-    def _line_ends(self) -> list[int]:
-        """Tokens at which an answer of one line ends; the untouched backbone often does not end by itself."""
-        pieces = (self.tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "\n\n"))
-        unknown = self.tokenizer.unk_token_id
-        return [piece[0] for piece in pieces if len(piece) == 1 and piece[0] != unknown]
 
     def stream(self, name: str, rows: Iterable[Mapping[str, Any]], size: int = 32) -> Iterator[Answer]:
         """Answers rows of a task's fields, ``size`` at a time, in order."""
@@ -126,6 +120,13 @@ class Predictor:
                 chunk = []
         if chunk:
             yield from self.answer(name, chunk)
+
+
+def line_ends(tokenizer: Any) -> list[int]:
+    """Tokens at which an answer of one line ends; the untouched backbone often does not end by itself."""
+    pieces = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "\n\n"))
+    unknown = tokenizer.unk_token_id
+    return [piece[0] for piece in pieces if len(piece) == 1 and piece[0] != unknown]
 
 
 def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel) -> Predictor:

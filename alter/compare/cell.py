@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from alter import run
+from alter.compare import handover
 from alter.compare.baselines import SETTINGS, BaselineModel
 from alter.compare.routing import mean_gates
-from alter.data import MultiTaskDataModule
+from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.metrics import metric
@@ -32,44 +34,64 @@ TRAINED = "trained"  # in place of a split: answers nothing
 BUSY = 75  # exit status where another process runs the cell
 
 
+Answered = list[tuple[Task, list[str], list[str]]]  # answers and targets
+
+
 def run_cell(folder: Path, split: str) -> None:
     """Trains what a cell's plan names and is not trained yet, then answers the rows of the split.
 
     Args:
-        folder: holds ``cell.json``: ``recipes`` (files in the folder) and ``trains``. Leaves ``SPLIT.jsonl``, a line a row
-            with task, target and answer, and ``SPLIT.json`` with what was measured.
+        folder: holds ``cell.json``: ``recipes`` (files in the folder), ``trains`` and ``runner``. Leaves ``SPLIT.jsonl``, a
+            line a row with task, target and answer, and ``SPLIT.json`` with what was measured.
         split: whose rows to answer; ``trained`` is for training alone, so that trials of learning rates read no test rows.
     """
     started = time.perf_counter()
     plan = json.loads((folder / PLAN).read_text())
     recipes = [read_recipe(["--config", str(folder / file)]) for file in plan["recipes"]]
-    found: dict[str, Any] = {"tasks": {}, "routing": {}, "trainable_parameters": 0}
-    rows: list[dict[str, Any]] = []
-    for recipe in recipes:
-        if plan["trains"]:
-            run.fit(recipe)
-        if split != TRAINED:
-            _answer(recipe, plan, split, found, rows)
-    records = [record for recipe in recipes for record in run.stage_records(recipe.run).values()]
-    losses = [list(run.stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
-    tokens, seconds = sum(r["tokens"] for r in records), sum(r["step_seconds"] for r in records)
+    if plan["runner"] == "adapter_fusion":
+        found, answered = handover.train_and_answer(recipes[0], "validation" if split == TRAINED else split)
+    else:
+        found, answered = _train_and_answer(recipes, plan, split)
+    seconds = found.pop("step_seconds")
     found |= {
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "peak_memory_bytes": max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
+        "tasks": {
+            task.name: {name: metric(name, said, targets, task.choices).value() for name in task.metrics}
+            for task, said, targets in answered
+        },
+        "tokens_per_second": found["tokens"] / seconds if seconds else None,
         "seconds": time.perf_counter() - started,  # of the last start, where there were more
-        "validation_loss": fmean(losses) if losses and None not in losses else None,
     }
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for task, said, targets in answered:
+            for answer, target in zip(said, targets, strict=True):
+                row = {"task": task.name, "target": target, "answer": answer}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
     write_json(folder / f"{split}.json", found)  # last: it says that the cell is complete
     for checkpoints in folder.glob("*/stage*/checkpoints"):
         shutil.rmtree(checkpoints)  # the models stay
 
 
-def _answer(
-    recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, Any], rows: list[dict[str, Any]]
-) -> None:
+def _train_and_answer(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:
+    """What was measured, and the answers of all runs."""
+    found: dict[str, Any] = {"routing": {}, "trainable_parameters": 0}
+    answered: Answered = []
+    for recipe in recipes:
+        if plan["trains"]:
+            run.fit(recipe)
+        if split != TRAINED:
+            answered += _answer(recipe, plan, split, found)
+    records = [record for recipe in recipes for record in run.stage_records(recipe.run).values()]
+    losses = [list(run.stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
+    found |= {
+        "tokens": sum(r["tokens"] for r in records),
+        "step_seconds": sum(r["step_seconds"] for r in records),
+        "peak_memory_bytes": max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
+        "validation_loss": fmean(losses) if losses and None not in losses else None,
+    }
+    return found, answered
+
+
+def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, Any]) -> Answered:
     backbone = resolve_backbone(recipe.config["backbone"])
     data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
     data.prepare_data()
@@ -82,17 +104,11 @@ def _answer(
     else:
         baseline = (recipe.run / "model" / SETTINGS).is_file()
         predictor = load(recipe.run, str(backbone), BaselineModel if baseline else MTAModel)
+    answered: Answered = []
     for task in recipe.tasks:
         examples = data.examples(task.name, split)
         print(f"{split}: {task.name}, {len(examples)} rows", flush=True)
-        predictions, targets = answers(predictor, data, task.name, split), examples["target"][:]
-        found["tasks"][task.name] = {
-            name: metric(name, predictions, targets, task.choices).value() for name in task.metrics
-        }
-        rows += [
-            {"task": task.name, "target": target, "answer": answer}
-            for target, answer in zip(targets, predictions, strict=True)
-        ]
+        answered.append((task, answers(predictor, data, task.name, split), examples["target"][:]))
     if plan["trains"]:
         parts = predictor.model.part_parameters()
         found["trainable_parameters"] += sum(
@@ -100,6 +116,7 @@ def _answer(
         )
         if len(plan["recipes"]) == 1:
             found["routing"] = mean_gates(predictor, data)
+    return answered
 
 
 def main() -> None:

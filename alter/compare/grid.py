@@ -27,6 +27,7 @@ from alter.nn.template import make_template
 from alter.recipe import Recipe
 from alter.results import write_json
 
+SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
 SEEDS = (13, 21, 42, 87, 100)  # those of the few-shot literature (arXiv 2012.15723)
 
 
@@ -148,6 +149,9 @@ class Planner:
         if run.budget is None:
             return
         arguments = run.config["stage1"]["model"]["init_args"]
+        if run.runner == "adapter_fusion":
+            arguments["expert"]["init_args"]["rank"] = self._bottleneck(run.budget)
+            return
         holder = arguments if "kind" in arguments else arguments["expert"]["init_args"]
         if "rank" not in holder:
             return
@@ -158,6 +162,13 @@ class Planner:
             counts[rank] = self.count(run.config)
             rank = max(1, round(rank * run.budget / counts[rank]))
         holder["rank"] = min(counts, key=lambda r: abs(counts[r] - run.budget))
+
+    def _bottleneck(self, budget: float) -> int:
+        """Of AdapterFusion's adapters; a small one where the fusion's square matrices leave nothing of the budget."""
+        width, blocks, tasks = self.model.backbone.config.hidden_size, len(self.model.layers), len(self.model.tasks)
+        fusion = blocks * (3 * width**2 + 2 * width)  # query and key with biases, and value
+        per_unit, biases = tasks * blocks * (2 * width + 1), tasks * blocks * width
+        return max(1, width // SMALLEST, round((budget - fusion - biases) / per_unit))
 
 
 def _template(arguments: Mapping[str, Any], name: str) -> Any:
@@ -196,7 +207,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
             )
         file.write_text(text, encoding="utf-8")
     recipes = [f"{run.name}.yaml" for run in runs]
-    write_json(folder / PLAN, {"recipes": recipes, "trains": method.trains})
+    write_json(folder / PLAN, {"recipes": recipes, "trains": method.trains, "runner": runs[0].runner})
     return folder
 
 

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", action="append", required=True, help="the two-stage recipe; again for an overlay")
     parser.add_argument(
         "--methods", default=DEFAULT, help="names with commas between, or YAML files laid over the recipe; all but the "
-        "router designs by default",
+        "router designs and adapter_fusion by default",
     )  # fmt: skip
     parser.add_argument("--seeds", default="3", help="how many, or a list with commas")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")

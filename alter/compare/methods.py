@@ -6,13 +6,15 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
 
 Config = dict[str, Any]
+Runner = Literal["alter", "adapter_fusion"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,13 @@ class Run:
         config: the complete recipe.
         name: of its folder in the cell's.
         budget: how many parameters it may train, by choice of its rank; None where it keeps the recipe's.
+        runner: who trains and answers: ALTER, or AdapterFusion in an environment of its own.
     """
 
     config: Config
     name: str = "run"
     budget: float | None = None
+    runner: Runner = "alter"
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,21 @@ def _baseline(kind: str) -> Callable[[Config, Budget], list[Run]]:
     return plan
 
 
+def _adapter_fusion(config: Config, budget: Budget) -> list[Run]:
+    """The first epoch is for the tasks' adapters, the second for their fusion; `alter.compare.handover` reads this."""
+    find_interpreter()
+    config = one_stage_of(config, max(1, budget.draws // 2))
+    config["trainer"]["max_epochs"] = 2
+    arguments = config["stage1"]["model"]["init_args"]
+    arguments["expert"] = {"class_path": "alter.nn.Bottleneck", "init_args": {"rank": 1}}
+    trainer = {**config["trainer"], **config["stage1"]["trainer"]}
+    if not arguments["optimizer"]["class_path"].startswith("torch.optim."):
+        raise AlterError("--methods: adapter_fusion takes optimizers of torch.optim alone; leave the method out.")
+    if trainer.get("accumulate_grad_batches", 1) != 1:
+        raise AlterError("--methods: adapter_fusion does not accumulate_grad_batches; leave the method out.")
+    return [Run(config, budget=budget.parameters, runner="adapter_fusion")]
+
+
 FULL_LR = 2e-4  # adapters take ten times that; `alter compare --tune` searches around it
 
 METHODS: dict[str, Method] = {
@@ -156,6 +175,7 @@ METHODS: dict[str, Method] = {
     "alone": Method("an adapter a task, each trained alone", _alone, baseline=True),
     "peft_lora": Method("LoRA on the mixture, by the peft library", _baseline("lora"), baseline=True),
     "peft_poly": Method("Polytropon, by the peft library", _baseline("poly"), baseline=True),
+    "adapter_fusion": Method("AdapterFusion, by the adapters library", _adapter_fusion, baseline=True),
     "stage1": Method("MTA, stage 1 alone", _stage1()),
     "one_stage": Method("MTA, all parts at once", _one_stage),
     "two_stage": Method("MTA, both stages: the recipe itself", _two_stage),

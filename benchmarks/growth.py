@@ -45,6 +45,7 @@ def rows_point(args, rows):
     """Seconds and memory of encoding generated rows."""
     from alter.data import MultiTaskDataModule
     from alter.data.task import Task
+    from alter.nn.backbone import resolve_backbone
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
@@ -54,7 +55,7 @@ def rows_point(args, rows):
                 out.write(json.dumps({"text": words, "label": "ab"[number % 2]}) + "\n")
         source = {"class_path": "Files", "init_args": {"train": str(file), "validation": 0.01, "test": 0.01}}
         task = Task("grown", source, "Text: {{ text }}\nLabel:", "{{ label }}", choices=["a", "b"], truncate="text")
-        data = MultiTaskDataModule([task], str(args.smollm2), cache_dir=folder)
+        data = MultiTaskDataModule([task], str(resolve_backbone(args.smollm2)), cache_dir=folder)
         started = time.perf_counter()
         data.prepare_data()
         seconds = time.perf_counter() - started

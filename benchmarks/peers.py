@@ -206,6 +206,9 @@ def main():
     if "--side" in sys.argv:
         child(args)
         return
+    from alter.nn.backbone import resolve_backbone
+
+    args.smollm2 = str(resolve_backbone(args.smollm2))  # peft's side knows folders alone
     measured = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as cache:
         for number in range(args.rounds + 1):

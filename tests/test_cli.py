@@ -344,7 +344,7 @@ def test_routers_and_experts_named_in_the_recipe_with_their_weights_train_and_an
             {"router": template("TopK", load_balance=-1.0)},
             "TopK: load_balance is -1.0; give 0 to leave it out, or more.",
         ),
-        ({"num_experts": 0}, "num_experts is 0; give 1 or more, or leave it out for one expert a task."),
+        ({"num_experts": 0}, "num_experts: 0 is below 1; give a positive number, or none for one a task."),
     ],
 )
 def test_arguments_of_a_router_that_do_not_fit_are_one_sentence(project, capsys, arguments, message):

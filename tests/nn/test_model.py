@@ -482,7 +482,7 @@ def test_fewer_experts_than_tasks_are_shared_by_turns():
         for m in (model, one_a_task)
     ]
     assert per_expert[0] == per_expert[1]
-    with pytest.raises(AlterError, match="num_experts is 0; give 1 or more"):
+    with pytest.raises(AlterError, match="num_experts: 0 is below 1"):
         model.add_experts(LoRA(rank=4), TaskSelector(), num_experts=0)
 
 

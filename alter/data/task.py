@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import glob
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment, SecurityError
 from alter.data import sources
 from alter.data.sources import SPLITS, Files, Function, Row, Source
 from alter.errors import AlterError, did_you_mean
+from alter.metrics import recalled_choice
 from alter.schema import check, import_name
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
@@ -77,11 +77,11 @@ class Task:
                 yield f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it."
         known = (*CLASSIFICATION_METRICS, *GENERATION_METRICS, "recall[CHOICE]") if self.choices else GENERATION_METRICS
         for name in self.metrics or []:
-            if self.choices and (recalled := re.fullmatch(r"recall\[(.+)\]", name)):
-                if recalled[1] not in self.choices:
+            if self.choices and (recalled := recalled_choice(name)):
+                if recalled not in self.choices:
                     yield (
                         f"{where}, key 'metrics': '{name}' is of no choice of the task; name one of its choices."
-                        f"{did_you_mean(recalled[1], self.choices)}"
+                        f"{did_you_mean(recalled, self.choices)}"
                     )
             elif name not in known:
                 kind = "classification" if self.choices else "generation"

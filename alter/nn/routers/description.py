@@ -41,9 +41,8 @@ class Description(Router):
         start_small(self.gate.weight)
         self.gate.bias.data = shape.prior.mean(0).clamp_min(1e-6).log() * self.temperature
         self.register_buffer("own", shape.prior.argmax(1), persistent=False)
-        apart = (
-            shape.num_tasks == shape.num_experts == len(self.own.unique())
-        )  # never so in stage 2, where a row has all
+        # Never so in stage 2, where a row has the same prior for all tasks.
+        apart = shape.num_tasks == shape.num_experts == len(self.own.unique())
         self.weight = self.supervision if self.supervision is not None else 0.01 * apart
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:

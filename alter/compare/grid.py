@@ -145,7 +145,7 @@ class Planner:
         return sum(p.numel() for part in parts for p in found[part] if p.requires_grad)
 
     def match(self, run: Run) -> None:
-        """Sets the rank with which a run trains as many parameters as it may; experts without a rank stay."""
+        """Sets the rank with which a run trains as many parameters as it may, and keeps alpha / rank; others stay."""
         if run.budget is None:
             return
         arguments = run.config["stage1"]["model"]["init_args"]
@@ -155,6 +155,7 @@ class Planner:
         holder = arguments if "kind" in arguments else arguments["expert"]["init_args"]
         if "rank" not in holder:
             return
+        scale = holder["alpha"] / holder["rank"] if holder.get("alpha") is not None else None
         counts: dict[int, int] = {}
         rank = 1
         while rank not in counts:  # nearly linear in the rank, so that this ends after a few
@@ -162,6 +163,8 @@ class Planner:
             counts[rank] = self.count(run.config)
             rank = max(1, round(rank * run.budget / counts[rank]))
         holder["rank"] = min(counts, key=lambda r: abs(counts[r] - run.budget))
+        if scale is not None:
+            holder["alpha"] = scale * holder["rank"]
 
     def _bottleneck(self, budget: float) -> int:
         """Of AdapterFusion's adapters; a small one where the fusion's square matrices leave nothing of the budget."""

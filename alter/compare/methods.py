@@ -67,9 +67,11 @@ class Method:
 
 
 def one_stage_of(config: Config, draws: int) -> Config:
-    """The recipe with stage 1 alone, which gets the draws of both."""
+    """The recipe with stage 1 alone, which gets the draws of both and ends as the recipe does, by stage 2's schedule."""
     config = copy.deepcopy(config)
     config["stages"] = ["stage1"]
+    first, last = (config[stage]["model"]["init_args"] for stage in ("stage1", "stage2"))
+    first |= {key: last[key] for key in ("schedule", "warmup") if key in last}
     config["data"]["examples_per_epoch"] = draws
     config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1.0}
     config["stage1"]["trainer"] = _without_length(config["stage1"]["trainer"])
@@ -89,6 +91,21 @@ def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Run]]:
         return [Run(config, budget=budget.parameters)]
 
     return plan
+
+
+def _shared(config: Config, budget: Budget) -> list[Run]:
+    """One expert, in LoRA's usual scale."""
+    config = one_stage_of(config, budget.draws)
+    config["stage1"]["model"]["init_args"]["num_experts"] = 1
+    _usual_scale(config)
+    return [Run(config, budget=budget.parameters)]
+
+
+def _usual_scale(config: Config) -> None:
+    """An adapter that answers alone has alpha = rank; a recipe's alpha may make up for gates below one."""
+    arguments = config["stage1"]["model"]["init_args"]["expert"]["init_args"]
+    if "alpha" in arguments:
+        arguments["alpha"] = None
 
 
 def _router(name: str, **init_args: Any) -> Callable[[Config, Budget], list[Run]]:
@@ -119,6 +136,7 @@ def _alone(config: Config, budget: Budget) -> list[Run]:
         own["data"]["tasks"] = [task]
         hard = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
         own["stage1"]["model"]["init_args"]["router"] = hard
+        _usual_scale(own)
         runs.append(Run(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
     return runs
 
@@ -171,7 +189,7 @@ FULL_LR = 2e-4  # adapters take ten times that; `alter compare --tune` searches 
 METHODS: dict[str, Method] = {
     "untouched": Method("the backbone as it came", _untouched, baseline=True, trains=False),
     "full": Method("all weights of the backbone, on the mixture", _baseline("full"), baseline=True),
-    "shared": Method("one adapter for all tasks", _stage1(num_experts=1), baseline=True),
+    "shared": Method("one adapter for all tasks", _shared, baseline=True),
     "alone": Method("an adapter a task, each trained alone", _alone, baseline=True),
     "peft_lora": Method("LoRA on the mixture, by the peft library", _baseline("lora"), baseline=True),
     "peft_poly": Method("Polytropon, by the peft library", _baseline("poly"), baseline=True),

@@ -99,6 +99,26 @@ def test_ranks_are_chosen_to_use_the_parameter_budget_and_draws_the_tokens(compa
     assert recipe.config["data"]["examples_per_epoch"] == 90  # the plans changed copies
 
 
+def test_methods_of_one_stage_end_as_the_recipe_does_and_keep_its_scale(compared):
+    change(compared, stage1__model__init_args__schedule="constant", stage2__model__init_args__schedule="linear")
+    change(
+        compared,
+        stage1__model__init_args__expert={"class_path": "alter.nn.LoRA", "init_args": {"rank": 4, "alpha": 12}},
+    )
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    planner = Planner(recipe)
+    scales = {}
+    for name in ("shared", "alone", "stage1", "polytropon", "peft_lora"):
+        (run, *_) = METHODS[name].plan(copy.deepcopy(recipe.config), planner.budget)
+        planner.match(run)
+        arguments = run.config["stage1"]["model"]["init_args"]
+        assert arguments["schedule"] == "linear"
+        if "expert" in arguments:
+            expert = arguments["expert"]["init_args"]
+            scales[name] = expert["alpha"] and expert["alpha"] / expert["rank"]
+    assert scales == {"shared": None, "alone": None, "stage1": 3, "polytropon": 3}
+
+
 def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):
     arguments = ["--methods", "untouched,stage1,two_stage", "--seeds", "2"]
     command = [sys.executable, "-m", "alter", "compare", "--config", "recipe.yaml", "--out", "out", *arguments]

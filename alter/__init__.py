@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+# Lightning imports it, and it then warns of a 4-bit kernel that ALTER does not use; and at every int8 matmul of its casts.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]

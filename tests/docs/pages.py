@@ -74,7 +74,10 @@ def run(block, backbone, namespace):
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and all(line.startswith("alter ") and not set("|><&$") & set(line) for line in _joined(text)):
         for line in _joined(text):
-            main(small(shlex.split(line, comments=True)[1:], backbone))
+            try:
+                main(small(shlex.split(line, comments=True)[1:], backbone))
+            except SystemExit as end:  # --print_config and --help
+                assert not end.code
         return ""
     bin_folder = Path("bin").absolute()
     _wrapper(bin_folder, backbone)

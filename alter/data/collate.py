@@ -27,10 +27,12 @@ class Collator:
         """Makes a training batch; the loss is on target tokens alone.
 
         Args:
-            examples: with ``prompt_ids``, ``target_ids`` and ``task_id``.
+            examples: with ``prompt_ids``, ``target_ids`` and ``task_id``; and ``counts``, false for a batch that only keeps
+                other processes company.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels`` (-100 where no loss), [batch, seq], and ``task_ids`` [batch].
+            ``input_ids``, ``attention_mask`` and ``labels`` (-100 where no loss), [batch, seq], ``task_ids`` [batch], and
+            ``counts``, a scalar, 0 where the batch is for company.
         """
         prompts = [list(example["prompt_ids"]) for example in examples]
         targets = [list(example["target_ids"]) for example in examples]
@@ -43,6 +45,7 @@ class Collator:
             **self._inputs(inputs, left=False),
             "labels": _pad(labels, IGNORED, left=False),
             "task_ids": torch.tensor([example["task_id"] for example in examples]),
+            "counts": torch.tensor(float(all(example.get("counts", True) for example in examples))),
         }
 
     def prompts(self, prompts: Sequence[Sequence[int]], task_ids: Sequence[int]) -> dict[str, Tensor]:

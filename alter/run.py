@@ -36,7 +36,10 @@ from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_ta
 from alter.stages import StageModule
 
 say = rank_zero_only(print)
-UNCOMPARED = ("run", "stages", "test", "trunk_cache")  # keys that may differ between two calls for one run folder
+UNCOMPARED = (  # keys that may differ between two calls for one run folder: they do not change what is computed
+    "run", "stages", "test", "trunk_cache",
+    "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator",
+)  # fmt: skip
 
 
 class StageCLI(LightningCLI):
@@ -176,7 +179,11 @@ def _claim(run: Path, recipe: Recipe) -> None:
     )  # else there is nothing to lose or to mix up
     if file.is_file() and begun:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [key for key in _differences(before, recipe.config) if key.split(".")[0] not in UNCOMPARED]
+        changed = [
+            key
+            for key in _differences(before, recipe.config)
+            if not f"{key}.".startswith(tuple(f"{free}." for free in UNCOMPARED))
+        ]
         if changed:
             raise AlterError(
                 f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"

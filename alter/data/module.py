@@ -212,14 +212,12 @@ class MultiTaskDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Where a checkpoint stands in the data. Lightning's own counts come back only after it has made the loader."""
-        return {
-            "epoch": self.trainer.current_epoch,
-            "taken": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed,
-        }
+        taken = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"epoch": self.trainer.current_epoch, "taken": taken * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lets the next training loader go on there."""
-        self._resumed = (state_dict["epoch"], state_dict["taken"])
+        """Lets the next training loader go on there, also on another number of processes."""
+        self._resumed = (state_dict["epoch"], state_dict["taken"] // self.trainer.world_size)
 
     def _loader(self, split: str, batches: Any) -> DataLoader:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
@@ -254,7 +252,7 @@ class _Mixture(Dataset):
     def __getitem__(self, pair: Pair) -> dict[str, Any]:
         task, row = pair
         company = row < 0  # see share_out
-        return {**self.tasks[task][~row if company else row], "task_id": task, "counts": not company}
+        return {**self.tasks[task][~row if company else row], "task_id": task, "company": company}
 
     def __len__(self) -> int:
         return sum(map(len, self.tasks))

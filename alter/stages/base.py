@@ -96,6 +96,7 @@ class StageModule(LightningModule):
         elif self.trunk_cache is not None:
             with self.model.adapters_disabled():  # the check must not meet their noise
                 self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
+        self._start_window()
 
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""
@@ -145,7 +146,7 @@ class StageModule(LightningModule):
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
         loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
         self._check_finite(loss + auxiliary, batch)
-        counted = batch["counts"]
+        counted = batch.get("counts", 1.0)
         self._window += counted * torch.stack([loss.detach(), auxiliary.detach(), torch.ones_like(loss)])
         self._task_window += counted * torch.stack(self._per_task(sums.detach(), counts, batch["task_ids"]))
         return (loss + auxiliary) * counted
@@ -173,7 +174,7 @@ class StageModule(LightningModule):
         """Adds the batch to its tasks' sums."""
         losses, rows, _ = self.model(batch)
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
-        self._sums += batch["counts"] * torch.stack(self._per_task(sums, counts, batch["task_ids"]))
+        self._sums += batch.get("counts", 1.0) * torch.stack(self._per_task(sums, counts, batch["task_ids"]))
 
     def on_validation_epoch_end(self) -> None:
         """Logs each task's loss a target token, and ``val/loss``, their mean over the tasks."""

@@ -188,6 +188,16 @@ class MTAModel(nn.Module):
         for name, value in weights.items():
             parameters[name].data = value.to(parameters[name].device)
 
+    def take_backbone(self, other: MTAModel) -> None:
+        """Takes over the trained backbone of a model with adapters in the same places."""
+        self._own_backbone()
+        self._set_backbone({name: value.detach().clone() for name, value in other._backbone_parameters().items()})
+
+    @property
+    def where(self) -> tuple[str | list[int], str | None]:
+        """The arguments ``layers`` and ``ffn``."""
+        return self._layers_setting, self._ffn_setting
+
     def set_examples(self, batch: Mapping[str, Tensor]) -> None:
         """Says which examples the next calls are about.
 

@@ -30,3 +30,6 @@ class MTLLoRA(HydraLoRA):
         low = super()._low(role, x, routing)
         own = self.task[role][routing.rows(len(x))]
         return torch.bmm(low.flatten(1, -2), own.to(low.dtype)).view_as(low)
+
+    def _inner(self, role: str, task_id: int) -> Tensor:
+        return self.a[role] @ self.task[role][task_id]

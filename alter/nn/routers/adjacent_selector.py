@@ -21,6 +21,8 @@ class AdjacentSelector(Router):
         others: where it starts for the other experts.
     """
 
+    reads_tokens = False
+
     def __init__(self, temperature: float = 0.1, pair: float = 0.22, others: float = 0.2) -> None:
         super().__init__()
         self.temperature = temperature

@@ -26,6 +26,7 @@ class Description(Router):
         AlterError: by ``build``, where the temperature is not above 0, or the weight is negative.
     """
 
+    reads_tokens = False
     reads_prompt = True
 
     def __init__(self, temperature: float = 1.0, supervision: float | None = None) -> None:

@@ -21,6 +21,8 @@ class MOELoRA(Router):
         AlterError: by ``build``, where the embedding has no width.
     """
 
+    reads_tokens = False
+
     def __init__(self, embedding_size: int = 64) -> None:
         super().__init__()
         self.embedding_size = embedding_size

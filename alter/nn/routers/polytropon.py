@@ -23,6 +23,8 @@ class Polytropon(Router):
         AlterError: by ``build``, where the temperature is not above 0.
     """
 
+    reads_tokens = False
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature

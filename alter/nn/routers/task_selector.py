@@ -18,6 +18,8 @@ class TaskSelector(Router):
         hard: the likeliest expert alone, nothing to learn; one expert a token runs.
     """
 
+    reads_tokens = False
+
     def __init__(self, temperature: float = 1.0, hard: bool = False) -> None:
         super().__init__()
         self.temperature = temperature

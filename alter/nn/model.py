@@ -48,6 +48,10 @@ class MTAModel(nn.Module):
 
     The backbone runs without dropout, so that it is one fixed function; only adapters ever train.
 
+    Attributes:
+        standing: the tasks, [1] for all rows or [batch], that a sequence is about which the backbone starts, for callers
+            that know the backbone alone, such as a transformers pipeline; None where ``set_examples`` says it each time.
+
     Args:
         backbone: a Hugging Face causal or seq2seq language model.
         tasks: names; a task's id is its place here.
@@ -77,6 +81,7 @@ class MTAModel(nn.Module):
         # A plain dict: the layers are already registered as parts of the backbone.
         self.layers: Mapping[str, MixtureOfTaskAdapters] = self._attach(adapted)
         self._untouched: dict[str, Tensor] | None = None
+        self.standing: Tensor | None = None
         for stack in filter(None, (self.body.encoder, self.body.decoder)):
             stack.register_forward_pre_hook(self._note_start, with_kwargs=True)
 
@@ -227,6 +232,10 @@ class MTAModel(nn.Module):
         """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.routing.cached = 0 if cache is None else int(cache.get_seq_length())
+        if self.standing is not None and not self.routing.cached and stack is (self.body.encoder or self.body.decoder):
+            ids = kwargs["input_ids"]
+            all_or_mask = mask if isinstance(mask, Tensor) else torch.ones_like(ids)
+            self.set_examples({"task_ids": self.standing, "input_ids": ids, "attention_mask": all_or_mask})
         known = self.routing.cached == 0 and isinstance(mask, Tensor) and mask.dim() == 2
         self.routing.first = mask.int().argmax(1) if known else None
 

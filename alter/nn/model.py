@@ -230,6 +230,8 @@ class MTAModel(nn.Module):
 
     def _note_start(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
+        if self.standing is None and not any(router.reads_sequence for router in self._routers()):
+            return  # nobody asks, and an exporter's trace would take the cache's length for a constant
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.routing.cached = 0 if cache is None else int(cache.get_seq_length())
         if self.standing is not None and not self.routing.cached and stack is (self.body.encoder or self.body.decoder):

@@ -45,7 +45,7 @@ class AdjacentSelector(Router):
         self._pair_alone = True
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        tasks = routing.rows(len(hidden_states))
+        tasks = routing.rows(hidden_states.shape[0])
         gates = (self.theta[tasks] / self.temperature).softmax(-1)
         if self._pair_alone:
             gates = gates * self.own[tasks]

@@ -45,7 +45,10 @@ class Routing:
         return replace(self, mask=self.masks.get(place))
 
     def rows(self, count: int) -> Tensor:
-        """The task of each of ``count`` rows: beams or choices of one example stand next to each other."""
+        """The task of each of ``count`` rows: beams or choices of one example stand next to each other.
+
+        Give ``tensor.shape[0]`` and not ``len(tensor)``, which an exporter's trace would take for a constant.
+        """
         return self.task_ids.repeat_interleave(count // len(self.task_ids))
 
     def prompt_rows(self, count: int) -> Tensor:

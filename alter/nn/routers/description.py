@@ -48,9 +48,9 @@ class Description(Router):
         self.weight = self.supervision if self.supervision is not None else 0.01 * apart
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        prompt = routing.prompt_rows(len(hidden_states))
+        prompt = routing.prompt_rows(hidden_states.shape[0])
         logits = self.gate(F.layer_norm(prompt, prompt.shape[-1:])).float() / self.temperature
         if self.learning and self.weight:
-            own = self.own[routing.rows(len(hidden_states))]
+            own = self.own[routing.rows(hidden_states.shape[0])]
             routing.add_loss(self.weight * F.cross_entropy(logits, own))
         return logits.softmax(-1).unsqueeze(1)

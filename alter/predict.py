@@ -396,7 +396,7 @@ def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MT
         AlterError: the folder holds no finished run, or it is damaged.
     """
     folder, content = model_folder(Path(run)), read_recipe(Path(run))
-    tasks = [Task.from_dict(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
+    tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
     model = kind.from_pretrained(folder, str(where), content["precision"])
     by_name = {task.name: task for task in tasks}

@@ -259,7 +259,7 @@ def real_run(smollm2, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("real")
     tasks = [
-        task_dict(folder, name, choices=None, prompt=f"{name}: {{{{ text }}}}\nAnswer:", max_target_tokens=12)
+        task_dict(folder, name, choices=None, prompt=f"My {name} story. {{{{ text }}}}", max_target_tokens=12)
         for name in ("capital", "colour")
     ]
     run = folder / "run"
@@ -270,16 +270,12 @@ def real_run(smollm2, tmp_path_factory):
     torch.manual_seed(0)
     for name, parameters in model.part_parameters().items():
         for parameter in parameters if name != "backbone" else ():
-            parameter.data += 0.01 * torch.randn_like(parameter)
+            parameter.data += 0.04 * torch.randn_like(parameter)
     model.save_pretrained(run / "model", smollm2)
     return run
 
 
-QUESTIONS = [
-    "What is the capital of France?",
-    "Which city is the seat of the Italian government?",
-    "Name a warm colour.",
-]
+BEGINNINGS = ["The capital of France is", "In the morning the old farmer", "She painted the door in the colour of"]
 
 
 @pytest.mark.slow
@@ -288,7 +284,7 @@ def test_a_merged_smollm2_gives_the_mixtures_logits_and_answers(real_run):
     model, folder = alter.load(real_run), real_run / "export" / "hf" / "capital"
     plain = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = AutoTokenizer.from_pretrained(folder)(
-        [model.prompt(q, "capital") for q in QUESTIONS], return_tensors="pt", padding=True
+        [model.prompt(q, "capital") for q in BEGINNINGS], return_tensors="pt", padding=True
     )
     model.use("capital")
     with torch.inference_mode():
@@ -296,6 +292,7 @@ def test_a_merged_smollm2_gives_the_mixtures_logits_and_answers(real_run):
         with model.model.adapters_disabled():
             untouched = model.hf(**batch).logits
     kept = batch["attention_mask"].bool()
+    # Of logits up to 30 through 30 blocks in fp32; the tiny models' differ by less than 1e-5 as they are.
     assert (found - expected)[kept].abs().max() <= 1e-5 * expected[kept].abs().max()
     assert (untouched - expected)[kept].abs().max() > 1
 
@@ -319,6 +316,10 @@ model = Llama(gguf, n_ctx=256, n_threads=2, verbose=False)
 answers = [model(p, max_tokens=12, temperature=0.0, stop=["\\n"])["choices"][0]["text"].strip() for p in prompts]
 print("ANSWERS " + json.dumps(answers))
 """
-    given = json.dumps([str(gguf), [model.prompt(q, "colour") for q in QUESTIONS]])
+    given = json.dumps([str(gguf), [model.prompt(q, "colour") for q in BEGINNINGS]])
     found = subprocess.run([PYTHON, "-c", client], input=given, capture_output=True, text=True, check=True)
-    assert json.loads(found.stdout.split("ANSWERS ")[1]) == model.generate(QUESTIONS, task="colour")
+    answers = model.generate(BEGINNINGS, task="colour")
+    assert json.loads(found.stdout.split("ANSWERS ")[1]) == answers
+    with model.model.adapters_disabled():
+        assert model.generate(BEGINNINGS, task="colour") != answers
+    assert all(answers)

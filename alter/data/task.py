@@ -240,6 +240,18 @@ class Task:
         return cls(**mapping)
 
     @classmethod
+    def from_run(cls, mapping: dict[str, Any], where: str) -> Task:
+        """Makes a task from the recipe that a run has written, whose types have been checked, which takes long.
+
+        Raises:
+            AlterError: a key is unknown or missing, or a value makes no sense, after an edit by hand.
+        """
+        try:
+            return cls(**{"where": where, **mapping})
+        except TypeError:
+            return cls.from_dict(mapping, where)
+
+    @classmethod
     def from_file(cls, file: Path, root: str | None = None) -> Task:
         """Reads a task's YAML file; ``root`` as for ``from_dict``.
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
@@ -371,17 +372,18 @@ class MTAModel(nn.Module):
             )
         model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
         parts, where = config["parts"], str(folder / CONFIG_FILE)
-        model.add_experts(
-            make_template(parts["experts"], Expert, where),
-            make_template(parts["router"], Router, where),
-            num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
-        )
-        if "shared" in parts:
-            model.add_shared(
-                make_template(parts["shared"], Expert, where),
-                config["num_shared"],
-                make_template(parts["shared_router"], Router, where),
+        with _Undrawn():
+            model.add_experts(
+                make_template(parts["experts"], Expert, where),
+                make_template(parts["router"], Router, where),
+                num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
             )
+            if "shared" in parts:
+                model.add_shared(
+                    make_template(parts["shared"], Expert, where),
+                    config["num_shared"],
+                    make_template(parts["shared_router"], Router, where),
+                )
         if config.get("own_backbone"):
             if precision not in ("fp32", "bf16"):
                 raise AlterError(
@@ -390,6 +392,15 @@ class MTAModel(nn.Module):
             model._own_backbone()
         model.load_trained_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it, first weights are zero where they would be drawn, which takes long; they are loaded next."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.uniform_, Tensor.normal_):
+            return args[0].zero_()
+        return (torch.zeros if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def _places(positions: Tensor) -> Tensor:

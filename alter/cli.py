@@ -26,6 +26,7 @@ EPILOG = """examples:
   alter test --run runs/medical                         test again
   alter compare --config recipes/medical.yaml --seeds 3  against full fine-tuning, LoRA and others
   alter predict --run runs/medical --task hpo_system --input rows.jsonl
+  alter export --run runs/medical --stage stage1        a plain Hugging Face checkpoint a task
 """
 
 
@@ -85,7 +86,7 @@ def _run(arguments: list[str]) -> None:
         return _compare(arguments[1:])
     options = _parser().parse_args(arguments)
     _import(options.modules)
-    {"test": _test, "predict": _predict}[options.verb](options)
+    {"test": _test, "predict": _predict, "export": _export}[options.verb](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +106,19 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--task", required=True, help="a task of the run")
     predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
     predict.add_argument("--backbone", help="where the backbone is, when not where it was")
-    for verb in (test, predict):
+    export = verbs.add_parser("export", help="write a finished run for other programs")
+    export.add_argument("--run", required=True, type=Path, help="the run folder")
+    export.add_argument(
+        "--format", choices=("hf", "adapter", "onnx", "alter"), default="hf",
+        help="hf: a plain Hugging Face checkpoint a task (default); adapter: one adapter a task; onnx: a graph a task; "
+        "alter: the whole model with its card, for the hub",
+    )  # fmt: skip
+    export.add_argument("--task", action="append", default=[], help="a task of the run; again for more; default all")
+    export.add_argument("--out", type=Path, help="folder for one folder a task; default RUN/export/FORMAT")
+    export.add_argument("--stage", choices=("stage1", "stage2"), help="whose model; default the last stage's")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the plain checkpoint")
+    export.add_argument("--backbone", help="where the backbone is, when not where it was")
+    for verb in (test, predict, export):
         verb.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
             help="import a module of your own first, where the run uses a router or expert from it",
@@ -144,6 +157,13 @@ def _test(options: argparse.Namespace) -> None:
     from alter import run
 
     run.measure(options.run, split=options.split)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from alter.export import Exporter
+
+    exporter = Exporter(options.run, options.out, options.stage, options.backbone)
+    exporter.write(options.format, options.task, options.dtype)
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -25,6 +26,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alter.calibrate import calibrate_run
 from alter.callbacks import MetricsCSV, Throughput
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
@@ -132,6 +134,7 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
         )
         data.prepare_data()
         data.setup()
+    calibrate_run(run, predictor, data)
     tasks = evaluate(predictor, data, split)
     records = _records(run)
     seconds = {name: record["seconds"] for name, record in records.items()}
@@ -176,7 +179,11 @@ def _claim(run: Path, recipe: Recipe) -> None:
     )  # else there is nothing to lose or to mix up
     if file.is_file() and begun:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [key for key in _differences(before, recipe.config) if key.split(".")[0] not in UNCOMPARED]
+        changed = [
+            key
+            for key in _differences(before, recipe.config)
+            if key.split(".")[0] not in UNCOMPARED and not re.fullmatch(r"data\.tasks\.\d+\.license", key)
+        ]
         if changed:
             raise AlterError(
                 f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
@@ -192,6 +199,8 @@ def _differences(before: Any, after: Any, key: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         names = [*before, *(name for name in after if name not in before)]
         return [d for n in names for d in _differences(before.get(n), after.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in _differences(b, a, f"{key}.{i}")]
     return [] if before == after else [key]
 
 

@@ -20,6 +20,8 @@ from alter.errors import AlterError
 
 DESCRIPTION = "One small language model, good at all the tasks of a domain."
 EPILOG = """examples:
+  alter ls                                              the recipes that come with ALTER
+  alter cp medical mine                                 a copy of one, to change
   alter fit --config recipes/medical.yaml               train both stages, then test
   alter fit --config recipes/medical.yaml --print_config   the whole recipe, with comments
   alter fit --help                                      every field of a recipe
@@ -84,8 +86,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
     options = _parser().parse_args(arguments)
-    _import(options.modules)
-    {"test": _test, "predict": _predict}[options.verb](options)
+    {"ls": _ls, "cp": _cp, "test": _test, "predict": _predict}[options.verb](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"alter {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("ls", help="the recipes that come with ALTER")
+    copy = verbs.add_parser("cp", help="copy one of them with its tasks, to change it")
+    copy.add_argument("name", metavar="NAME", help="of a recipe")
+    copy.add_argument("folder", metavar="DIR", type=Path, help="where to")
     verbs.add_parser("fit", help="train a recipe's stages and test them", add_help=False)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", add_help=False)
     test = verbs.add_parser("test", help="measure a finished run beside its references")
@@ -140,15 +145,30 @@ def _compare(arguments: list[str]) -> None:
     compare(arguments or ["--help"])
 
 
+def _ls(options: argparse.Namespace) -> None:
+    from alter import shipped
+
+    print(shipped.listing())
+
+
+def _cp(options: argparse.Namespace) -> None:
+    from alter import shipped
+
+    recipe, *tasks = shipped.copy_recipe(options.name, options.folder)
+    print(f"{recipe} and its {len(tasks)} task files. Next: alter fit --config {recipe}")
+
+
 def _test(options: argparse.Namespace) -> None:
     from alter import run
 
+    _import(options.modules)
     run.measure(options.run, split=options.split)
 
 
 def _predict(options: argparse.Namespace) -> None:
     from alter.predict import load
 
+    _import(options.modules)
     predictor = load(options.run, options.backbone)
     predictor.task(options.task)
     with _open(options.input) as stream:

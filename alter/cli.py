@@ -22,6 +22,7 @@ DESCRIPTION = "One small language model, good at all the tasks of a domain."
 EPILOG = """examples:
   alter ls                                              the recipes that come with ALTER
   alter cp medical mine                                 a copy of one, to change
+  alter init mine data/*.csv                            tasks and a recipe for your files
   alter fit --config recipes/medical.yaml               train both stages, then test
   alter fit --config recipes/medical.yaml --print_config   the whole recipe, with comments
   alter fit --help                                      every field of a recipe
@@ -86,7 +87,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
     options = _parser().parse_args(arguments)
-    {"ls": _ls, "cp": _cp, "test": _test, "predict": _predict}[options.verb](options)
+    {"ls": _ls, "cp": _cp, "init": _init, "test": _test, "predict": _predict}[options.verb](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     copy = verbs.add_parser("cp", help="copy one of them with its tasks, to change it")
     copy.add_argument("name", metavar="NAME", help="of a recipe")
     copy.add_argument("folder", metavar="DIR", type=Path, help="where to")
+    init = verbs.add_parser("init", help="propose tasks and a recipe for labelled files")
+    init.add_argument("folder", metavar="DIR", type=Path, help="for the recipe and its tasks")
+    init.add_argument("files", metavar="FILE", type=Path, nargs="+", help="CSV, TSV, JSON lines, Parquet or Excel")
+    init.add_argument("--backbone", default="smollm2-135m", help="a hub id, a folder or a bundled name")
     verbs.add_parser("fit", help="train a recipe's stages and test them", add_help=False)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", add_help=False)
     test = verbs.add_parser("test", help="measure a finished run beside its references")
@@ -156,6 +161,12 @@ def _cp(options: argparse.Namespace) -> None:
 
     recipe, *tasks = shipped.copy_recipe(options.name, options.folder)
     print(f"{recipe} and its {len(tasks)} task files. Next: alter fit --config {recipe}")
+
+
+def _init(options: argparse.Namespace) -> None:
+    from alter.init.write import init
+
+    print(init(options.folder, options.files, options.backbone))
 
 
 def _test(options: argparse.Namespace) -> None:

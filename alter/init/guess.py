@@ -160,6 +160,8 @@ def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Ite
         left_out[column.name] = f"more than {MOST_FIELDS} columns to read"
     found = Guess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
     found.left_out, found.reason = left_out, reason
+    if group is None and len(inputs) == 1 and inputs[0].filled == rows:
+        found.group = inputs[0].name  # rows of one text may differ in what is left out
     return _typed(found, rows, where, sample)
 
 

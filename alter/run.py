@@ -99,7 +99,7 @@ def fit(recipe: Recipe) -> None:
         AlterError: the run folder holds another recipe, or something on the way is wrong with the input.
     """
     run = recipe.run
-    _quiet()
+    quiet()
     _claim(run, recipe)
     backbone = resolve_backbone(recipe.config["backbone"])
     started = time.perf_counter()
@@ -125,7 +125,7 @@ def fit(recipe: Recipe) -> None:
 def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
     """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
     started = time.perf_counter()
-    _quiet()
+    quiet()
     predictor = load(run)
     if data is None:
         arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
@@ -157,7 +157,7 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     return results
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps the libraries' advertisements and progress bars from the screen; their warnings stay."""
     from transformers.utils import logging as transformers_logging
 

@@ -33,7 +33,7 @@ class Task:
     Attributes:
         name: unique in the mixture.
         source: ``class_path`` and ``init_args`` of a Source (``Files``, ``Hub``) or of a function ``f(split, ...)``.
-        prompt: Jinja template over the fields of a row.
+        prompt: Jinja template over the fields of a row; ``row['a name']`` is for those that are no variable names.
         target: Jinja template of the answer.
         choices: the possible answers; present for a classification task, absent for a generation task.
         metrics: by default accuracy and macro_f1 for classification, rouge1, rougeL and exact_match for generation.
@@ -184,7 +184,7 @@ class Task:
 
     def _render(self, key: str, row: Row, place: str) -> str:
         try:
-            return self._compiled[key].render(row)
+            return self._compiled[key].render({"row": row, **row})
         except UndefinedError as error:
             name = str(error).split("'")[1] if "'" in str(error) else ""
             raise AlterError(

@@ -1,5 +1,9 @@
 """Development commands: `nox -l` lists them. Each makes its own environment from constraints.txt."""
 
+import shutil
+import tarfile
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["lint", "tests"]
@@ -42,3 +46,23 @@ def fusion(session: nox.Session) -> None:
     session.install("torch", "adapters>=1.3,<2")
     session.run("python", "-c", "import adapters")
     session.log(f"For alter compare in another folder: export ALTER_ADAPTERS_PYTHON={session.bin}/python")
+
+
+@nox.session
+def llama(session: nox.Session) -> None:
+    """Make the environment in which a test lets llama.cpp read a merged checkpoint; compiles for some minutes."""
+    source = Path(session.create_tmp())
+    # llama.cpp's converter is in the source package alone, beside the library of the same version.
+    session.run(
+        "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(source), "llama-cpp-python>=0.3.16,<0.4"
+    )
+    (package,) = source.glob("llama_cpp_python-*.tar.gz")
+    with tarfile.open(package) as archive:
+        archive.extractall(source, filter="data")
+    converter = Path(session.virtualenv.location) / "llama.cpp"
+    shutil.rmtree(converter, ignore_errors=True)
+    shutil.copytree(source / package.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp", converter)
+    session.install("-c", "constraints.txt", "torch", "transformers", "sentencepiece")
+    session.install(str(package))
+    session.run("python", "-c", "import llama_cpp")
+    session.log(f"Then: ALTER_LLAMA_PYTHON={session.bin}/python nox -s tests -- tests/test_export.py")

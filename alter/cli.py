@@ -20,12 +20,18 @@ from alter.errors import AlterError
 
 DESCRIPTION = "One small language model, good at all the tasks of a domain."
 EPILOG = """examples:
+  alter ls                                              the recipes that come with ALTER
+  alter cp medical mine                                 a copy of one, to change
+  alter init mine data/*.csv                            tasks and a recipe for your files
+  alter doctor --config recipes/medical.yaml            look before a run: data, backbone, memory, time
   alter fit --config recipes/medical.yaml               train both stages, then test
   alter fit --config recipes/medical.yaml --print_config   the whole recipe, with comments
   alter fit --help                                      every field of a recipe
   alter test --run runs/medical                         test again
+  alter runs runs                                       a table of your runs, the best first
   alter compare --config recipes/medical.yaml --seeds 3  against full fine-tuning, LoRA and others
   alter predict --run runs/medical --task hpo_system --input rows.jsonl
+  alter export --run runs/medical --stage stage1        a plain Hugging Face checkpoint a task
 """
 
 
@@ -83,9 +89,11 @@ def _run(arguments: list[str]) -> None:
         return _fit(arguments[1:])
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
+    if arguments[:1] == ["doctor"]:
+        return _doctor(arguments[1:])
     options = _parser().parse_args(arguments)
-    _import(options.modules)
-    {"test": _test, "predict": _predict}[options.verb](options)
+    _import(getattr(options, "modules", []))
+    VERBS[options.verb](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,17 +103,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"alter {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs.add_parser("ls", help="the recipes that come with ALTER")
+    copy = verbs.add_parser("cp", help="copy one of them with its tasks, to change it")
+    copy.add_argument("name", metavar="NAME", help="of a recipe")
+    copy.add_argument("folder", metavar="DIR", type=Path, help="where to")
+    init = verbs.add_parser("init", help="propose tasks and a recipe for labelled files")
+    init.add_argument("folder", metavar="DIR", type=Path, help="for the recipe and its tasks")
+    init.add_argument("files", metavar="FILE", type=Path, nargs="+", help="CSV, TSV, JSON lines, Parquet or Excel")
+    init.add_argument("--backbone", default="smollm2-135m", help="a hub id, a folder or a bundled name")
+    verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", add_help=False)
     verbs.add_parser("fit", help="train a recipe's stages and test them", add_help=False)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", add_help=False)
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
+    runs = verbs.add_parser("runs", help="a table of the runs in a folder, the best first")
+    runs.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path("runs"), help="runs by default")
+    diff = verbs.add_parser("diff", help="how two runs differ: recipe lines and metrics")
+    diff.add_argument("first", metavar="RUN", type=Path, help="a run folder")
+    diff.add_argument("second", metavar="RUN", type=Path, help="another")
     predict = verbs.add_parser("predict", help="answer rows with a finished run, as JSON lines")
     predict.add_argument("--run", required=True, type=Path, help="the run folder")
     predict.add_argument("--task", required=True, help="a task of the run")
     predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
     predict.add_argument("--backbone", help="where the backbone is, when not where it was")
-    for verb in (test, predict):
+    export = verbs.add_parser("export", help="write a finished run for other programs")
+    export.add_argument("--run", required=True, type=Path, help="the run folder")
+    export.add_argument(
+        "--format", choices=("hf", "adapter", "onnx", "alter"), default="hf",
+        help="hf: a plain Hugging Face checkpoint a task (default); adapter: one adapter a task; onnx: a graph a task; "
+        "alter: the whole model with its card, for the hub",
+    )  # fmt: skip
+    export.add_argument("--task", action="append", default=[], help="a task of the run; again for more; default all")
+    export.add_argument("--out", type=Path, help="folder for one folder a task; default RUN/export/FORMAT")
+    export.add_argument("--stage", choices=("stage1", "stage2"), help="whose model; default the last stage's")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the plain checkpoint")
+    export.add_argument("--backbone", help="where the backbone is, when not where it was")
+    for verb in (test, predict, export):
         verb.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
             help="import a module of your own first, where the run uses a router or expert from it",
@@ -134,16 +168,61 @@ def _fit(arguments: list[str]) -> None:
     run.fit(recipe.read_recipe(arguments))
 
 
+def _doctor(arguments: list[str]) -> None:
+    from alter.doctor.main import doctor
+
+    if not doctor(arguments or ["--help"]):
+        sys.exit(1)
+
+
 def _compare(arguments: list[str]) -> None:
     from alter.compare.main import compare
 
     compare(arguments or ["--help"])
 
 
+def _ls(options: argparse.Namespace) -> None:
+    from alter import shipped
+
+    print(shipped.listing())
+
+
+def _cp(options: argparse.Namespace) -> None:
+    from alter import shipped
+
+    recipe, *tasks = shipped.copy_recipe(options.name, options.folder)
+    print(f"{recipe} and its {len(tasks)} task files. Next: alter fit --config {recipe}")
+
+
+def _init(options: argparse.Namespace) -> None:
+    from alter.init.write import init
+
+    print(init(options.folder, options.files, options.backbone))
+
+
 def _test(options: argparse.Namespace) -> None:
     from alter import run
 
     run.measure(options.run, split=options.split)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from alter.export import Exporter
+
+    exporter = Exporter(options.run, options.out, options.stage, options.backbone)
+    exporter.write(options.format, options.task, options.dtype)
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from alter.runs import runs_table
+
+    print(runs_table(options.folder))
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from alter.runs import diff
+
+    print(diff(options.first, options.second))
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -183,3 +262,15 @@ def _rows(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
                 f"{name}, line {number}: expected an object with the task's fields, got {line.strip()[:60]}."
             )
         yield row
+
+
+VERBS = {
+    "ls": _ls,
+    "cp": _cp,
+    "init": _init,
+    "test": _test,
+    "runs": _runs,
+    "diff": _diff,
+    "predict": _predict,
+    "export": _export,
+}

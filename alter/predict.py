@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from alter.data import Collator, Task, encode_choices, encode_prompt
+from alter.data.encode import target_ids
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
 from alter.nn.backbone import load_tokenizer, resolve_backbone
-from alter.nn.decoding import Generation, best_choices, choice_log_likelihoods, generate
-from alter.nn.model import MTAModel, read_config
+from alter.nn.decoding import (
+    Generation,
+    best_choices,
+    choice_log_likelihoods,
+    generate,
+    own_choice_log_likelihoods,
+)
+from alter.nn.gates import mean_gates
+from alter.nn.model import CONFIG_FILE, MTAModel, read_config
 
 MAX_BATCH_TOKENS = 2048
+CALIBRATION_FILE = "calibration.json"
+Text = str | Mapping[str, Any]
 
 
 class Answer(NamedTuple):
@@ -34,6 +48,13 @@ class Answer(NamedTuple):
 class Predictor:
     """A trained model with its tasks.
 
+    An input is a mapping with the fields that its task's prompt names; where that is one field, its text alone will do.
+    Lists of inputs may be of one task or, with a list of tasks, of several: they then share batches.
+
+    Attributes:
+        temperatures: of each calibrated classification task; the log-likelihoods of its choices are divided by it.
+        folder: the model folder that it was loaded from; None for a model made in memory.
+
     Args:
         model: the MTA model.
         tokenizer: of its backbone.
@@ -48,7 +69,10 @@ class Predictor:
         self.generation = generation or Generation()
         self.tokenizer = tokenizer
         self.collator = Collator(tokenizer.pad_token_id, model.is_seq2seq)
+        self.temperatures: dict[str, float] = {}
+        self.folder: Path | None = None
         self._tasks = {task.name: task for task in tasks}
+        self._choices: dict[str, list[list[int]]] = {}
 
     @property
     def tasks(self) -> list[str]:
@@ -67,6 +91,140 @@ class Predictor:
             )
         return self._tasks[name]
 
+    # -- for users --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, texts: Text | Sequence[Text], task: str | Sequence[str] | None = None, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Writes an answer to every input, of one line.
+
+        Args:
+            texts: the inputs.
+            task: of all, or of each; may be left out where the model has one task.
+            max_new_tokens: the longest answer; by default each task's ``max_target_tokens``.
+
+        Raises:
+            AlterError: a task is unknown or missing, or an input does not fit its task.
+        """
+        tasks, prompts = self._read(texts, task)
+        return [answer.text for answer in self._generated(tasks, prompts, max_new_tokens)]
+
+    def classify(
+        self, texts: Text | Sequence[Text], task: str | Sequence[str] | None = None, return_probs: bool = False
+    ) -> list[str] | list[Answer]:
+        """Chooses among its task's choices for every input.
+
+        Args:
+            texts: the inputs.
+            task: of all, or of each; may be left out where the model has one task.
+            return_probs: whether to tell the calibrated probability of every choice too.
+
+        Returns:
+            the likeliest choices; with ``return_probs`` each with the probabilities.
+
+        Raises:
+            AlterError: a task is unknown, missing or has no choices, or an input does not fit its task.
+        """
+        tasks, prompts = self._read(texts, task)
+        for found in tasks:
+            if not found.choices:
+                raise AlterError(f"classify: task '{found.name}' has no choices; call generate instead.")
+        answers = self._answered(tasks, prompts, return_probs)
+        return answers if return_probs else [answer.text for answer in answers]
+
+    def routing(
+        self,
+        texts: Text | Sequence[Text],
+        task: str | Sequence[str] | None = None,
+        answers: Sequence[str] | None = None,
+    ) -> list[dict[str, dict[str, dict[str, float]]]]:
+        """Who was used for every input: the gates, averaged over the tokens of prompt and answer.
+
+        In the last block of a decoder-only model they are those of the answer's tokens alone.
+
+        Args:
+            texts: the inputs.
+            task: of all, or of each; may be left out where the model has one task.
+            answers: to each input, where they are known; by default the model's own.
+
+        Returns:
+            for each input ``{"experts": {layer: {expert: gate}}}``; with stage 2 also ``"shared"``, whose first is the share of
+            the task experts' mixture.
+
+        Raises:
+            AlterError: as ``generate``.
+        """
+        tasks, prompts = self._read(texts, task)
+        if answers is None:
+            answers = [answer.text for answer in self._answered(tasks, prompts, False)]
+        device = self._device()
+        names = {
+            "experts": self.model.tasks
+            if self.model.num_experts == len(self.model.tasks)
+            else [f"expert {k + 1}" for k in range(self.model.num_experts)],
+            "shared": ["task experts", *(f"shared {k + 1}" for k in range(self.model.num_shared))],
+        }
+        found = []
+        for own, prompt, answer in zip(tasks, prompts, answers, strict=True):
+            target = target_ids([answer], self.tokenizer, self.model.is_seq2seq)[0]
+            example = {"prompt_ids": prompt, "target_ids": target, "task_id": self.tasks.index(own.name)}
+            batch = {key: value.to(device) for key, value in self.collator([example]).items()}
+            with self._announced():
+                gates = mean_gates(self.model, batch)
+            found.append(
+                {
+                    kind: {layer: dict(zip(names[kind], row.tolist(), strict=True)) for layer, row in layers.items()}
+                    for kind, layers in gates.items()
+                }
+            )
+        return found
+
+    # -- as a transformers model ------------------------------------------------------------------------------------
+
+    @property
+    def hf(self) -> PreTrainedModel:
+        """The backbone with its adapters, for ``transformers.pipeline`` and ``generate``; ``use`` says for which task.
+
+        Prompts are as the task's template makes them: ``model.prompt(text, task)``.
+        """
+        if self.model.standing is None:
+            self.use(self._only_task("model.use"))
+        return self.model.backbone
+
+    def use(self, task: str | Sequence[str]) -> None:
+        """Chooses what ``hf`` answers from now on.
+
+        Args:
+            task: a task, or one for each row of the coming batches.
+
+        Raises:
+            AlterError: there is no such task.
+        """
+        names = [task] if isinstance(task, str) else list(task)
+        ids = [self.tasks.index(self.task(name).name) for name in names]
+        self.model.standing = torch.tensor(ids, device=self._device())
+
+    def prompt(self, text: Text, task: str | None = None) -> str:
+        """The prompt that a task's template makes of an input."""
+        found = self.task(task if task is not None else self._only_task("prompt"))
+        return found.render_prompt(found.as_row(text, "prompt"))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model with its tasks, calibration and model card, as one folder for the Hugging Face hub.
+
+        ``alter.load`` reads it as it reads a run. The backbone stays where it is, and is named.
+
+        Raises:
+            AlterError: the model does not come from a run, or the folder is not empty.
+        """
+        from alter.publish import publish
+
+        if self.folder is None:
+            raise AlterError("save_pretrained: the model does not come from a run; load it with alter.load first.")
+        publish(self.folder, Path(folder))
+
+    # -- for the program --------------------------------------------------------------------------------------------
+
     def answer(self, name: str, prompts: Sequence[Sequence[int]], probabilities: bool = True) -> list[Answer]:
         """Answers tokenised prompts of one task, longest batches first, in the order given.
 
@@ -77,37 +235,16 @@ class Predictor:
             prompts: token ids.
             probabilities: whether to tell those of a classification; without them not every choice has to be scored.
         """
+        return self._answered([self.task(name)] * len(prompts), prompts, probabilities)
+
+    def choice_scores(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The log-likelihood of every choice of a task, [prompts, choices], before calibration."""
         task = self.task(name)
-        task_id = self.tasks.index(name)
-        device = next(self.model.parameters()).device
-        answers: list[Answer | None] = [None] * len(prompts)
-        choices = encode_choices(task, self.tokenizer, self.model.is_seq2seq) if task.choices else None
-        budget = MAX_BATCH_TOKENS
-        longest = 0 if choices else task.max_target_tokens
-        for rows in eval_batches([len(p) + longest for p in prompts], budget):
-            batch = self.collator.prompts([prompts[i] for i in rows], [task_id] * len(rows))
-            batch = {key: value.to(device) for key, value in batch.items()}
-            if choices is None:
-                found = self._generate(task, batch)
-            elif probabilities:
-                found = self._classify(task, batch, choices)
-            else:
-                found = [Answer(task.choices[i], None) for i in best_choices(self.model, batch, choices).tolist()]
-            for row, answer in zip(rows, found, strict=True):
-                answers[row] = answer
-        return answers  # type: ignore[return-value]
-
-    def _generate(self, task: Task, batch: Mapping[str, torch.Tensor]) -> list[Answer]:
-        options = self.generation.options()
-        tokens = generate(self.model, batch, task.max_target_tokens, line_ends(self.tokenizer), **options)
-        return [Answer(text.strip(), None) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-    def _classify(self, task: Task, batch: Mapping[str, torch.Tensor], choices: list[list[int]]) -> list[Answer]:
-        probabilities = choice_log_likelihoods(self.model, batch, choices).softmax(-1).tolist()
-        return [
-            Answer(task.choices[max(range(len(row)), key=row.__getitem__)], dict(zip(task.choices, row, strict=True)))
-            for row in probabilities
-        ]
+        scores = torch.empty(len(prompts), len(task.choices or ()))
+        for rows, batch in self._batches([task] * len(prompts), prompts, [0] * len(prompts)):
+            with self._announced():
+                scores[rows] = choice_log_likelihoods(self.model, batch, self._encoded_choices(task)).float().cpu()
+        return scores
 
     def stream(self, name: str, rows: Iterable[Mapping[str, Any]], size: int = 32) -> Iterator[Answer]:
         """Answers rows of a task's fields, ``size`` at a time, in order."""
@@ -121,6 +258,124 @@ class Predictor:
         if chunk:
             yield from self.answer(name, chunk)
 
+    def _read(
+        self, texts: Text | Sequence[Text], task: str | Sequence[str] | None
+    ) -> tuple[list[Task], list[list[int]]]:
+        """The task and the tokenised prompt of every input."""
+        texts = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
+        if task is None:
+            task = self._only_task("task")
+        names = [task] * len(texts) if isinstance(task, str) else list(task)
+        if len(names) != len(texts):
+            raise AlterError(f"task: {len(names)} tasks for {len(texts)} inputs; give one for all, or one for each.")
+        tasks = [self.task(name) for name in names]
+        prompts = []
+        for number, (text, found) in enumerate(zip(texts, tasks, strict=True), 1):
+            place = f"input {number}"
+            row = found.as_row(text, place)
+            prompts.append(encode_prompt(found, row, self.tokenizer, self.model.is_seq2seq, place))
+        return tasks, prompts
+
+    def _only_task(self, key: str) -> str:
+        if len(self._tasks) > 1:
+            raise AlterError(f"{key}: the model has several tasks; name one of {', '.join(self._tasks)}.")
+        return next(iter(self._tasks))
+
+    def _answered(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], probabilities: bool) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(prompts)
+        groups: dict[tuple[str, Any], list[int]] = {}
+        for row, task in enumerate(tasks):
+            groups.setdefault(_together(task, probabilities), []).append(row)
+        for (how, _), rows in groups.items():
+            own, given = [tasks[row] for row in rows], [prompts[row] for row in rows]
+            if how == "generate":
+                found = self._generated(own, given)
+            elif how == "score":
+                found = self._scored(own, given)
+            else:
+                found = self._chosen(own, given)
+            for row, answer in zip(rows, found, strict=True):
+                answers[row] = answer
+        return answers  # type: ignore[return-value]
+
+    def _generated(
+        self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], longest: int | None = None
+    ) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(prompts)
+        limits = [longest or task.max_target_tokens for task in tasks]
+        # A greedy answer cut short is the short greedy answer, so tasks of different limits share batches; beams differ.
+        for limit in set(limits) if self.generation.num_beams > 1 else (None,):
+            rows = [row for row, own in enumerate(limits) if limit in (None, own)]
+            part = [tasks[r] for r in rows], [prompts[r] for r in rows], [limits[r] for r in rows]
+            for places, batch in self._batches(*part):
+                most = max(limits[rows[place]] for place in places)
+                with self._announced():
+                    tokens = generate(self.model, batch, most, line_ends(self.tokenizer), **self.generation.options())
+                cut = [row[: limits[rows[place]]] for place, row in zip(places, tokens, strict=True)]
+                for place, text in zip(places, self.tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
+                    answers[rows[place]] = Answer(text.strip(), None)
+        return answers  # type: ignore[return-value]
+
+    def _scored(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(prompts)
+        for rows, batch in self._batches(tasks, prompts, [0] * len(prompts)):
+            choices = [self._encoded_choices(tasks[row]) for row in rows]
+            with self._announced():
+                scores = own_choice_log_likelihoods(self.model, batch, choices)
+            for row, own in zip(rows, scores, strict=True):
+                task = tasks[row]
+                shares = (own.float() / self.temperatures.get(task.name, 1.0)).softmax(-1).tolist()
+                text = task.choices[max(range(len(shares)), key=shares.__getitem__)]
+                answers[row] = Answer(text, dict(zip(task.choices, shares, strict=True)))
+        return answers  # type: ignore[return-value]
+
+    def _chosen(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> list[Answer]:
+        """The same for one task, without probabilities."""
+        answers: list[Answer | None] = [None] * len(prompts)
+        for rows, batch in self._batches(tasks, prompts, [0] * len(prompts)):
+            with self._announced():
+                best = best_choices(self.model, batch, self._encoded_choices(tasks[0])).tolist()
+            for row, choice in zip(rows, best, strict=True):
+                answers[row] = Answer(tasks[0].choices[choice], None)
+        return answers  # type: ignore[return-value]
+
+    def _batches(
+        self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], limits: Sequence[int]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Rows and their batch of prompts, those of like length together, within a budget of tokens."""
+        device = self._device()
+        for rows in eval_batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], MAX_BATCH_TOKENS):
+            batch = self.collator.prompts([prompts[i] for i in rows], [self.tasks.index(tasks[i].name) for i in rows])
+            yield rows, {key: value.to(device) for key, value in batch.items()}
+
+    def _encoded_choices(self, task: Task) -> list[list[int]]:
+        if task.name not in self._choices:
+            self._choices[task.name] = encode_choices(task, self.tokenizer, self.model.is_seq2seq)
+        return self._choices[task.name]
+
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Within it, calls are about the examples they bring, whatever ``hf`` was told to answer."""
+        before, self.model.standing = self.model.standing, None
+        try:
+            yield
+        finally:
+            self.model.standing = before
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
+    """What rows must have in common to be answered in one batch."""
+    if not task.choices:
+        return "generate", None
+    if not probabilities:
+        return "choose", task.name
+    return "score", (
+        len(task.choices) - 1
+    ).bit_length()  # rows are filled up to the most choices, to twice their own at most
+
 
 def line_ends(tokenizer: Any) -> list[int]:
     """Tokens at which an answer of one line ends; the untouched backbone often does not end by itself."""
@@ -130,24 +385,57 @@ def line_ends(tokenizer: Any) -> list[int]:
 
 
 def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel) -> Predictor:
-    """Loads a finished run.
+    """Loads a finished run, or what ``save_pretrained`` wrote.
 
     Args:
-        run: the run folder.
+        run: the folder.
         backbone: where the backbone is, when not where it was.
         kind: of the model, for one that is not an `MTAModel` itself.
 
     Raises:
         AlterError: the folder holds no finished run, or it is damaged.
     """
-    run = Path(run)
+    folder, content = model_folder(Path(run)), read_recipe(Path(run))
+    tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
+    where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
+    model = kind.from_pretrained(folder, str(where), content["precision"])
+    by_name = {task.name: task for task in tasks}
+    generation = Generation(**content.get("generation", {}))
+    found = Predictor(model, load_tokenizer(where), [by_name[name] for name in model.tasks], generation)
+    found.folder = Path(run)
+    found.temperatures = read_temperatures(folder)
+    return found
+
+
+def model_folder(run: Path) -> Path:
+    """Where the model of a run is, or of a folder that ``save_pretrained`` wrote: the folder itself."""
+    return run if (run / CONFIG_FILE).is_file() else run / "model"
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """Reads the recipe of a run.
+
+    Raises:
+        AlterError: there is none.
+    """
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         raise AlterError(f"{run}: no run here, recipe.yaml is missing; name a folder that `alter fit` has written.")
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    tasks = [Task.from_dict(entry, str(recipe)) for entry in content["data"]["tasks"]]
-    where = resolve_backbone(backbone or read_config(run / "model")["backbone"]["name"])
-    model = kind.from_pretrained(run / "model", str(where), content["precision"])
-    by_name = {task.name: task for task in tasks}
-    generation = Generation(**content.get("generation", {}))
-    return Predictor(model, load_tokenizer(where), [by_name[name] for name in model.tasks], generation)
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))
+
+
+def read_temperatures(folder: Path) -> dict[str, float]:
+    """The temperatures of a model folder; none where it is not calibrated.
+
+    Raises:
+        AlterError: the file is damaged.
+    """
+    file = folder / CALIBRATION_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return {name: float(task["temperature"]) for name, task in json.loads(file.read_text()).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AlterError(
+            f"{file}: not a readable calibration ({error}); remove it, `alter test` makes it again."
+        ) from error

@@ -19,6 +19,7 @@ from alter.errors import AlterError, did_you_mean
 from alter.nn import TrunkCache
 from alter.nn.decoding import Generation
 from alter.schema import check, check_class
+from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
 
@@ -186,12 +187,6 @@ def _find_config(argument: str, previous: str | None) -> str:
                 return argument.replace(name, str(file))
     known = [str(p) for p in Path(name).parent.glob("*.yaml")] + [p.stem for p in shipped.glob("*.yaml")]
     raise AlterError(f"{name}: no such recipe; name a YAML file or a shipped recipe.{did_you_mean(name, known)}")
-
-
-def shipped_recipes() -> Path:
-    """The folder of the recipes that come with ALTER, in a checkout or in a wheel."""
-    package = Path(__file__).parent
-    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
 
 def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Sequence[str]) -> list[Any]:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -25,6 +26,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alter.calibrate import calibrate_run
 from alter.callbacks import MetricsCSV, Throughput
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
@@ -36,10 +38,10 @@ from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_ta
 from alter.stages import StageModule
 
 say = rank_zero_only(print)
-UNCOMPARED = (  # keys that may differ between two calls for one run folder: they do not change what is computed
-    "run", "stages", "test", "trunk_cache",
-    "trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator",
-)  # fmt: skip
+# Keys that may differ between two calls for one run folder, since they do not change what is computed.
+UNCOMPARED = re.compile(
+    r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.license|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
+)
 
 
 class StageCLI(LightningCLI):
@@ -100,7 +102,7 @@ def fit(recipe: Recipe) -> None:
         AlterError: the run folder holds another recipe, or something on the way is wrong with the input.
     """
     run = recipe.run
-    _quiet()
+    quiet()
     _claim(run, recipe)
     backbone = resolve_backbone(recipe.config["backbone"])
     started = time.perf_counter()
@@ -126,7 +128,7 @@ def fit(recipe: Recipe) -> None:
 def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
     """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
     started = time.perf_counter()
-    _quiet()
+    quiet()
     predictor = load(run)
     if data is None:
         arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
@@ -135,6 +137,7 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
         )
         data.prepare_data()
         data.setup()
+    calibrate_run(run, predictor, data)
     tasks = evaluate(predictor, data, split)
     records = _records(run)
     seconds = {name: record["seconds"] for name, record in records.items()}
@@ -157,7 +160,7 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     return results
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps the libraries' advertisements and progress bars from the screen; their warnings stay."""
     from transformers.utils import logging as transformers_logging
 
@@ -179,11 +182,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
     )  # else there is nothing to lose or to mix up
     if file.is_file() and begun:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [
-            key
-            for key in _differences(before, recipe.config)
-            if not f"{key}.".startswith(tuple(f"{free}." for free in UNCOMPARED))
-        ]
+        changed = [key for key in _differences(before, recipe.config) if not UNCOMPARED.fullmatch(key)]
         if changed:
             raise AlterError(
                 f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
@@ -199,6 +198,8 @@ def _differences(before: Any, after: Any, key: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         names = [*before, *(name for name in after if name not in before)]
         return [d for n in names for d in _differences(before.get(n), after.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in _differences(b, a, f"{key}.{i}")]
     return [] if before == after else [key]
 
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("fused_mixture", "choices", "trunk_cache", "batches", "generation", "peers")
+BENCHMARKS = ("fused_mixture", "choices", "trunk_cache", "batches", "generation", "loading", "peers")
 PAGE = HERE.parent / "docs" / "performance.md"
 
 

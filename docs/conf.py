@@ -4,7 +4,7 @@ import alter
 
 project = "ALTER"
 version = release = alter.__version__
-copyright = "the ALTER developers, Apache-2.0"  # noqa: A001
+copyright = "the ALTER developers, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
 html_theme = "furo"

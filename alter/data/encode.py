@@ -286,7 +286,9 @@ def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
 
 
 def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int, shots: int | None) -> str:
-    plain = {key: value for key, value in task.to_dict().items() if key not in ("where", "weight", "metrics")}
+    plain = {
+        key: value for key, value in task.to_dict().items() if key not in ("where", "weight", "metrics", "license")
+    }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [VERSION, plain, task.opened.fingerprint(), vocabulary, tokenizer.eos_token_id, seq2seq, seed]

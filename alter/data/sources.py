@@ -35,7 +35,7 @@ class Source(ABC):
 
 
 class Files(Source):
-    """Local CSV, TSV, JSONL or Parquet files, told apart by their endings.
+    """Local CSV, TSV, JSONL, Parquet or Excel files, told apart by their endings.
 
     Args:
         train: file of the training rows.
@@ -179,7 +179,7 @@ class Function(Source):
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Streams the rows of a CSV, TSV, JSONL or Parquet file.
+    """Streams the rows of a CSV, TSV, JSONL, Parquet or Excel file.
 
     Raises:
         AlterError: the file is missing, of another kind, or damaged; says the line where there is one.
@@ -192,6 +192,7 @@ def read_file(path: Path) -> Iterator[Row]:
         ".jsonl": _read_jsonl,
         ".json": _read_jsonl,
         ".parquet": _read_parquet,
+        ".xlsx": _read_excel,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -245,6 +246,33 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise AlterError(f"{path}: not readable as Parquet ({_first_line(error)}); write the file again.") from error
+
+
+def _read_excel(path: Path) -> Iterator[Row]:
+    """The first sheet; its first row names the columns. An empty cell is an empty text, as in CSV."""
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise AlterError(
+            f'{path}: reading Excel needs openpyxl; pip install "alter-mta[excel]", or save the sheet as CSV.'
+        ) from error
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except Exception as error:  # openpyxl raises many kinds here
+        raise AlterError(f"{path}: not readable as Excel ({_first_line(error)}); save it again as .xlsx.") from error
+    try:
+        lines = book.worksheets[0].iter_rows(values_only=True)
+        names = ["" if name is None else str(name) for name in next(lines, ())]
+        while names and not names[-1]:
+            names.pop()
+        if "" in names or len(set(names)) < len(names):
+            raise AlterError(f"{path}, row 1: every column needs a name of its own; write them into the first row.")
+        for line in lines:
+            cells = ["" if cell is None else cell for cell in line[: len(names)]]
+            if any(cell != "" for cell in cells):
+                yield dict(zip(names, cells + [""] * (len(names) - len(cells)), strict=True))
+    finally:
+        book.close()
 
 
 def stable_fraction(text: str) -> float:

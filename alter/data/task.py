@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
 from jinja2.sandbox import SandboxedEnvironment, SecurityError
 
 from alter.data import sources
@@ -33,7 +33,7 @@ class Task:
     Attributes:
         name: unique in the mixture.
         source: ``class_path`` and ``init_args`` of a Source (``Files``, ``Hub``) or of a function ``f(split, ...)``.
-        prompt: Jinja template over the fields of a row.
+        prompt: Jinja template over the fields of a row; ``row['a name']`` is for those that are no variable names.
         target: Jinja template of the answer.
         choices: the possible answers; present for a classification task, absent for a generation task.
         metrics: by default accuracy and macro_f1 for classification, rouge1, rougeL and exact_match for generation.
@@ -44,6 +44,7 @@ class Task:
             metrics compare with the whole of it.
         weight: multiplies the mixture rate.
         limit: most rows of a split, drawn by a seed.
+        license: of the data, for the model card.
         where: the file it was read from, for messages.
     """
 
@@ -59,6 +60,7 @@ class Task:
     truncate_target: bool = False
     weight: float = 1.0
     limit: dict[str, int] = field(default_factory=dict)
+    license: str | None = None
     where: str = "task"
 
     def __post_init__(self) -> None:
@@ -103,6 +105,26 @@ class Task:
     def kind(self) -> str:
         """``classification`` where there are choices, else ``generation``."""
         return "classification" if self.choices else "generation"
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """The fields of a row that the prompt names."""
+        return sorted(meta.find_undeclared_variables(_TEMPLATES.parse(self.prompt)))
+
+    def as_row(self, text: str | Row, place: str) -> Row:
+        """A row of the task's fields: a mapping as it is, a text as the one field that the prompt names.
+
+        Raises:
+            AlterError: a text, and the prompt names none or several fields.
+        """
+        if not isinstance(text, str):
+            return text
+        if len(self.fields) != 1:
+            raise AlterError(
+                f"{place}: task '{self.name}' reads the fields {', '.join(self.fields) or '(none)'}; give a mapping with them "
+                "instead of a text."
+            )
+        return {self.fields[0]: text}
 
     @cached_property
     def opened(self) -> Source:
@@ -162,7 +184,7 @@ class Task:
 
     def _render(self, key: str, row: Row, place: str) -> str:
         try:
-            return self._compiled[key].render(row)
+            return self._compiled[key].render({"row": row, **row})
         except UndefinedError as error:
             name = str(error).split("'")[1] if "'" in str(error) else ""
             raise AlterError(
@@ -216,6 +238,18 @@ class Task:
         if problems:
             raise AlterError(*problems)
         return cls(**mapping)
+
+    @classmethod
+    def from_run(cls, mapping: dict[str, Any], where: str) -> Task:
+        """Makes a task from the recipe that a run has written, whose types have been checked, which takes long.
+
+        Raises:
+            AlterError: a key is unknown or missing, or a value makes no sense, after an edit by hand.
+        """
+        try:
+            return cls(**{"where": where, **mapping})
+        except TypeError:
+            return cls.from_dict(mapping, where)
 
     @classmethod
     def from_file(cls, file: Path, root: str | None = None) -> Task:

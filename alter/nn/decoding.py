@@ -91,11 +91,37 @@ def choice_log_likelihoods(model: MTAModel, prompts: Mapping[str, Tensor], choic
     Returns:
         [batch, choices], the summed log-probability of the choice's tokens.
     """
-    tokens, scores = _padded(choices, prompts["input_ids"].device), []
-    for part in _parts(prompts, len(choices), tokens.shape[-1]):
+    return _scores(
+        model, prompts, _padded(choices, prompts["input_ids"].device).expand(len(prompts["input_ids"]), -1, -1)
+    )
+
+
+@torch.inference_mode()
+def own_choice_log_likelihoods(
+    model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[Sequence[int]]]
+) -> list[Tensor]:
+    """The same for prompts that each have choices of their own, such as those of different tasks.
+
+    Args:
+        model: in evaluation mode.
+        prompts: as for ``generate``.
+        choices: of each prompt, as for ``choice_log_likelihoods``; about equally many, since all are filled up to the most.
+
+    Returns:
+        for each prompt the summed log-probabilities of its choices.
+    """
+    most = max(map(len, choices))
+    filled = [choice for own in choices for choice in [*own, *[own[-1]] * (most - len(own))]]
+    tokens = _padded(filled, prompts["input_ids"].device).unflatten(0, (len(choices), most))
+    return [row[: len(own)] for row, own in zip(_scores(model, prompts, tokens), choices, strict=True)]
+
+
+def _scores(model: MTAModel, prompts: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """The log-likelihood of each row's own choices [batch, choices, length], -1 behind their ends; [batch, choices]."""
+    scores, size = [], _rows_at_once(prompts, *tokens.shape[1:])
+    for part, own in zip(_parts(prompts, size), tokens.split(size), strict=True):
         read = _read(model, part)
-        first = None if model.is_seq2seq else read.first_tokens()
-        scores.append(read.score(tokens.expand(len(part["input_ids"]), -1, -1), first))
+        scores.append(read.score(own, None if model.is_seq2seq else read.first_tokens()))
     return torch.cat(scores)
 
 
@@ -118,7 +144,7 @@ def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequen
         return choice_log_likelihoods(model, prompts, choices).argmax(1)
     tokens = _padded(choices, prompts["input_ids"].device)
     found = []
-    for part in _parts(prompts, SCORED_FIRST, tokens.shape[-1]):
+    for part in _parts(prompts, _rows_at_once(prompts, SCORED_FIRST, tokens.shape[-1])):
         read = _read(model, part)
         first = read.first_tokens()
         bounds = first[:, tokens[:, 0]]
@@ -145,11 +171,14 @@ def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*choice, *[-1] * (length - len(choice))] for choice in choices], device=device)
 
 
-def _parts(prompts: Mapping[str, Tensor], count: int, length: int) -> Iterator[dict[str, Tensor]]:
-    """The prompts, as many at a time as may be scored with ``count`` choices each."""
-    rows, width = prompts["input_ids"].shape
-    size = max(1, MAX_SCORED_POSITIONS // (count * (width + length)))
-    for start in range(0, rows, size):
+def _rows_at_once(prompts: Mapping[str, Tensor], count: int, length: int) -> int:
+    """How many prompts may be scored together with ``count`` choices each."""
+    return max(1, MAX_SCORED_POSITIONS // (count * (prompts["input_ids"].shape[1] + length)))
+
+
+def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The prompts, ``size`` at a time."""
+    for start in range(0, len(prompts["input_ids"]), size):
         yield {name: value[start : start + size] for name, value in prompts.items()}
 
 

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -164,17 +164,20 @@ def _last(found: list[FeedForward], layers: str) -> list[FeedForward]:
 
 def _by_structure(model: nn.Module) -> list[tuple[str, _Roles]]:
     blocks, names = [], _activation_names(model)
+    known: dict[Hashable, _Roles] = {}
     for stack, layers in _stacks(model):
         for index, layer in enumerate(layers):
-            inside = _blocks_of_layer(f"{stack}.{index}", layer, names)
+            inside = _blocks_of_layer(f"{stack}.{index}", layer, names, known)
             if len(inside) == 1:  # several are a mixture of experts already, whose blocks see some tokens only
                 blocks += inside
     wrong = _wrong_inline(model, blocks)
     return [block for block in blocks if block[0] not in wrong]
 
 
-def _blocks_of_layer(prefix: str, layer: nn.Module, names: list[str]) -> list[tuple[str, _Roles]]:
-    inside = [(name, _block_roles(module, names)) for name, module in layer.named_modules() if name]
+def _blocks_of_layer(
+    prefix: str, layer: nn.Module, names: list[str], known: dict[Hashable, _Roles]
+) -> list[tuple[str, _Roles]]:
+    inside = [(name, _known_roles(module, names, known)) for name, module in layer.named_modules() if name]
     blocks = [(f"{prefix}.{name}", roles) for name, roles in inside if roles is not None]
     if blocks:
         return blocks
@@ -273,6 +276,25 @@ def _candidates(module: nn.Module) -> list[tuple[str | None, str, str]]:
         if all(shapes[up] == shapes[down][::-1] for up in ups):
             found.append((ups[0] if len(ups) == 2 else None, ups[-1], down))
     return found
+
+
+def _known_roles(module: nn.Module, names: list[str], known: dict[Hashable, _Roles]) -> _Roles | None:
+    """``_block_roles``, run once for all blocks of one class, shapes and settings, since running all takes long."""
+    if not _candidates(module):
+        return None
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, (str, int, float, type(None)))}
+    children = [(name, type(child)) for name, child in module.named_children()]
+    key = (type(module), *sorted(settings.items(), key=str), *children, *_linears(module).items())
+    if key in known:
+        return known[key]
+    roles = _block_roles(module, names)
+    if roles is not None and not _has_state(roles.activation):
+        known[key] = roles
+    return roles
+
+
+def _has_state(activation: Activation) -> bool:
+    return isinstance(activation, nn.Module) and bool(activation.state_dict())
 
 
 def _block_roles(module: nn.Module, names: list[str]) -> _Roles | None:

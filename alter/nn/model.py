@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
@@ -48,6 +49,10 @@ class MTAModel(nn.Module):
 
     The backbone runs without dropout, so that it is one fixed function; only adapters ever train.
 
+    Attributes:
+        standing: the tasks, [1] for all rows or [batch], that a sequence is about which the backbone starts, for callers
+            that know the backbone alone, such as a transformers pipeline; None where ``set_examples`` says it each time.
+
     Args:
         backbone: a Hugging Face causal or seq2seq language model.
         tasks: names; a task's id is its place here.
@@ -77,6 +82,7 @@ class MTAModel(nn.Module):
         # A plain dict: the layers are already registered as parts of the backbone.
         self.layers: Mapping[str, MixtureOfTaskAdapters] = self._attach(adapted)
         self._untouched: dict[str, Tensor] | None = None
+        self.standing: Tensor | None = None
         for stack in filter(None, (self.body.encoder, self.body.decoder)):
             stack.register_forward_pre_hook(self._note_start, with_kwargs=True)
 
@@ -188,6 +194,16 @@ class MTAModel(nn.Module):
         for name, value in weights.items():
             parameters[name].data = value.to(parameters[name].device)
 
+    def take_backbone(self, other: MTAModel) -> None:
+        """Takes over the trained backbone of a model with adapters in the same places."""
+        self._own_backbone()
+        self._set_backbone({name: value.detach().clone() for name, value in other._backbone_parameters().items()})
+
+    @property
+    def where(self) -> tuple[str | list[int], str | None]:
+        """The arguments ``layers`` and ``ffn``."""
+        return self._layers_setting, self._ffn_setting
+
     def set_examples(self, batch: Mapping[str, Tensor]) -> None:
         """Says which examples the next calls are about.
 
@@ -215,8 +231,14 @@ class MTAModel(nn.Module):
 
     def _note_start(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
+        if self.standing is None and not any(router.reads_sequence for router in self._routers()):
+            return  # nobody asks, and an exporter's trace would take the cache's length for a constant
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.routing.cached = 0 if cache is None else int(cache.get_seq_length())
+        if self.standing is not None and not self.routing.cached and stack is (self.body.encoder or self.body.decoder):
+            ids = kwargs["input_ids"]
+            all_or_mask = mask if isinstance(mask, Tensor) else torch.ones_like(ids)
+            self.set_examples({"task_ids": self.standing, "input_ids": ids, "attention_mask": all_or_mask})
         known = self.routing.cached == 0 and isinstance(mask, Tensor) and mask.dim() == 2
         self.routing.first = mask.int().argmax(1) if known else None
 
@@ -350,17 +372,18 @@ class MTAModel(nn.Module):
             )
         model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
         parts, where = config["parts"], str(folder / CONFIG_FILE)
-        model.add_experts(
-            make_template(parts["experts"], Expert, where),
-            make_template(parts["router"], Router, where),
-            num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
-        )
-        if "shared" in parts:
-            model.add_shared(
-                make_template(parts["shared"], Expert, where),
-                config["num_shared"],
-                make_template(parts["shared_router"], Router, where),
+        with _Undrawn():
+            model.add_experts(
+                make_template(parts["experts"], Expert, where),
+                make_template(parts["router"], Router, where),
+                num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
             )
+            if "shared" in parts:
+                model.add_shared(
+                    make_template(parts["shared"], Expert, where),
+                    config["num_shared"],
+                    make_template(parts["shared_router"], Router, where),
+                )
         if config.get("own_backbone"):
             if precision not in ("fp32", "bf16"):
                 raise AlterError(
@@ -369,6 +392,15 @@ class MTAModel(nn.Module):
             model._own_backbone()
         model.load_trained_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within it, first weights are zero where they would be drawn, which takes long; they are loaded next."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.uniform_, Tensor.normal_):
+            return args[0].zero_()
+        return (torch.zeros if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def _places(positions: Tensor) -> Tensor:

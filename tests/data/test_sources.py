@@ -1,6 +1,7 @@
 import csv
 import json
 
+import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -18,6 +19,11 @@ ROWS = [{"text": 'a "quoted", text', "label": "1"}, {"text": "zwei\nZeilen", "la
 def write(path, rows):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".xlsx":
+        sheet = (book := openpyxl.Workbook()).active
+        for line in (list(rows[0]), *(list(row.values()) for row in rows)):
+            sheet.append(line)
+        book.save(path)
     elif path.suffix == ".jsonl":
         write_jsonl(path, rows)
     else:
@@ -28,9 +34,26 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet", "xlsx"])
 def test_every_format_gives_the_same_rows(tmp_path, ending):
     assert list(read_file(write(tmp_path / f"x.{ending}", ROWS))) == ROWS
+
+
+def test_a_sheet_keeps_numbers_and_skips_what_is_empty(tmp_path):
+    rows = [{"text": "a", "stars": 5, "": None}, {"text": None, "stars": None}, {"text": "b", "stars": None}]
+    file = write(tmp_path / "x.xlsx", rows)
+    assert list(read_file(file)) == [{"text": "a", "stars": 5}, {"text": "b", "stars": ""}]
+
+
+def test_a_sheet_without_names_or_a_file_that_is_none_is_refused(tmp_path):
+    twice = tmp_path / "x.xlsx"
+    (book := openpyxl.Workbook()).active.append(["a", "a"])
+    book.save(twice)
+    with pytest.raises(AlterError, match="name of its own"):
+        list(read_file(twice))
+    twice.write_text("a,b")
+    with pytest.raises(AlterError, match="not readable as Excel"):
+        list(read_file(twice))
 
 
 def test_shares_are_carved_out_by_group_and_never_mixed(tmp_path):
@@ -85,7 +108,7 @@ def test_a_function_is_given_the_split_and_its_arguments():
     ("name", "content", "message"),
     [
         ("missing.csv", None, r"no such file.*Did you mean 'missin.csv'"),
-        ("x.xlsx", b"", r"ending is not one of \.csv"),
+        ("x.ods", b"", r"ending is not one of \.csv"),
         ("x.jsonl", b'{"a": 1}\n{"a": \n', r"x.jsonl, line 2: not JSON"),
         ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: not an object"),
         ("x.csv", b"a,b\n1,2\n1\n", r"line 3: not as many fields"),

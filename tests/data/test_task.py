@@ -20,6 +20,11 @@ def test_a_row_becomes_prompt_and_target(tmp_path):
     assert task.metrics == ["accuracy", "macro_f1"]
 
 
+def test_a_column_whose_name_is_no_variable_is_reached_through_the_row(tmp_path):
+    task = make(tmp_path, prompt="{{ row['Customer text'] | upper }} :")
+    assert task.render_prompt({"Customer text": "w1"}) == "W1 :"
+
+
 def test_choices_that_yaml_takes_for_something_else_are_text(tmp_path):
     task = make(tmp_path, choices=yaml.safe_load("[yes, no, 1, 2.5]"))
     assert task.choices == ["yes", "no", "1", "2.5"]

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +75,8 @@ def run(block, backbone, namespace):
     lines = [line for line in text.splitlines() if line.strip()]
     if lines and all(line.startswith("alter ") and not set("|><&$") & set(line) for line in _joined(text)):
         for line in _joined(text):
-            try:
+            with suppress_exit():
                 main(small(shlex.split(line, comments=True)[1:], backbone))
-            except SystemExit as end:  # --print_config and --help
-                assert not end.code
         return ""
     bin_folder = Path("bin").absolute()
     _wrapper(bin_folder, backbone)
@@ -85,6 +84,16 @@ def run(block, backbone, namespace):
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
+
+
+@contextmanager
+def suppress_exit():
+    """``--print_config`` and ``--help`` end the program, without a mistake."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def _logical_lines(text):

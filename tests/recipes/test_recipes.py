@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from alter.data import Task
-from alter.recipe import read_recipe, shipped_recipes
+from alter.recipe import read_recipe
+from alter.shipped import shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -11,6 +11,8 @@ from alter.nn.frozen import FrozenFeedForward
 from alter.nn.routers.base import Routing
 from alter.nn.template import Template
 
+Linears = dict[str, tuple[Tensor, Tensor | None]]
+
 
 class Expert(Template):
     """A stack of experts for one feed-forward block.
@@ -47,6 +49,19 @@ class Expert(Template):
     @abstractmethod
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         """Returns every expert's output by itself, [batch, seq, experts, d]."""
+
+    def merged(self, gates: Tensor, ffn: FrozenFeedForward, task_id: int) -> Linears | None:
+        """The linear maps of one feed-forward that is the mixture with fixed gates.
+
+        Args:
+            gates: [experts].
+            ffn: the frozen block, not quantised.
+            task_id: for experts that hold something for each task.
+
+        Returns:
+            role to weight [out, in] and bias [out] or None; None where no block of the same shape is the mixture.
+        """
+        return None
 
 
 class Few(NamedTuple):

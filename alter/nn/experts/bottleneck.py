@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,26 @@ class Bottleneck(Expert):
             units = getattr(F, self.activation)(torch.bmm(hidden_states, few.inputs(self.down)))
             return torch.bmm(units * few.units(self.rank), few.outputs(self.up))
         return (self._units(hidden_states) * gates.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1)
+
+    @torch.no_grad()
+    def concatenated(self, gates: Tensor) -> Self:
+        """One expert that is the mixture with fixed gates [experts]."""
+        used = gates.nonzero().squeeze(1)  # an expert that a hard selector leaves out takes no room
+        if not len(used):
+            used = torch.zeros(1, dtype=torch.long, device=gates.device)
+        wide = type(self)(len(used) * self.rank, self.activation)
+        wide.down = nn.Parameter(self.down[:, used].flatten(1).unsqueeze(1))
+        wide.up = nn.Parameter((self.up * gates.view(-1, 1, 1))[used].flatten(0, 1).unsqueeze(0))
+        return wide
+
+    @classmethod
+    @torch.no_grad()
+    def joined(cls, experts: Sequence[Self]) -> Self:
+        """One expert that is the sum of experts of one activation, each alone in its stack."""
+        wide = cls(sum(expert.rank for expert in experts), experts[0].activation)
+        wide.down = nn.Parameter(torch.cat([expert.down for expert in experts], dim=-1))
+        wide.up = nn.Parameter(torch.cat([expert.up for expert in experts], dim=1))
+        return wide
 
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         return torch.einsum("bsek,ekd->bsed", self._units(hidden_states), self.up)

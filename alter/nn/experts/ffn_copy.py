@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alter.nn.experts.base import Expert
+from alter.nn.experts.base import Expert, Linears
 from alter.nn.feed_forward import dense_weight
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.routers.base import Routing
@@ -39,6 +39,15 @@ class FFNCopy(Expert):
         weights = gates.expand(*hidden_states.shape[:2], -1).flatten(0, 1)
         mixed = self._dense(tokens, weights, ffn) if active is None else self._sparse(tokens, weights, ffn, active)
         return mixed.view_as(hidden_states)
+
+    def merged(self, gates: Tensor, ffn: FrozenFeedForward, task_id: int) -> Linears | None:
+        chosen = int(gates.argmax())
+        if not torch.equal(gates, torch.zeros_like(gates).index_fill(0, gates.argmax(), 1.0)):
+            return None  # several blocks' outputs are no block's
+        return {
+            role: (weight[chosen].detach().T, self.bias[role][chosen].detach() if role in self.bias else None)
+            for role, weight in self.weight.items()
+        }
 
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         outputs = ffn.run(hidden_states.flatten(0, 1), self._all_experts)

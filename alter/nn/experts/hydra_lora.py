@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alter.nn.experts.base import Expert
+from alter.nn.experts.base import Expert, Linears
+from alter.nn.feed_forward import dense_weight
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.routers.base import Routing
 
@@ -53,6 +54,19 @@ class HydraLoRA(Expert):
             return frozen + (scaled @ self.b[role].flatten(0, 1)).to(frozen.dtype)
 
         return ffn.run(hidden_states, linear)
+
+    def _inner(self, role: str, task_id: int) -> Tensor:
+        """What stands before B for one task, [in, rank]."""
+        return self.a[role]
+
+    @torch.no_grad()
+    def merged(self, gates: Tensor, ffn: FrozenFeedForward, task_id: int) -> Linears:
+        found = {}
+        for role in ffn.shapes:
+            weight, bias = dense_weight(ffn.module(role))
+            outer = torch.einsum("ero,e->ro", self.b[role], gates * self.scale)
+            found[role] = weight + (self._inner(role, task_id) @ outer).T, bias
+        return found
 
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         experts = next(iter(self.b.values())).shape[0]

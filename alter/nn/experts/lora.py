@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alter.nn.experts.base import Expert, few_experts
+from alter.nn.experts.base import Expert, Linears, few_experts
+from alter.nn.feed_forward import dense_weight
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.routers.base import Routing
 
@@ -50,6 +51,15 @@ class LoRA(Expert):
             return frozen + change.to(frozen.dtype)
 
         return ffn.run(hidden_states, linear)
+
+    @torch.no_grad()
+    def merged(self, gates: Tensor, ffn: FrozenFeedForward, task_id: int) -> Linears:
+        found = {}
+        for role in ffn.shapes:
+            weight, bias = dense_weight(ffn.module(role))
+            change = torch.einsum("der,ero,e->od", self.a[role], self.b[role], gates * self.scale)
+            found[role] = weight + change, bias
+        return found
 
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         experts = next(iter(self.b.values())).shape[0]

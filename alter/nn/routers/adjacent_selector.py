@@ -21,6 +21,8 @@ class AdjacentSelector(Router):
         others: where it starts for the other experts.
     """
 
+    reads_tokens = False
+
     def __init__(self, temperature: float = 0.1, pair: float = 0.22, others: float = 0.2) -> None:
         super().__init__()
         self.temperature = temperature
@@ -43,7 +45,7 @@ class AdjacentSelector(Router):
         self._pair_alone = True
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        tasks = routing.rows(len(hidden_states))
+        tasks = routing.rows(hidden_states.shape[0])
         gates = (self.theta[tasks] / self.temperature).softmax(-1)
         if self._pair_alone:
             gates = gates * self.own[tasks]

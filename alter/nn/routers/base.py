@@ -45,7 +45,10 @@ class Routing:
         return replace(self, mask=self.masks.get(place))
 
     def rows(self, count: int) -> Tensor:
-        """The task of each of ``count`` rows: beams or choices of one example stand next to each other."""
+        """The task of each of ``count`` rows: beams or choices of one example stand next to each other.
+
+        Give ``tensor.shape[0]`` and not ``len(tensor)``, which an exporter's trace would take for a constant.
+        """
         return self.task_ids.repeat_interleave(count // len(self.task_ids))
 
     def prompt_rows(self, count: int) -> Tensor:
@@ -96,13 +99,33 @@ class Router(Template):
 
     Attributes:
         normalised: whether the gates of a token sum to one.
+        reads_tokens: whether a token's gates depend on its hidden state; False lets a model be collapsed to one task.
         reads_prompt: whether it needs ``Routing.prompt``, which is not made otherwise.
         reads_sequence: whether a token's gates depend on other tokens too, so that the layer must always hand over all.
     """
 
     normalised = True
+    reads_tokens = True
     reads_prompt = False
     reads_sequence = False
+
+    @property
+    def reads_task_alone(self) -> bool:
+        """Whether the gates depend on nothing but the task."""
+        return not (self.reads_tokens or self.reads_prompt or self.reads_sequence)
+
+    @torch.no_grad()
+    def task_gates(self, task_id: int) -> Tensor:
+        """The gates of one task, [experts], of a built router in evaluation mode that reads the task alone.
+
+        Raises:
+            AlterError: it reads something else too, so that a task has no gates of its own.
+        """
+        if not self.reads_task_alone:
+            what = "prompt" if self.reads_prompt else "first position" if self.reads_sequence else "token"
+            raise AlterError(f"{type(self).__name__} reads every {what}, so a task has no fixed gates.")
+        device = next(self.parameters()).device
+        return self(torch.zeros(1, 1, 1, device=device), Routing(torch.tensor([task_id], device=device))).flatten()
 
     @property
     def learning(self) -> bool:

@@ -26,6 +26,7 @@ class Description(Router):
         AlterError: by ``build``, where the temperature is not above 0, or the weight is negative.
     """
 
+    reads_tokens = False
     reads_prompt = True
 
     def __init__(self, temperature: float = 1.0, supervision: float | None = None) -> None:
@@ -46,9 +47,9 @@ class Description(Router):
         self.weight = self.supervision if self.supervision is not None else 0.01 * apart
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        prompt = routing.prompt_rows(len(hidden_states))
+        prompt = routing.prompt_rows(hidden_states.shape[0])
         logits = self.gate(F.layer_norm(prompt, prompt.shape[-1:])).float() / self.temperature
         if self.learning and self.weight:
-            own = self.own[routing.rows(len(hidden_states))]
+            own = self.own[routing.rows(hidden_states.shape[0])]
             routing.add_loss(self.weight * F.cross_entropy(logits, own))
         return logits.softmax(-1).unsqueeze(1)

@@ -48,6 +48,6 @@ class TaskGate(Router):
         self.bias = nn.Parameter(shape.prior.clamp_min(1e-6).log() * self.temperature)
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        tasks = routing.rows(len(hidden_states))
+        tasks = routing.rows(hidden_states.shape[0])
         logits = torch.bmm(hidden_states, self.weight[tasks]) + self.bias[tasks].unsqueeze(1)
         return (logits / self.temperature).softmax(-1)

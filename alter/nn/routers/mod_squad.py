@@ -53,7 +53,7 @@ class ModSquad(Router):
         self.register_buffer("after", shape.prior.clone())
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        tasks = routing.rows(len(hidden_states))
+        tasks = routing.rows(hidden_states.shape[0])
         logits = (torch.bmm(hidden_states, self.weight[tasks].mT) + self.bias[tasks].unsqueeze(1)).float()
         if self.learning and self.noise:
             logits = logits + self.noise * torch.randn_like(logits)

@@ -21,6 +21,8 @@ class MOELoRA(Router):
         AlterError: by ``build``, where the embedding has no width.
     """
 
+    reads_tokens = False
+
     def __init__(self, embedding_size: int = 64) -> None:
         super().__init__()
         self.embedding_size = embedding_size
@@ -33,5 +35,5 @@ class MOELoRA(Router):
         self.gate.weight.data = (torch.linalg.pinv(self.embedding.weight.detach()) @ log_prior).T.contiguous()
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        embedded = self.embedding(routing.rows(len(hidden_states)))
+        embedded = self.embedding(routing.rows(hidden_states.shape[0]))
         return self.gate(embedded).softmax(-1).unsqueeze(1)

@@ -23,6 +23,8 @@ class Polytropon(Router):
         AlterError: by ``build``, where the temperature is not above 0.
     """
 
+    reads_tokens = False
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
@@ -32,7 +34,7 @@ class Polytropon(Router):
         self.skills = nn.Parameter(shape.prior.logit(eps=1e-3))
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        logits = self.skills[routing.rows(len(hidden_states))].unsqueeze(1)
+        logits = self.skills[routing.rows(hidden_states.shape[0])].unsqueeze(1)
         if self.learning:
             logits = (logits + torch.rand_like(logits).logit(eps=1e-6)) / self.temperature
         # sigmoid(x) / sum sigmoid(x), also where every skill is nearly off

@@ -18,6 +18,8 @@ class TaskSelector(Router):
         hard: the likeliest expert alone, nothing to learn; one expert a token runs.
     """
 
+    reads_tokens = False
+
     def __init__(self, temperature: float = 1.0, hard: bool = False) -> None:
         super().__init__()
         self.temperature = temperature
@@ -32,7 +34,7 @@ class TaskSelector(Router):
         self.theta = nn.Parameter(theta, requires_grad=not self.hard)
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
-        theta = self.theta[routing.rows(len(hidden_states))].unsqueeze(1)
+        theta = self.theta[routing.rows(hidden_states.shape[0])].unsqueeze(1)
         if self.hard:
             return torch.zeros_like(theta).scatter(-1, theta.argmax(-1, keepdim=True), 1.0)
         return (theta / self.temperature).softmax(-1)

@@ -1,0 +1,1 @@
+"""``alter doctor``: looks at a recipe's data, backbone and machine before a run."""

@@ -1,0 +1,230 @@
+"""A short trial of a run in a process of its own: what it takes of memory and time.
+
+    python -m alter.doctor.trial OUTPUT.json --config RECIPE ...
+
+A few real steps of every stage, the largest batches first, a few validation batches and answers; all of it in a temporary
+folder. What a whole run takes is then counted from the plan of its batches.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from alter import references
+from alter.data import MultiTaskDataModule, eval_batches
+from alter.nn.backbone import is_seq2seq, resolve_backbone
+from alter.predict import MAX_BATCH_TOKENS, load
+from alter.recipe import Recipe, read_recipe
+from alter.results import peak_device_memory_bytes, peak_memory_bytes, write_json
+from alter.run import StageCLI, quiet
+
+LARGEST, DRAWN = 2, 6  # batches: for the memory, and for the time of a step
+
+
+class Sample(MultiTaskDataModule):
+    """The recipe's data, with a few of their batches: the largest, then some drawn.
+
+    Attributes:
+        train_batches: of a whole epoch.
+        validation_batches: of a whole validation.
+    """
+
+    train_batches = validation_batches = 0
+
+    def train_dataloader(self) -> DataLoader:
+        """A few training batches."""
+        batches = list(super().train_dataloader().batch_sampler)
+        self.train_batches = len(batches)
+        return self._loader("train", self._some(batches, "train"))
+
+    def val_dataloader(self) -> DataLoader:
+        """A few validation batches."""
+        batches = list(super().val_dataloader().batch_sampler)
+        self.validation_batches = len(batches)
+        return self._loader("validation", self._some(batches, "validation"))
+
+    def _some(self, batches: list[Any], split: str) -> list[Any]:
+        lengths = [self._lengths(task.name, split) for task in self.tasks]
+
+        def size(batch: Sequence[tuple[int, int]]) -> int:
+            return len(batch) * max(lengths[task][row] for task, row in batch)
+
+        largest = sorted(range(len(batches)), key=lambda i: size(batches[i]), reverse=True)[:LARGEST]
+        rest = sorted(set(range(len(batches))) - set(largest))
+        drawn = random.Random(self.seed).sample(rest, min(DRAWN, len(rest)))
+        return [batches[i] for i in largest + drawn]
+
+    def _lengths(self, task: str, split: str) -> list[int]:
+        examples = self.examples(task, split)
+        return [len(p) + len(t) for p, t in zip(examples["prompt_ids"], examples["target_ids"], strict=True)]
+
+
+class Clock(Callback):
+    """Times the steps that follow the largest, and the validation.
+
+    Attributes:
+        steps: seconds of each step, loading the batch included.
+        validation: seconds of each validation batch.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.validation: list[float] = []
+        self._last = 0.0
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Starts the clock."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Notes a step."""
+        self._note(self.steps)
+
+    def on_validation_epoch_start(self, *args: Any) -> None:
+        """Starts the clock."""
+        self._last = time.perf_counter()
+
+    def on_validation_batch_end(self, *args: Any) -> None:
+        """Notes a batch."""
+        self._note(self.validation)
+
+    def _note(self, seconds: list[float]) -> None:
+        now = time.perf_counter()
+        seconds.append(now - self._last)
+        self._last = now
+
+
+@dataclass
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        memory: bytes of the host at the peak.
+        device_memory: bytes of the CUDA device at the peak, or None.
+        seconds: of each stage and of the test.
+        trainable: parameters that train, by stage.
+    """
+
+    memory: int
+    device_memory: int | None
+    seconds: dict[str, float]
+    trainable: dict[str, int]
+
+
+def trial(recipe: Recipe) -> Estimate:
+    """Trains and answers a little in a temporary folder, and counts what all of it would take."""
+    quiet()
+    with tempfile.TemporaryDirectory(prefix="alter-doctor-") as folder:
+        recipe.config["run"] = folder
+        cache = recipe.config["trunk_cache"]
+        if cache["enabled"]:
+            recipe.config["trunk_cache"] = {**cache, "folder": str(Path(folder, "trunk"))}
+        backbone = resolve_backbone(recipe.config["backbone"])
+        data = Sample(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
+        data.prepare_data()
+        data.setup()
+        seconds, trainable, mapped = {}, {}, 0
+        for stage in recipe.config["stages"]:
+            seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder))
+            mapped = max(mapped, kept)
+        data.trainer = None
+        if recipe.config["test"] and trainable:
+            seconds["test"] = _test(Path(folder), recipe, data)
+        return Estimate(peak_memory_bytes() + mapped, peak_device_memory_bytes(), seconds, trainable)
+
+
+def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -> tuple[float, int, int]:
+    """Seconds of the whole stage, its trainable parameters, and the bytes that its trunk cache will have mapped."""
+    arguments = recipe.stage_args(stage, backbone)
+    planned = arguments["trainer"]
+    clock, started = Clock(), time.perf_counter()
+    arguments["trainer"] = {**planned, **ONE_DEVICE, **ONE_EPOCH}
+    cli = StageCLI(run / stage, arguments)
+    cli.trainer.callbacks.append(clock)
+    data.first_epoch = recipe.epochs_before(stage)
+    cli.trainer.fit(cli.model, data)
+    cli.model.model.save_pretrained(run / stage / "model", backbone)
+    fixed = time.perf_counter() - started - sum(clock.steps) - sum(clock.validation)
+    epochs = planned.get("max_epochs") or 1
+    steps = _share(planned.get("limit_train_batches"), data.train_batches)
+    validations = _validations(planned, steps)
+    total = epochs * (
+        steps * _typical(clock.steps) + validations * data.validation_batches * _typical(clock.validation)
+    )
+    trunks = cli.model.model.body.cached.values()
+    mapped = data.drawn_tokens(epochs) * sum(trunk.store.row_bytes for trunk in trunks)
+    return fixed + total, cli.model.trainable_parameters(), round(mapped * steps / max(data.train_batches, 1))
+
+
+ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+ONE_EPOCH = {
+    "max_epochs": 1,
+    "max_steps": -1,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "callbacks": None,
+}
+
+
+def _share(limit: int | float | None, batches: int) -> int:
+    """How many batches a limit of Lightning leaves: a share of them, or a number."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else math.floor(batches * limit)
+
+
+def _validations(planned: Mapping[str, Any], steps: int) -> float:
+    """Validations an epoch."""
+    interval = planned.get("val_check_interval") or 1.0
+    often = steps / interval if isinstance(interval, int) else 1 / interval
+    return math.floor(often) / (planned.get("check_val_every_n_epoch") or 1)
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """Mean seconds of the drawn batches; of all where there are only the largest."""
+    drawn = seconds[LARGEST:] or seconds
+    return sum(drawn) / max(len(drawn), 1)
+
+
+def _test(run: Path, recipe: Recipe, data: Sample) -> float:
+    """Seconds of the whole test: the model, the untouched backbone, which takes as long, and TF-IDF."""
+    last = run / recipe.config["stages"][-1] / "model"
+    started = time.perf_counter()
+    last.rename(run / "model")
+    (run / "recipe.yaml").write_text(recipe.text, encoding="utf-8")
+    predictor = load(run)
+    total = time.perf_counter() - started
+    for task in data.tasks:
+        rows = data.examples(task.name, "test")
+        prompts = rows["prompt_ids"][:]
+        room = 0 if task.choices else task.max_target_tokens
+        chosen = eval_batches([len(prompt) + room for prompt in prompts], MAX_BATCH_TOKENS)[0]  # the longest
+        started = time.perf_counter()
+        predictor.answer(task.name, [prompts[i] for i in chosen], probabilities=False)
+        total += 2 * (time.perf_counter() - started) * len(rows) / len(chosen)
+        if task.choices:
+            train = data.examples(task.name, "train")
+            started = time.perf_counter()
+            references.tfidf(train["prompt"], train["target"], rows["prompt"][:])
+            total += time.perf_counter() - started
+    return total
+
+
+if __name__ == "__main__":
+    found = trial(read_recipe(sys.argv[2:]))
+    write_json(sys.argv[1], vars(found))

@@ -1,0 +1,295 @@
+"""``alter export``: a trained model in formats that other programs read."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+
+from alter.card import model_card
+from alter.data import Task
+from alter.errors import AlterError, did_you_mean
+from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
+from alter.nn.collapse import merged, one_adapter
+from alter.nn.hub import weight_files
+from alter.nn.model import WEIGHTS_FILE, MTAModel, read_config
+from alter.predict import CALIBRATION_FILE, line_ends, model_folder, read_recipe
+from alter.publish import new_folder, publish, write_recipe
+
+FORMATS = ("hf", "adapter", "onnx", "alter")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HF_USAGE = """
+A plain checkpoint: transformers, or what reads its checkpoints, is all it needs.
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model, tokenizer = {auto}.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs)[0]{cut}, skip_special_tokens=True))
+```
+"""
+ADAPTER_USAGE = """
+```python
+import alter
+
+print(alter.load("FOLDER").{verb}(["..."]))
+```
+"""
+
+
+class Exporter:
+    """Writes the tasks of one run.
+
+    Args:
+        run: the run folder.
+        out: for one folder a task; by default ``export/FORMAT`` in the run.
+        stage: whose model; by default that of the last.
+        backbone: where the backbone is, when not where it was.
+
+    Raises:
+        AlterError: there is no finished run or no such stage.
+    """
+
+    def __init__(
+        self, run: Path, out: Path | None = None, stage: str | None = None, backbone: str | None = None
+    ) -> None:
+        self.run, self.out = run, out
+        self.content = read_recipe(run)
+        self.folder = run / stage / "model" if stage else model_folder(run)
+        self.config = read_config(self.folder)
+        self.entries = {entry["name"]: entry for entry in self.content["data"]["tasks"]}
+        self.backbone = backbone
+
+    def write(self, form: str, names: Sequence[str] = (), dtype: str = "fp32") -> list[Path]:
+        """Writes the model in one format, and prints the sizes before and after.
+
+        Args:
+            form: ``hf`` (one plain checkpoint a task), ``adapter`` (one adapter a task), ``onnx`` (one graph a task) or
+                ``alter`` (the whole model, for the hub).
+            names: of the tasks; by default all.
+            dtype: of a plain checkpoint.
+
+        Returns:
+            the folders written.
+
+        Raises:
+            AlterError: the model does not fit the format, a task is unknown, or a folder is not empty.
+        """
+        out = self.out or self.run / "export" / form
+        if form != "hf" and dtype != "fp32":
+            raise AlterError(f"--dtype: {dtype} is for --format hf; {form} keeps the weights as they are, in fp32.")
+        if form == "alter":
+            if names or self.folder != model_folder(self.run):
+                raise AlterError("--format alter writes the whole model; leave out --task and --stage.")
+            publish(self.run, out)
+            print(
+                f"{out}: {_megabytes([out / WEIGHTS_FILE])} of adapters, all tasks; the backbone is named, not copied."
+            )
+            return [out]
+        for name in names:
+            if name not in self.config["tasks"]:
+                raise AlterError(
+                    f"--task: there is no task '{name}'; it is one of {', '.join(self.config['tasks'])}."
+                    f"{did_you_mean(name, self.config['tasks'])}"
+                )
+        if self.content["precision"] not in ("fp32", "bf16"):
+            print(
+                f"The run trained beside a backbone in {self.content['precision']}; what is written has its full weights, so "
+                "answers may differ slightly."
+            )
+        where = resolve_backbone(self.backbone or self.config["backbone"]["name"])
+        model = MTAModel.from_pretrained(self.folder, str(where), "fp32").requires_grad_(False)
+        before = [*weight_files(where), self.folder / WEIGHTS_FILE]
+        write = {"hf": self._plain, "adapter": self._adapter, "onnx": self._onnx}[form]
+        written = []
+        for name in names or self.config["tasks"]:
+            folder = out / name
+            with _made_whole(folder) as beside:
+                write(model, Task.from_dict(self.entries[name], str(self.run / "recipe.yaml")), beside, where, dtype)
+            kinds = ("*.safetensors", "*.onnx", "*.data")
+            after = [file for kind in kinds for file in folder.glob(kind)]
+            print(
+                f"{folder}: {_megabytes(after)} ({_megabytes(before)} before: backbone and the adapters of all tasks)"
+            )
+            written.append(folder)
+        return written
+
+    def _plain(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
+        with merged(model, task.name) as backbone:
+            backbone.save_pretrained(out)
+        auto = AutoModelForSeq2SeqLM if model.is_seq2seq else AutoModelForCausalLM
+        if dtype != "fp32":
+            auto.from_pretrained(out, dtype=DTYPES[dtype]).save_pretrained(out)
+        self._add_tokenizer(model.backbone, task, out, where, model.is_seq2seq)
+        example = task.render_prompt(dict.fromkeys(task.fields, "..."))
+        cut = "" if model.is_seq2seq else '[inputs["input_ids"].shape[1]:]'
+        usage = HF_USAGE.format(auto=auto.__name__, prompt=example, cut=cut)
+        self._card(usage, task, "transformers").save(out / "README.md")
+
+    def _adapter(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
+        one_adapter(model, task.name, load_backbone(where)).save_pretrained(out, self.config["backbone"]["name"])
+        write_recipe(out, self.content, [self.entries[task.name]])
+        if (self.folder / CALIBRATION_FILE).is_file():
+            known = json.loads((self.folder / CALIBRATION_FILE).read_text())
+            (out / CALIBRATION_FILE).write_text(json.dumps({k: v for k, v in known.items() if k == task.name}))
+        usage = ADAPTER_USAGE.format(verb="classify" if task.choices else "generate")
+        self._card(usage, task, "alter-mta").save(out / "README.md")
+
+    def _onnx(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
+        with contextlib.ExitStack() as stack:
+            try:
+                backbone = stack.enter_context(merged(model, task.name))
+            except AlterError:  # a smaller graph, but not always possible
+                backbone = stack.enter_context(_routed(model, task.name))
+            write_onnx(backbone, out)
+        self._add_tokenizer(model.backbone, task, out, where, model.is_seq2seq)
+
+    def _add_tokenizer(self, backbone: PreTrainedModel, task: Task, out: Path, where: Path, is_seq2seq: bool) -> None:
+        """Adds the tokenizer, and how an answer ends: at a line's end, greedily, as ALTER's do."""
+        tokenizer = load_tokenizer(where)
+        tokenizer.chat_template = None if is_seq2seq else _chat_template(task)
+        tokenizer.save_pretrained(out)
+        known = backbone.generation_config
+        ends = known.eos_token_id if known.eos_token_id is not None else tokenizer.eos_token_id
+        settings = known.to_dict() | {
+            "eos_token_id": sorted({*(ends if isinstance(ends, list) else [ends]), *line_ends(tokenizer)}),
+            "pad_token_id": tokenizer.pad_token_id,
+            "max_new_tokens": task.max_target_tokens,
+            "max_length": None,
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+        GenerationConfig.from_dict(settings).save_pretrained(out)
+
+    def _card(self, usage: str, task: Task, library: str) -> Any:
+        return model_card(self.run, usage, [task.name], library)
+
+
+def _chat_template(task: Task) -> str | None:
+    """A chat template that makes the task's prompt of the last message, where the prompt names one field alone."""
+    if len(task.fields) != 1:
+        return None
+    return f"{{%- set {task.fields[0]} = messages[-1]['content'] -%}}\n{task.prompt.strip()}"
+
+
+@contextlib.contextmanager
+def _routed(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
+    """The backbone with its adapters and routers, for one task.
+
+    Raises:
+        AlterError: a router depends on what a graph of the backbone does not see.
+    """
+    layer = next(iter(model.layers.values()))
+    for router in (layer.router, layer.shared_router):
+        if router is not None and (router.reads_prompt or router.reads_sequence):
+            what = (
+                "the prompt apart from the answer"
+                if router.reads_prompt
+                else "the first position, in all later steps too"
+            )
+            raise AlterError(
+                f"{type(router).__name__} reads {what}, which one graph for prompts and answers does not; "
+                + ("export stage 1's model (--stage stage1), or " if router is layer.shared_router else "")
+                + "use the model as it is (--format alter, alter.load)."
+            )
+    model.set_examples({"task_ids": torch.tensor([model.tasks.index(task)])})
+    yield model.backbone
+
+
+def write_onnx(model: PreTrainedModel, out: Path) -> None:
+    """Writes ONNX graphs by transformers' own exporter, every size dynamic.
+
+    A causal model is one graph ``model.onnx`` from tokens and a key-value cache, empty at first, to logits and the longer
+    cache. An encoder-decoder is two, ``encoder.onnx`` and ``decoder.onnx``; the latter has no cache.
+
+    Raises:
+        AlterError: onnxscript is not installed, or the model does something that ONNX has no word for.
+    """
+    try:
+        import onnxscript  # noqa: F401
+        from transformers.exporters.base import ExportedModel
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+        from transformers.exporters.utils import decompose_for_generation
+    except ImportError as error:
+        raise AlterError(
+            f"--format onnx needs {error.name}, which is not installed; pip install 'alter-mta[onnx]'."
+        ) from error
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # without padding in the sample, transformers would leave the mask out of the graph
+    inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
+    exporter, config = OnnxExporter(), OnnxConfig(dynamic=True)
+    try:
+        with _quiet():
+            if model.config.is_encoder_decoder:
+                encoded = model.get_encoder()(**inputs)
+                decoding = {
+                    "decoder_input_ids": ids[:, :5],
+                    "encoder_outputs": encoded,
+                    "attention_mask": inputs["attention_mask"],
+                    "use_cache": False,
+                }
+                parts = {"encoder": (model.get_encoder(), inputs), "decoder": (model, decoding)}
+                found = {name: exporter.export(*part, config).components["model"] for name, part in parts.items()}
+            else:
+                # From an empty cache the step that decodes reads prompts too, so the other one is not needed.
+                part = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
+                found = {"model": exporter.export(*part, config).components["model"]}
+            ExportedModel(found, exporter.export_format, config=model.config).save_pretrained(out)
+    except Exception as error:  # the exporter raises whatever the tracing met
+        raise AlterError(
+            f"--format onnx: the exporter does not translate {type(model).__name__} ({_first_line(error)}); take --format hf."
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's steps from the screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside, moved into place once it is complete."""
+    new_folder(folder)
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        folder.rmdir()
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _megabytes(files: Sequence[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"

@@ -1,0 +1,1 @@
+"""``alter init``: tasks and a recipe proposed from labelled files."""

@@ -1,0 +1,123 @@
+"""What a table's columns hold, found in one pass over its rows."""
+
+from __future__ import annotations
+
+import numbers
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_VALUES = 1000  # different values of a column that are counted; more of them are no labels
+
+
+@dataclass
+class Column:
+    """Facts about one column.
+
+    Attributes:
+        name: of the column.
+        values: how often each value occurs, as text; stops growing at ``MOST_VALUES`` different ones.
+        filled: rows in which it is not empty.
+        texts: rows in which it is a text, a truth value included.
+        number: rows in which it is a number, or a text that is one.
+        lists: rows in which it is a list.
+        items: things in these lists: mappings or texts.
+        others: things in these lists that are neither.
+        characters: of all its values as text.
+        bytes: of all its values in UTF-8.
+        longest: characters of the longest.
+        lines: rows in which it has more than one line.
+        keys: of the mappings in its lists, with how many mappings have them.
+    """
+
+    name: str
+    values: Counter[str] = field(default_factory=Counter)
+    filled: int = 0
+    texts: int = 0
+    number: int = 0
+    lists: int = 0
+    items: int = 0
+    others: int = 0
+    characters: int = 0
+    bytes: int = 0
+    longest: int = 0
+    lines: int = 0
+    keys: Counter[str] = field(default_factory=Counter)
+
+    def add(self, value: Any) -> None:
+        """Counts one row's value."""
+        if isinstance(value, list):
+            self._add_list(value)
+            return
+        text = "" if value is None else str(value).strip()
+        if not text:
+            return
+        self.filled += 1
+        self.texts += isinstance(value, (str, bool))
+        self.number += _is_number(value, text)
+        self.characters += len(text)
+        self.bytes += len(text.encode())
+        self.longest = max(self.longest, len(text))
+        self.lines += "\n" in text
+        if text in self.values or len(self.values) < MOST_VALUES:
+            self.values[text] += 1
+
+    def _add_list(self, items: list[Any]) -> None:
+        self.filled += 1
+        self.lists += 1
+        for item in items:
+            self.items += isinstance(item, (Mapping, str))
+            self.others += not isinstance(item, (Mapping, str))
+            self.keys.update(list(item) if isinstance(item, Mapping) else [])
+        text = "; ".join(str(list(item.values()) if isinstance(item, Mapping) else item) for item in items)
+        self.characters += len(text)
+        self.bytes += len(text.encode())
+        self.longest = max(self.longest, len(text))
+
+    @property
+    def mean(self) -> float:
+        """Mean characters of a value that is not empty."""
+        return self.characters / max(self.filled, 1)
+
+    @property
+    def characters_a_token(self) -> float:
+        """How many characters a token may have at the least: two letters of English, less of scripts of more bytes."""
+        return 2 * self.characters / max(self.bytes, 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest value, at the most."""
+        return round(self.longest / self.characters_a_token) if self.longest else 0
+
+    @property
+    def kinds(self) -> int:
+        """How many different values there are, at most ``MOST_VALUES``."""
+        return len(self.values)
+
+
+def read_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Column], int]:
+    """Looks at every row once; memory is flat.
+
+    Returns:
+        the columns in their order, and how many rows there are.
+    """
+    columns: dict[str, Column] = {}
+    count = 0
+    for row in rows:
+        count += 1
+        for name, value in row.items():
+            columns.setdefault(str(name), Column(str(name))).add(value)
+    return columns, count
+
+
+def _is_number(value: Any, text: str) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, numbers.Number):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

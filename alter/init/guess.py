@@ -1,0 +1,263 @@
+"""A task proposed from a table: what the model reads, what it answers, and how rows are split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alter.errors import AlterError
+from alter.init.columns import MOST_VALUES, Column
+
+# Columns that are answers by their usual names, the likelier first.
+ANSWERS = (
+    "label", "labels", "target", "answer", "answers", "class", "category", "intent", "sentiment", "output", "response",
+    "summary", "completion", "translation", "entities", "slots", "spans", "ner", "topic", "relation", "tag", "tags",
+    "gold", "y", "department", "priority", "status", "score", "rating", "stars",
+)  # fmt: skip
+TYPE_KEYS = ("type", "label", "slot", "entity", "tag", "category", "class")
+TEXT_KEYS = ("text", "value", "span", "mention", "word", "name", "entity")
+NO_VARIABLES = {"and", "else", "false", "if", "in", "is", "none", "not", "or", "true"}  # words of Jinja
+MOST_CHOICES = 200
+LONGEST_CHOICE = 60  # characters
+MOST_FIELDS = 6
+
+
+@dataclass
+class Guess:
+    """A proposed task.
+
+    Attributes:
+        kind: classification, pair, extraction or generation.
+        inputs: columns that the prompt shows.
+        target: column of the answer.
+        answer: the template of the answer.
+        choices: of a classification or a pair.
+        metrics: of an extraction; else the usual ones of the kind.
+        rows: how many there are.
+        group: column whose equal values stay in one split.
+        left_out: columns that are not used, with the reason.
+        reason: why this target.
+    """
+
+    kind: str
+    inputs: list[Column]
+    target: Column
+    answer: str
+    rows: int
+    choices: list[str] | None = None
+    metrics: list[str] | None = None
+    group: str | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def longest_input(self) -> Column:
+        """The input that is shortened where a prompt is too long."""
+        return max(self.inputs, key=lambda column: column.mean)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Room for the prompt, a power of two up to 512."""
+        names = len(self.question) + sum(len(column.name) + 2 for column in self.inputs)
+        return _room(names // 2 + sum(column.tokens for column in self.inputs), 64, 512)
+
+    @property
+    def max_target_tokens(self) -> int:
+        """Room for the answer; of choices, which have to fit whole, one token a byte."""
+        if self.choices:
+            return _room(max(len(choice.encode()) for choice in self.choices) + 2, 4, 256)
+        return _room(self.target.tokens, 16, 256)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt's template: each input behind its name, then the question."""
+        lines = [f"{_spoken(column.name)}: {{{{ {self._expression(column)} }}}}" for column in self.inputs]
+        return "\n".join([*lines, f"{self.question}:"])
+
+    @property
+    def question(self) -> str:
+        """The prompt's last line: the answer's name, for a pair of texts with the choices where they are short."""
+        name = _spoken(self.target.name)
+        full = f"{name}, one of {', '.join(self.choices or [])}"
+        return full if self.kind == "pair" and len(full) <= 80 and "{" not in full else name
+
+    def _expression(self, column: Column) -> str:
+        """What a prompt shows of a column; only the longest is shortened by tokens, so the others are by characters."""
+        room = int(self.max_prompt_tokens // 2 / max(len(self.inputs) - 1, 1) * column.characters_a_token)
+        filters = ["default('', true)"] if column.filled < self.rows else []
+        if column is not self.longest_input and column.longest > room:
+            filters += ["string", f"truncate({room}, true)"]
+        return " | ".join([_field(column.name), *filters])
+
+
+def _room(tokens: int, least: int, most: int) -> int:
+    room = least
+    while room < min(tokens, most):
+        room *= 2
+    return room
+
+
+def _field(name: str) -> str:
+    """The name as a Jinja template reads it."""
+    return name if _is_variable(name) else f"row[{name!r}]"
+
+
+def _is_variable(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_]\w*", name) is not None and name.lower() not in NO_VARIABLES
+
+
+def _spoken(name: str) -> str:
+    """A column's name as a prompt says it."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").replace("-", " ").split()
+    text = " ".join(words).replace("{", "").replace("}", "") or "Text"
+    return text[:1].upper() + text[1:]
+
+
+def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> Guess:
+    """Proposes a task.
+
+    Args:
+        columns: of the table.
+        rows: how many there are.
+        where: the file, for messages.
+        sample: some rows, to see whether answers stand in the inputs.
+
+    Raises:
+        AlterError: the table has too little to learn from.
+    """
+    if "row" in columns and (odd := next((name for name in columns if not _is_variable(name)), None)) is not None:
+        raise AlterError(f"{where}: rename the column 'row'; through this name templates reach the column '{odd}'.")
+    left_out, group, useful = {}, None, []
+    for column in columns.values():
+        reason = _useless(column, rows)
+        if reason is None:
+            useful.append(column)
+        elif reason == "group":
+            group = group or column.name
+            left_out[column.name] = "it is an id"
+        else:
+            left_out[column.name] = reason
+    if len(useful) < 2:
+        raise AlterError(
+            f"{where}: one column to read and one to answer are needed, and only {len(useful)} of {len(columns)} "
+            f"({', '.join(columns)}) can be used; a CSV file has commas between its columns."
+        )
+    target, reason = _target(useful, rows)
+    if target.filled < rows:
+        raise AlterError(
+            f"{where}: the column '{target.name}' looks like the answer and is empty in {rows - target.filled} of {rows} "
+            "rows; fill it in, or remove these rows."
+        )
+    inputs = [c for c in useful if c is not target and not _is_numeric(c) and not c.lists]
+    if not inputs:
+        raise AlterError(f"{where}: beside '{target.name}' no column holds text to read; add one.")
+    for column in useful:
+        if column is not target and column not in inputs:
+            left_out[column.name] = "a list" if column.lists else "numbers"
+    for column in inputs[MOST_FIELDS:]:
+        left_out[column.name] = f"more than {MOST_FIELDS} columns to read"
+    found = Guess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
+    found.left_out, found.reason = left_out, reason
+    if group is None and len(inputs) == 1 and inputs[0].filled == rows:
+        found.group = inputs[0].name  # rows of one text may differ in what is left out
+    return _typed(found, rows, where, sample)
+
+
+def _useless(column: Column, rows: int) -> str | None:
+    """Why a column is neither read nor answered; ``group`` for ids that repeat; None where it is of use."""
+    if not column.filled:
+        return "empty"
+    if column.lists:
+        return "not the same kind of list in every row" if column.lists < column.filled or column.others else None
+    is_id = re.search(r"(?i:(^|[_\W])(id|uuid|guid|index|idx|key)$)|(?<=[a-z])(Id|ID)$|^Unnamed|^$", column.name)
+    if is_id and column.kinds < MOST_VALUES and 10 <= column.kinds <= 0.8 * column.filled:
+        return "group"
+    if is_id:
+        return "it is an id"
+    if column.kinds == 1:
+        return "the same in every row"
+    if column.number == column.filled and column.kinds == min(rows, MOST_VALUES) and rows > 20:
+        return "a number of its own in every row"
+    return None
+
+
+def _is_numeric(column: Column) -> bool:
+    return not column.lists and column.number == column.filled
+
+
+def _is_choice(column: Column, rows: int) -> bool:
+    """Whether it can be a label: few, short values, each of which repeats."""
+    return (
+        not column.lists
+        and not column.lines
+        and 2 <= column.kinds <= min(MOST_CHOICES, rows / 3)
+        and column.longest <= LONGEST_CHOICE
+        and column.filled == rows
+    )
+
+
+def _target(useful: list[Column], rows: int) -> tuple[Column, str]:
+    names = {column.name.lower(): column for column in reversed(useful)}
+    for name in ANSWERS:
+        if name in names:
+            return names[name], "by its name"
+    for name in ANSWERS[:8]:  # such as intent_label
+        for column in useful:
+            if re.search(rf"[_\W]{name}$", column.name.lower()):
+                return column, "by its name"
+    if lists := [column for column in useful if column.lists]:
+        return lists[-1], "a list of things found"
+    if choices := [column for column in useful if _is_choice(column, rows)]:
+        best = min(reversed(choices), key=lambda column: column.kinds)
+        if len(choices) < len(useful):  # else nothing is left to read
+            return best, "few different values"
+    texts = [column for column in useful if not _is_numeric(column)] or useful
+    return texts[-1], "the last column of text"
+
+
+def _answer(target: Column) -> str:
+    """The template of an answer, on one line, since an answer ends where its line does."""
+    flat = " | string | replace('\\n', ' ')" if target.lines else ""
+    return f"{{{{ {_field(target.name)}{flat} }}}}"
+
+
+def _typed(found: Guess, rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> Guess:
+    """Says which kind of task it is, with what belongs to the kind."""
+    target = found.target
+    if target.lists:
+        return _extraction_of_lists(found, where)
+    if _is_choice(target, rows):
+        found.choices = sorted(target.values)
+        long = [column for column in found.inputs if not _is_choice(column, rows)]
+        found.kind = "pair" if len(long) == 2 else "classification"
+        return found
+    names = [column.name for column in found.inputs]
+    inside = [_is_inside(row, names, target.name) for row in sample]
+    if target.longest <= 200 and sum(inside) > 0.9 * len(inside):
+        found.kind, found.metrics = "extraction", ["exact_match", "token_f1"]
+    return found
+
+
+def _is_inside(row: Mapping[str, Any], inputs: list[str], target: str) -> bool:
+    text = " ".join(str(row.get(name, "")) for name in inputs).casefold()
+    return str(row.get(target, "")).strip().casefold() in text
+
+
+def _extraction_of_lists(found: Guess, where: str) -> Guess:
+    found.kind = "extraction"
+    name = _field(found.target.name)
+    keys = [key for key, count in found.target.keys.items() if count == found.target.items]  # that every item has
+    kind = next((key for key in TYPE_KEYS if key in keys), None)
+    text = next((key for key in TEXT_KEYS if key in keys and key != kind), None)
+    if found.target.keys and text is None:
+        raise AlterError(
+            f"{where}: the column '{found.target.name}' is a list of mappings with {', '.join(found.target.keys)}; which of "
+            f"them is the text cannot be told: name it one of {', '.join(TEXT_KEYS)}, in every one."
+        )
+    label = f"{{{{ e[{kind!r}] }}}}" if kind and text else _spoken(found.target.name)
+    item = f"{label}: {{{{ e{f'[{text!r}]' if text else ''} }}}}"
+    found.answer = f"{{% for e in {name} %}}{item}{{{{ '' if loop.last else '; ' }}}}{{% else %}}none{{% endfor %}}"
+    found.metrics = ["span_f1"]
+    return found

@@ -1,0 +1,280 @@
+"""The files that ``alter init`` writes, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alter.data.sources import SPLITS, Files, read_file
+from alter.errors import AlterError
+from alter.init.columns import read_columns
+from alter.init.guess import Guess, guess_task
+
+SPLIT_NAMES = {"train": "train", "training": "train", "dev": "validation", "valid": "validation"}
+SPLIT_NAMES |= {"val": "validation", "validation": "validation", "test": "test", "eval": "test"}
+SHARE = 0.1  # of the rows, for a split without a file; twice that of few rows
+FEWEST, FEW = 20, 400
+DEFAULT_SEED = 13
+SAMPLE = 300
+LIMIT = {"validation": 200, "test": 500}  # rows that are enough to choose by, and to measure within a few points
+WIDTH = 110
+
+
+@dataclass
+class Proposal:
+    """A task with the files it reads.
+
+    Attributes:
+        name: of the task.
+        guess: what it is.
+        files: a file for each split that has one of its own; ``train`` always.
+        arguments: of its source.
+        rows: of each split.
+    """
+
+    name: str
+    guess: Guess
+    files: dict[str, Path]
+    arguments: dict[str, Any]
+    rows: dict[str, int]
+
+
+def init(folder: Path, files: Sequence[Path], backbone: str) -> str:
+    """Proposes a task for every file, or for files that are named as splits of one, and writes tasks and a recipe.
+
+    Args:
+        folder: for the recipe and its tasks; made where it does not exist.
+        files: CSV, TSV, JSONL, Parquet or Excel.
+        backbone: that the recipe names.
+
+    Returns:
+        what was guessed, for the terminal.
+
+    Raises:
+        AlterError: with the mistakes of all files, or a file to write is there already; nothing is written then.
+    """
+    recipe = folder / "recipe.yaml"
+    proposals, problems = [], []
+    for name, parts in _by_task(files).items():
+        try:
+            proposals.append(_propose(name, parts))
+        except AlterError as error:
+            problems += error.messages
+    targets = [recipe, *(folder / "tasks" / f"{proposal.name}.yaml" for proposal in proposals)]
+    problems += [f"{file}: is there already; name another folder, or remove it." for file in targets if file.exists()]
+    if problems:
+        raise AlterError(*problems)
+    texts = [_recipe_text(proposals, recipe, backbone), *(_task_text(p, folder / "tasks") for p in proposals)]
+    try:
+        for file, text in zip(targets, texts, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AlterError(f"{folder}: cannot be written ({error.strerror}); name another folder.") from error
+    said = [line for proposal in proposals for line in [*_said(proposal), ""]]
+    return "\n".join(
+        [
+            *said,
+            f"Written: {recipe} and {len(proposals)} task file{'s' if len(proposals) > 1 else ''} in {folder / 'tasks'}. "
+            "Correct there what is guessed wrong.",
+            f"Next: alter doctor --config {recipe}",
+            f"      alter fit --config {recipe}",
+        ]
+    )
+
+
+def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    """Files by task and split; ``x.train.csv`` and ``x.test.csv``, or ``x/train.csv``, are splits of a task x."""
+    tasks: dict[str, dict[str, Path]] = {}
+    for file in files:
+        words = [word for word in re.split(r"[^a-z0-9]+", file.stem.lower()) if word]
+        split = next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), None)
+        rest = [word for word in words if word not in SPLIT_NAMES]
+        name = "_".join(rest) or re.sub(r"[^a-z0-9]+", "_", file.resolve().parent.name.lower()).strip("_")
+        parts = tasks.setdefault(name or "task", {})
+        if (split or "train") in parts:
+            raise AlterError(
+                f"{file}: its task and split ({name}, {split or 'train'}) are also those of {parts[split or 'train']}; "
+                "rename one of them."
+            )
+        parts[split or "train"] = file
+    return tasks
+
+
+def _propose(name: str, files: dict[str, Path]) -> Proposal:
+    if "train" not in files:
+        raise AlterError(f"{next(iter(files.values()))}: there is no file of training rows beside it; add one.")
+    columns, rows = read_columns(chain.from_iterable(map(read_file, files.values())))
+    if rows < FEWEST:
+        raise AlterError(f"{files['train']}: {rows} rows are too few to train and to test on; give {FEWEST} or more.")
+    guess = guess_task(columns, rows, str(files["train"]), islice(read_file(files["train"]), SAMPLE))
+    given = {split: str(file.resolve()) for split, file in files.items()}
+    share = SHARE if rows >= FEW else 2 * SHARE
+    arguments = {split: given.get(split, share) for split in SPLITS}
+    if guess.group and len(files) < len(SPLITS):
+        arguments["group"] = guess.group
+    for seed in range(DEFAULT_SEED, DEFAULT_SEED + 20):  # by chance a share of a few rows is empty
+        source = Files(**arguments, seed=seed)
+        sizes = {split: sum(1 for _ in source.rows(split)) for split in SPLITS}
+        if min(sizes.values()):
+            return Proposal(name, guess, files, {**arguments, "seed": seed}, sizes)
+    raise AlterError(
+        f"{files['train']}: no split of its rows leaves some for each of {', '.join(SPLITS)}"
+        f"{f' with equal {guess.group} on one side' if guess.group else ''}; add rows, or files of their own."
+    )
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _said(proposal: Proposal) -> list[str]:
+    """A task's guesses, a line each."""
+    guess = proposal.guess
+    inputs = ", ".join(f"{c.name} ({c.mean:.0f} characters on average)" for c in guess.inputs)
+    facts = {"reads": inputs, "answers": f"{guess.target.name} ({guess.reason})"}
+    if guess.choices:
+        counts = [f"{choice} {guess.target.values[choice]:,}" for choice in guess.choices]
+        shown = ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
+        facts["choices"] = f"{len(counts)}: {shown}"
+    origin = "files of their own" if len(proposal.files) == len(SPLITS) else "shares drawn by a seed"
+    facts["rows"] = " / ".join(f"{proposal.rows[split]:,} {split}" for split in SPLITS) + f" ({origin})"
+    if "group" in proposal.arguments:
+        facts["together"] = f"rows of the same {guess.group} stay in one split"
+    facts |= {f"not {name}": reason for name, reason in guess.left_out.items()}
+    lines = [f"{proposal.name}: {guess.kind}, from {', '.join(map(str, proposal.files.values()))}"]
+    width = max(map(len, facts)) + 2
+    for label, fact in facts.items():
+        first = f"  {label:<{width}}"
+        lines += textwrap.wrap(fact, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+    return lines
+
+
+def _task_text(proposal: Proposal, folder: Path) -> str:
+    guess = proposal.guess
+    arguments = dict(proposal.arguments)
+    for split, file in proposal.files.items():
+        arguments[split] = Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
+    if arguments["seed"] == DEFAULT_SEED or len(proposal.files) == len(SPLITS):
+        del arguments["seed"]
+    prompt = textwrap.indent(guess.prompt, "  ")
+    lines = [
+        f"# {guess.kind.capitalize()}: {guess.target.name}, from {', '.join(c.name for c in guess.inputs)}. "
+        "Guessed by alter init; every line may be changed.",
+        f"name: {proposal.name}",
+        "source:",
+        "  class_path: Files",
+        f"  init_args: {_inline(arguments)}",
+        f"prompt: |\n{prompt}",
+        f"target: {json.dumps(guess.answer, ensure_ascii=False)}",
+    ]
+    if guess.choices:
+        lines += [_wrapped("choices", guess.choices)]
+    if guess.metrics:
+        lines += [f"metrics: {_inline(guess.metrics)}"]
+    lines += [
+        f"truncate: {_inline(guess.longest_input.name)}  # what is shortened where a prompt is too long",
+        f"max_prompt_tokens: {guess.max_prompt_tokens}",
+        f"max_target_tokens: {guess.max_target_tokens}",
+    ]
+    if not guess.choices:
+        lines += ["truncate_target: true  # a longer answer is learned from as far as it fits"]
+    limit = {split: most for split, most in LIMIT.items() if proposal.rows[split] > most}
+    if limit:
+        lines += [f"limit: {_inline(limit)}  # of many rows, to be tested in minutes"]
+    return "\n".join(lines) + "\n"
+
+
+RECIPE = """\
+# {about}
+#
+#   alter doctor --config {file}    looks at the data and the machine first
+#   alter fit --config {file}
+#
+# Any field is a flag too (--stage2.model.router.hidden 32); --print_config shows them all, with comments.
+run: {run}
+seed_everything: 13
+backbone: {backbone}   # a hub id, a folder, or the bundled name smollm2-135m
+precision: {precision}              # of the frozen backbone: fp32, bf16, int8 or nf4; {reason}
+
+data:
+  tasks:
+{tasks}
+  temperature: 2             # a task's rate ~ weight * size^(1/temperature): 1 proportional, large equal
+  examples_per_epoch: {examples}   # draws; {rows} training rows in all
+  max_tokens: 1024           # of a batch, padding counted; less where memory is short
+
+trainer:
+  accelerator: auto          # a GPU where there is one
+  max_epochs: 1
+  gradient_clip_val: 1.0
+  val_check_interval: 0.5    # validates twice an epoch; the best checkpoint is kept
+  num_sanity_val_steps: 0
+  log_every_n_steps: 10
+
+stage1:                      # intra-task: one expert a task, mixed by the task's selector
+  model:
+    init_args:
+      layers: last:40%         # of the blocks, in each stack
+      expert: {{class_path: alter.nn.LoRA, init_args: {{rank: 16}}}}
+      optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 2.0e-3, weight_decay: 0.0}}}}
+
+stage2:                      # inter-task: shared experts and their gate join
+  model:
+    init_args:
+      expert: {{class_path: alter.nn.LoRA, init_args: {{rank: 16}}}}
+      num_shared: 2
+      keep: 0.98               # the task experts' share at the start
+      task_expert_lr: 1.0      # they go on learning
+      optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 5.0e-4, weight_decay: 0.0}}}}
+  trainer:
+    limit_train_batches: 0.3
+"""
+
+
+def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> str:
+    rows = sum(proposal.rows["train"] for proposal in proposals)
+    fast = _has_bf16()
+    names = ", ".join(proposal.name for proposal in proposals)
+    return RECIPE.format(
+        about=f"One small language model for {names}; proposed by alter init.",
+        file=file,
+        run=_inline(f"runs/{file.resolve().parent.name}"),
+        backbone=_inline(backbone),
+        precision="bf16" if fast else "fp32",
+        reason="this machine computes in bf16"
+        if fast
+        else "bf16 would be slow on this machine, which has no such instructions",
+        tasks="\n".join(f"    - tasks/{proposal.name}.yaml" for proposal in proposals),
+        examples=min(16_000, max(600, 3 * rows)),
+        rows=f"{rows:,}",
+    )
+
+
+def _has_bf16() -> bool:
+    """Whether there is a CUDA device, or a processor with bf16 instructions; without importing torch."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.is_file() else ""
+    return Path("/proc/driver/nvidia/version").exists() or "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _inline(value: Any) -> str:
+    """YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.strip().removesuffix("...").strip()
+
+
+def _wrapped(key: str, values: Sequence[str]) -> str:
+    text = f"{key}: {_inline(list(values))}"
+    if len(text) <= WIDTH:
+        return text
+    lines = textwrap.wrap(_inline(list(values))[1:-1], WIDTH, break_long_words=False, break_on_hyphens=False)
+    return f"{key}:\n  [\n" + "\n".join(f"    {line}" for line in lines) + "\n  ]"

@@ -1,0 +1,76 @@
+"""A run's model as one folder for the Hugging Face hub, which ``alter.load`` reads too."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alter.card import model_card
+from alter.errors import AlterError
+from alter.nn.model import CONFIG_FILE, WEIGHTS_FILE
+from alter.predict import CALIBRATION_FILE, model_folder, read_recipe
+
+USAGE = """
+```
+pip install alter-mta
+hf download OWNER/NAME --local-dir model
+```
+
+```python
+import alter
+
+model = alter.load("model")
+print({call})
+```
+"""
+PLACES = ("folder", "root")  # arguments of a source that name folders of the machine it was trained on
+
+
+def publish(run: Path, out: Path) -> None:
+    """Writes adapters, calibration, tasks, results and a model card into one new folder.
+
+    Args:
+        run: a run folder, or one that was written so before.
+        out: a folder, new or empty.
+
+    Raises:
+        AlterError: ``run`` holds no finished run, or ``out`` holds something.
+    """
+    new_folder(out)
+    content = read_recipe(run)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE):
+        if (model_folder(run) / name).is_file():
+            shutil.copy(model_folder(run) / name, out / name)
+    if (run / "results.json").is_file():
+        shutil.copy(run / "results.json", out / "results.json")
+    write_recipe(out, content, content["data"]["tasks"])
+    first = content["data"]["tasks"][0]
+    verb = "classify" if first.get("choices") else "generate"
+    model_card(run, USAGE.replace("{call}", f'model.{verb}(["..."], task="{first["name"]}")')).save(out / "README.md")
+
+
+def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]) -> None:
+    """Writes the part of a recipe that loading reads, without this machine's folders."""
+    tasks = [{**task, "where": "recipe.yaml", "source": _without_places(task["source"])} for task in tasks]
+    kept = {key: content[key] for key in ("precision", "generation") if key in content}
+    text = yaml.safe_dump({**kept, "data": {"tasks": tasks}}, sort_keys=False, allow_unicode=True, width=120)
+    (out / "recipe.yaml").write_text(text, encoding="utf-8")
+
+
+def _without_places(source: dict[str, Any]) -> dict[str, Any]:
+    arguments = {key: value for key, value in (source.get("init_args") or {}).items() if key not in PLACES}
+    return {**source, "init_args": arguments}
+
+
+def new_folder(out: Path) -> None:
+    """Makes a folder.
+
+    Raises:
+        AlterError: it is there and holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AlterError(f"{out}: already there and not empty; give a new folder, or remove it first.")
+    out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,177 @@
+"""Finished and unfinished runs beside each other: a table of them, and what differs between two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from alter.errors import AlterError
+
+Metrics = Mapping[str, Mapping[str, Any]]
+SHORT = 60  # characters of a value
+
+
+@dataclass
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: of the run.
+        recipe: its complete recipe.
+        progress: its finished steps.
+        results: of its test, or None where it is not finished.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    progress: dict[str, Any]
+    results: dict[str, Any] | None
+
+    @property
+    def score(self) -> float | None:
+        """The mean over the tasks of each task's first metric."""
+        if self.results is None:
+            return None
+        return fmean(next(iter(metrics.values()))["value"] for metrics in self.results["tasks"].values())
+
+    @property
+    def state(self) -> str:
+        """Tested, or the last step that is finished."""
+        return "tested" if self.results is not None else f"{[*self.progress][-1]} done" if self.progress else "begun"
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        AlterError: there is none, or a file of it is damaged.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise AlterError(f"{folder}: no run here, recipe.yaml is missing; name a folder that `alter fit` has written.")
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        found = [_json(folder / name) for name in ("progress.json", "results.json")]
+        return Run(folder, dict(recipe), found[0] or {}, found[1])
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise AlterError(f"{folder}: a file of this run is damaged ({error}); run it again, or remove it.") from error
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """All runs in a folder and below, the best first, those without results last.
+
+    Raises:
+        AlterError: there is none.
+    """
+    files = folder.rglob("recipe.yaml")
+    runs = [read_run(file.parent) for file in files if (file.parent / "env.txt").is_file()]
+    if not runs:
+        raise AlterError(f"{folder}: no run here or below; name a folder that `alter fit` has written runs into.")
+    return sorted(runs, key=lambda run: (run.score is None, -(run.score or 0.0), str(run.folder)))
+
+
+def runs_table(folder: Path) -> str:
+    """A table of the runs in a folder, the best first."""
+    runs = find_runs(folder)
+    head = ["run", "state", "mean", "tasks", "trained", "minutes", "memory", "when"]
+    lines = [head]
+    for run in runs:
+        results = run.results or {}
+        seconds = [record["seconds"] for record in run.progress.values()]
+        seconds += [results["seconds"]["test"] or 0.0] if results else []
+        trained = max((record.get("trainable_parameters", 0) for record in run.progress.values()), default=0)
+        memory = max(
+            [results.get("peak_memory_bytes", 0), *(r.get("peak_memory_bytes", 0) for r in run.progress.values())]
+        )
+        when = datetime.fromtimestamp((run.folder / "recipe.yaml").stat().st_mtime)
+        lines.append(
+            [
+                str(run.folder),
+                run.state,
+                "-" if run.score is None else f"{run.score:.3f}",
+                str(len(run.recipe["data"]["tasks"])),
+                f"{trained:,}" if trained else "-",
+                f"{sum(seconds) / 60:.1f}",
+                f"{memory / 2**30:.1f} GiB" if memory else "-",
+                f"{when:%Y-%m-%d %H:%M}",
+            ]
+        )
+    text = (
+        _columns(lines, right=range(2, 7)) + "\n\nmean: over the tasks, of each task's first metric on the test split."
+    )
+    if len({tuple(sorted(run.results["tasks"])) for run in runs if run.results}) > 1:
+        text += " These runs have different tasks, so their means do not compare."
+    return text
+
+
+def _columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{c:>{w}}" if i in right else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def diff(first: Path, second: Path) -> str:
+    """The recipe's lines in which two runs differ, and how each metric changes from the first to the second."""
+    one, other = read_run(first), read_run(second)
+    lines = [["recipe", str(first), str(second)], *_recipe_changes(one.recipe, other.recipe)]
+    text = _columns(lines) if len(lines) > 1 else "The recipes are the same, but for the run folder."
+    if one.results is None or other.results is None:
+        missing = first if one.results is None else second
+        return f"{text}\n\n{missing}: no results yet, so no metrics to compare."
+    table = [["metric", str(first), str(second), "change", ""], *_metric_changes(one.results, other.results)]
+    return f"{text}\n\n{_columns(table, right=(3,))}"
+
+
+def _recipe_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[list[str]]:
+    before, after = (dict(_leaves(recipe)) for recipe in (one, other))
+    for key in [*before, *(key for key in after if key not in before)]:
+        if key != "run" and before.get(key) != after.get(key):
+            yield [key, *(_value(values[key]) if key in values else "-" for values in (before, after))]
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots and their values; the tasks by their names, without the place that they were read from."""
+    if key == "data.tasks":
+        value = {task["name"]: {k: v for k, v in task.items() if k not in ("name", "where")} for task in value}
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, value
+
+
+def _value(value: Any) -> str:
+    text = " ".join(json.dumps(value, ensure_ascii=False).strip('"').split())
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+
+
+def _metric_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[list[str]]:
+    names = [
+        (task, metric) for results in (one, other) for task, metrics in results["tasks"].items() for metric in metrics
+    ]
+    for task, metric in dict.fromkeys(names):
+        before, after = (results["tasks"].get(task, {}).get(metric) for results in (one, other))
+        change, note = "", ""
+        if before and after:
+            change = f"{after['value'] - before['value']:+.3f}"
+            apart = before["high"] < after["low"] or after["high"] < before["low"]
+            note = "intervals apart" if apart else ""
+        yield [f"{task} {metric}", _measured(before), _measured(after), change, note]
+
+
+def _measured(entry: Mapping[str, float] | None) -> str:
+    return "-" if not entry else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"

@@ -1,0 +1,169 @@
+"""`alter init` as a user calls it: files of every kind become tasks that train unedited."""
+
+import csv
+import json
+import random
+
+import openpyxl
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alter.cli import main
+from alter.data import Task
+from alter.errors import AlterError
+from alter.init.write import init
+from tests.data.conftest import words, write_jsonl  # noqa: F401 (a fixture)
+from tests.test_cli import tiny_backbone
+
+DRAW = random.Random(13)
+WORDS = [f"w{i}" for i in range(90)]
+
+
+def text(length=5):
+    return " ".join(DRAW.choices(WORDS, k=length))
+
+
+def write_csv(file, rows):
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A table of each kind of task, one in each kind of file."""
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    intents = [
+        {"id": i, "Customer text": text(), "intent": DRAW.choice(["no", "refund", "delivery"])} for i in range(60)
+    ]
+    pairs = [{"premise": text(40), "hypothesis": text(), "gold": DRAW.choice([0, 1, 2])} for _ in range(90)]
+    slots = [
+        {"patientId": i // 4, "sentence": text(), "entities": [{"type": "Drug", "text": "w1"}] * (i % 3)}
+        for i in range(120)
+    ]
+    titles = [{"body": None if i == 3 else text(12), "summary": f"{text(3)}\n{text(2)}"} for i in range(60)]
+    write_csv(data / "Intents 2026.csv", intents)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(pairs[:70]), data / "pairs-train.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(pairs[70:]), data / "pairs-test.parquet")
+    write_jsonl(data / "slots.jsonl", slots)
+    write_jsonl(data / "titles.jsonl", titles)
+    (book := openpyxl.Workbook()).active.append(["question", "context", "answer"])
+    for _ in range(40):
+        context = DRAW.sample(WORDS, 30)
+        book.active.append([text(2), " ".join(context), context[7]])
+    book.save(data / "qa.xlsx")
+    return sorted(data.iterdir())
+
+
+def test_every_kind_of_file_and_task_is_told_and_written(files, tmp_path, capsys):
+    main(["init", "mine", *map(str, files)])
+    out = capsys.readouterr().out
+    blocks = {block.split(":")[0]: block for block in out.split("\n\n")}
+    tasks = {file.stem: Task.from_file(file) for file in (tmp_path / "mine" / "tasks").iterdir()}
+    assert set(tasks) == {"intents_2026", "pairs", "qa", "slots", "titles"}
+    kinds = {name: blocks[name].split(", from")[0].split(": ")[1] for name in tasks}
+    assert kinds == {
+        "intents_2026": "classification", "pairs": "pair", "qa": "extraction", "slots": "extraction", "titles": "generation",
+    }  # fmt: skip
+    assert tasks["intents_2026"].choices == ["delivery", "no", "refund"]
+    assert "not id" in blocks["intents_2026"]
+    assert tasks["pairs"].choices == ["0", "1", "2"]
+    assert "one of 0, 1, 2" in tasks["pairs"].prompt
+    assert tasks["pairs"].truncate == "premise"
+    assert "20 test" in blocks["pairs"]
+    assert tasks["qa"].metrics == ["exact_match", "token_f1"]
+    row = {"sentence": "s", "entities": [{"type": "Drug", "text": "a"}, {"type": "Disease", "text": "b"}]}
+    assert tasks["slots"].render_target(row) == "Drug: a; Disease: b"
+    assert tasks["slots"].render_target({**row, "entities": []}) == "none"
+    assert "rows of the same patientId stay in one split" in blocks["slots"]
+    groups = [{r["patientId"] for r in tasks["slots"].opened.rows(split)} for split in ("train", "validation", "test")]
+    assert all(groups)
+    assert not groups[0] & groups[2]
+    assert tasks["titles"].render_target({"summary": "a\nb"}) == "a b"
+    assert tasks["titles"].render_prompt({"body": None}) == "Body: \nSummary:"
+    recipe = (tmp_path / "mine" / "recipe.yaml").read_text()
+    assert recipe.count("#") > 15
+    assert "alter fit --config mine/recipe.yaml" in out
+
+
+def test_fit_works_on_the_result_unedited(files, tmp_path, words):  # noqa: F811
+    tiny_backbone(tmp_path / "backbone", words, "llama")
+    main(["init", "mine", *map(str, files), "--backbone", "backbone"])
+    main(["fit", "--config", "mine/recipe.yaml"])
+    results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
+    assert {task: next(iter(metrics)) for task, metrics in results["tasks"].items()} == {
+        "intents_2026": "accuracy", "pairs": "accuracy", "qa": "exact_match", "slots": "span_f1", "titles": "rouge1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"a;label": f"{i};x"} for i in range(30)], "a CSV file has commas"),
+        (
+            [{"text": text(), "label": "xy"[i % 2] if i else ""} for i in range(30)],
+            "'label' looks like the answer and is empty in 1",
+        ),
+        ([{"text": text(), "label": "x"} for i in range(5)], "5 rows are too few"),
+        ([{"size": i % 7, "label": i % 2} for i in range(30)], "no column holds text to read"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_one_sentence_and_nothing_is_written(rows, sentence, tmp_path, capsys):
+    file = write_csv(tmp_path / "x.csv", rows)
+    with pytest.raises(SystemExit) as stop:
+        main(["init", str(tmp_path / "mine"), str(file)])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_nothing_is_overwritten_and_two_files_of_one_task_are_refused(files, tmp_path, capsys):
+    main(["init", "mine", str(files[0])])
+    (tmp_path / "mine" / "recipe.yaml").write_text("mine")
+    write_csv(tmp_path / "intents-2026.csv", [{"text": text(), "label": i % 2} for i in range(30)])
+    for arguments, sentence in (
+        (["mine", str(files[0])], "is there already"),
+        (["other", str(files[0]), "intents-2026.csv"], "are also those of"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["init", *arguments])
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "mine" / "recipe.yaml").read_text() == "mine"
+
+
+TEXTS = st.sampled_from(["a", "b c", "{{", "ü\nx", "#: '\""])
+LISTS = st.lists(st.fixed_dictionaries({"type": st.just("T"), "text": st.text("ab", min_size=1)}), max_size=2)
+CELLS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.floats(-1, 1), TEXTS, st.lists(TEXTS, max_size=2), LISTS
+)
+COLUMNS = st.one_of(*(st.lists(cells, min_size=2, max_size=6) for cells in (TEXTS, TEXTS, LISTS, CELLS)))
+NAMES = st.sampled_from(["text", "label", "a b", "class", "id", "row", "not", "x{{y", "summary", "it's", "Ω"])
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_whatever_a_table_holds_its_task_renders_every_row_or_is_refused_in_a_sentence(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("x")
+    columns = data.draw(st.dictionaries(NAMES, COLUMNS, min_size=1, max_size=4))
+    rows = [
+        {name: cells[(i * (k + 1)) % len(cells)] for k, (name, cells) in enumerate(columns.items())} for i in range(40)
+    ]
+    file = write_jsonl(folder / "x.jsonl", rows)
+    try:
+        init(folder / "mine", [file], "backbone")
+    except AlterError:
+        assert not (folder / "mine").exists()
+        return
+    task = Task.from_file(folder / "mine" / "tasks" / "x.yaml")
+    assert yaml.safe_load((folder / "mine" / "recipe.yaml").read_text())["data"]["tasks"] == ["tasks/x.yaml"]
+    for row in rows:
+        assert task.render_prompt(row)
+        assert task.render_target(row)

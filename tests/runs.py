@@ -1,0 +1,60 @@
+"""Run folders as training leaves them, made without training: tiny models with random adapters."""
+
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from alter.nn import LoRA, MTAModel, SharedGate, TaskSelector
+from tests.data.conftest import task_dict
+from tests.nn.tiny import tiny_model
+
+CHOICES = ["w1", "w2 w3", "w4", "w5 w6 w7", "w8"]
+
+
+def tasks(folder):
+    """Two classifications of different choices, a generation, and one whose prompt has two fields."""
+    return [
+        task_dict(folder, "sort", license="CC BY 4.0"),
+        task_dict(folder, "pick", choices=CHOICES, target="{{ ['w1', 'w4'][(text | length) % 2] }}"),
+        task_dict(
+            folder,
+            "echo",
+            choices=None,
+            prompt="w9 {{ text }} :",
+            max_target_tokens=3,
+            truncate_target=True,
+            target="{{ text }}",
+        ),
+        task_dict(folder, "pair", choices=None, prompt="{{ text }} w10 {{ label }} :", max_target_tokens=5),
+    ]
+
+
+def make_run(folder, words, family="llama", expert=None, router=None, shared="gate", own_backbone=False):
+    """A finished run of both stages, or without ``shared`` of stage 1 alone; returns its folder."""
+    backbone = tiny_model(family)
+    backbone.resize_token_embeddings(510)
+    backbone.save_pretrained(folder / "backbone")
+    AutoTokenizer.from_pretrained(words).save_pretrained(folder / "backbone")
+    content = {"precision": "fp32", "generation": {}, "backbone": "b", "data": {"tasks": tasks(folder)}}
+    run = folder / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+    model = MTAModel(backbone, [task["name"] for task in content["data"]["tasks"]], "last:2")
+    model.add_experts(expert or LoRA(rank=4), router or TaskSelector())
+    if own_backbone:
+        model.train_backbone()
+    perturb(model)
+    model.save_pretrained(run / "stage1" / "model", folder / "backbone")
+    if shared:
+        model.add_shared(expert or LoRA(rank=4), 2, SharedGate(hidden=8) if shared == "gate" else shared)
+        perturb(model)
+    model.save_pretrained(run / "model", folder / "backbone")
+    return run
+
+
+def perturb(model):
+    torch.manual_seed(1)
+    for name, parameters in model.part_parameters().items():
+        for parameter in parameters:
+            if name != "backbone" or parameter.requires_grad:
+                parameter.data += 0.2 * torch.randn_like(parameter)

@@ -1,0 +1,325 @@
+"""`alter export`: what it writes is read by programs that know nothing of ALTER."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import alter
+from alter.cli import main
+from alter.nn import Bottleneck, Description, LoRA, Polytropon
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.runs import make_run
+from tests.test_cli import refused
+
+TEXTS = ["w11 w12 w13", "w14", "w15 w16", "w17 w18 w19 w20"]
+CLIENT = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+assert not any(name.split(".")[0] == "alter" for name in sys.modules)
+folder, auto, prompts = json.loads(sys.stdin.read())
+model = globals()[auto].from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+answers = []
+for prompt in prompts:
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if auto == "AutoModelForSeq2SeqLM":
+        inputs = tokenizer(prompt + " </s>", return_tensors="pt")
+    output = model.generate(**inputs)[0]
+    start = 1 if auto == "AutoModelForSeq2SeqLM" else inputs["input_ids"].shape[1]
+    answers.append(tokenizer.decode(output[start:], skip_special_tokens=True).strip())
+print("ANSWERS " + json.dumps(answers))
+"""
+
+
+def weights(folder):
+    return sum(f.stat().st_size for kind in ("*.safetensors", "*.onnx", "*.data") for f in folder.glob(kind))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_plain_checkpoint_answers_the_same_in_a_process_without_alter(family, tmp_path, words, capsys, monkeypatch):  # noqa: F811
+    run = make_run(tmp_path, words, family, shared=None)
+    monkeypatch.chdir(tmp_path)
+    main(["export", "--run", "run", "--task", "echo", "--task", "sort"])
+    folder = Path("run/export/hf/echo")
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["echo", "sort"]
+    before = weights(tmp_path / "backbone") + weights(run / "model")
+    line = f"{folder}: {weights(folder) / 1e6:,.1f} MB ({before / 1e6:,.1f} MB before: backbone and the adapters of all tasks)"
+    assert line in capsys.readouterr().out
+    model = alter.load(run)
+    auto = "AutoModelForSeq2SeqLM" if family == "t5" else "AutoModelForCausalLM"
+    given = json.dumps([str(tmp_path / folder), auto, [model.prompt(text, "echo") for text in TEXTS]])
+    found = subprocess.run(
+        [sys.executable, "-c", CLIENT], input=given, cwd="/", capture_output=True, text=True, check=True
+    )
+    answers = json.loads(found.stdout.split("ANSWERS ")[1])
+    assert answers == model.generate(TEXTS, task="echo")
+    assert len(set(answers)) > 1
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "`echo`" in card.text
+    assert "`sort`" not in card.text
+
+
+def test_dtype_halves_the_checkpoint_and_is_what_loads(tmp_path, words):  # noqa: F811
+    run = make_run(tmp_path, words, shared=None)
+    for dtype in ("fp32", "bf16", "fp16"):
+        main(["export", "--run", str(run), "--task", "echo", "--dtype", dtype, "--out", str(tmp_path / dtype)])
+    full = load_file(tmp_path / "fp32" / "echo" / "model.safetensors")
+    for dtype, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        folder = tmp_path / dtype / "echo"
+        assert 0.45 < weights(folder) / weights(tmp_path / "fp32" / "echo") < 0.55
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == kind
+        with safe_open(folder / "model.safetensors", "pt") as tensors:
+            assert all(torch.equal(tensors.get_tensor(name), value.to(kind)) for name, value in full.items())
+
+
+def test_the_chat_template_makes_the_tasks_prompt(tmp_path, words):  # noqa: F811
+    run = make_run(tmp_path, words, shared=None)
+    main(["export", "--run", str(run)])
+    model = alter.load(run)
+    tokenizer = AutoTokenizer.from_pretrained(run / "export" / "hf" / "echo")
+    chat = [{"role": "user", "content": "w11 w12"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == model.prompt("w11 w12", "echo")
+    assert (
+        AutoTokenizer.from_pretrained(run / "export" / "hf" / "pair").chat_template is None
+    )  # its prompt has two fields
+
+
+@pytest.mark.parametrize("shared", [None, Polytropon()], ids=["stage1", "stage2"])
+def test_bottlenecks_leave_as_one_adapter_with_its_calibration(shared, tmp_path, words, monkeypatch):  # noqa: F811
+    run = make_run(tmp_path, words, "t5", Bottleneck(rank=4), shared=shared)
+    entry = {"temperature": 2.0, "rows": 6, "nll_before": 1.0, "nll_after": 0.9}
+    (run / "model" / "calibration.json").write_text(json.dumps({"sort": entry, "pick": entry}))
+    monkeypatch.chdir(tmp_path)
+    main(["export", "--run", "run", "--format", "adapter", "--out", "out"])
+    whole = alter.load("run")
+    for task in whole.tasks:
+        alone = alter.load(f"out/{task}")
+        assert alone.tasks == [task]
+        assert len(alone.model.part_parameters()["router"]) == len(alone.model.layers)
+        if whole.task(task).choices:
+            one, other = alone.classify(TEXTS, return_probs=True), whole.classify(TEXTS, task=task, return_probs=True)
+            for a, b in zip(one, other, strict=True):
+                assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+    assert alone.generate({"text": "w1", "label": "no"}) == whole.generate({"text": "w1", "label": "no"}, task="pair")
+
+
+def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, words, capsys, monkeypatch):  # noqa: F811
+    make_run(tmp_path, words)
+    monkeypatch.chdir(tmp_path)
+    export = ("export", "--run", "run", "--task", "sort")
+    for arguments, message in [
+        (export, "SharedGate, the router of stage 2, reads the hidden states, so no fixed weights answer for a task; export the model of stage 1 (--stage stage1), or take --format onnx"),
+        ((*export, "--format", "adapter", "--stage", "stage1"), "take --format hf"),
+        (("export", "--run", "run", "--task", "srt"), "there is no task 'srt'; it is one of sort, pick, echo, pair. Did you mean 'sort'?"),
+        ((*export, "--stage", "stage2"), "run/stage2/model: no model here"),
+        ((*export, "--format", "onnx", "--dtype", "fp16"), "--dtype: fp16 is for --format hf"),
+        ((*export, "--format", "alter"), "leave out --task and --stage"),
+        (("export", "--run", "backbone"), "backbone: no run here"),
+    ]:  # fmt: skip
+        assert message in " ".join(refused(capsys, *arguments))
+    assert not list(Path("run/export").rglob("*.*"))
+    main([*export, "--stage", "stage1"])
+    kept = weights(Path("run/export/hf/sort"))
+    assert "already there and not empty" in " ".join(refused(capsys, *export, "--stage", "stage1"))
+    assert weights(Path("run/export/hf/sort")) == kept > 0
+
+
+# -- the whole model, for the hub -------------------------------------------------------------------------------------
+
+
+def test_the_hub_folder_loads_and_its_card_tells_tasks_licences_metrics_and_limits(tmp_path, words, monkeypatch):  # noqa: F811
+    run = make_run(tmp_path, words)
+    monkeypatch.chdir(tmp_path)
+    main(["test", "--run", "run"])
+    main(["export", "--run", "run", "--format", "alter", "--out", "hub"])
+    names = {"README.md", "adapters.safetensors", "alter.json", "calibration.json", "recipe.yaml", "results.json"}
+    assert {p.name for p in Path("hub").iterdir()} == names
+    assert str(tmp_path) not in Path("hub/README.md").read_text()
+    whole, copy = alter.load(run), alter.load("hub")
+    assert copy.tasks == whole.tasks
+    assert copy.temperatures == whole.temperatures
+    tasks = ["echo", "sort", "pick", "echo"]
+    assert copy.generate(TEXTS, task=tasks) == whole.generate(TEXTS, task=tasks)
+    card = ModelCard.load("hub/README.md")
+    assert card.data.library_name == "alter-mta"
+    results = json.loads((run / "results.json").read_text())["tasks"]
+    told = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert told == {
+        (task, metric): round(e["value"], 4) for task, found in results.items() for metric, e in found.items()
+    }
+    assert f"| sort | accuracy | **{results['sort']['accuracy']['value']:.3f}**" in card.text
+    assert "| sort | classification, 2 choices | Files sort.train.jsonl | CC BY 4.0 |" in card.text
+    assert "| echo | generation | Files echo.train.jsonl | not stated in the task file |" in card.text
+    for heading in ("How to use it", "Tasks and data", "Metrics", "Intended use", "Limits"):
+        assert f"\n## {heading}\n" in card.text
+    copy.save_pretrained("again")
+    assert {p.name for p in Path("again").iterdir()} == names
+    assert alter.load("again").generate(TEXTS, task=tasks) == whole.generate(TEXTS, task=tasks)
+    assert yaml.safe_load(Path("hub/recipe.yaml").read_text())["data"]["tasks"][0]["source"]["class_path"] == "Files"
+
+
+# -- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def causal_greedy(session, ids, ends, limit):
+    """Greedy decoding of a left-padded batch with a key-value cache, with ONNX Runtime alone."""
+    longest = max(map(len, ids))
+    mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in ids], dtype=np.int64)
+    step = np.array([[0] * (longest - len(row)) + row for row in ids], dtype=np.int64)
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    names = [i.name for i in session.get_inputs() if "past_key_values" in i.name]
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    sizes = {n: (len(ids), int(shapes[n][1]), 0, int(shapes[n][3])) for n in names}
+    cache = {n: np.zeros(size, dtype=np.float32) for n, size in sizes.items()}
+    answers = [[] for _ in ids]
+    for _ in range(limit):
+        logits, *states = session.run(
+            None, {"input_ids": step, "attention_mask": mask, "position_ids": places, **cache}
+        )
+        cache = dict(zip(names, states, strict=True))
+        step = logits[:, -1:].argmax(-1)
+        for answer, token in zip(answers, step[:, 0].tolist(), strict=True):
+            answer.append(token)
+        mask = np.concatenate([mask, np.ones_like(step)], 1)
+        places = places[:, -1:] + 1
+    return [until(answer, ends) for answer in answers]
+
+
+def seq2seq_greedy(encoder, decoder, ids, ends, limit):
+    given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+    (states,) = encoder.run(None, given)
+    answer = [0]
+    for _ in range(limit):
+        feed = {
+            "decoder_input_ids": np.array([answer]),
+            "encoder_outputs.last_hidden_state": states,
+            "attention_mask": given["attention_mask"],
+        }
+        answer.append(int(decoder.run(["logits"], feed)[0][0, -1].argmax()))
+    return until(answer[1:], ends)
+
+
+def until(tokens, ends):
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", {"shared": None}), ("llama", {}), ("t5", {"shared": None})],
+    ids=["merged", "stage2", "merged-t5"],
+)
+def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, tmp_path, words):  # noqa: F811
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run = make_run(tmp_path, words, family, **kind)
+    main(["export", "--run", str(run), "--format", "onnx", "--task", "echo", "--out", str(tmp_path / "out")])
+    folder = tmp_path / "out" / "echo"
+    model, tokenizer = alter.load(run), AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer(model.prompt(text, "echo")).input_ids for text in TEXTS]
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    if family == "t5":
+        encoder, decoder = (ort.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+        tokens = [seq2seq_greedy(encoder, decoder, [*prompt, 1], ends, 3) for prompt in prompts]
+    else:
+        tokens = causal_greedy(ort.InferenceSession(folder / "model.onnx"), prompts, ends, 3)
+    expected = model.generate(TEXTS, task="echo")
+    assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == expected
+    assert len(set(expected)) > 1
+
+
+def test_a_graph_that_would_need_the_prompt_apart_is_refused(tmp_path, words, capsys):  # noqa: F811
+    run = make_run(tmp_path, words, router=Description(), shared=None)
+    for form in ("onnx", "hf"):
+        found = refused(capsys, "export", "--run", str(run), "--format", form, "--task", "echo")
+        assert "Description" in found[0]
+        assert "--format alter, alter.load" in found[0]
+
+
+# -- the real thing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_run(smollm2, tmp_path_factory):
+    """A run of one stage on SmolLM2 whose adapters have moved but have not been trained."""
+    from alter.nn import MTAModel, TaskSelector
+    from alter.nn.backbone import load_backbone
+    from tests.data.conftest import task_dict
+
+    folder = tmp_path_factory.mktemp("real")
+    tasks = [
+        task_dict(folder, name, choices=None, prompt=f"My {name} story. {{{{ text }}}}", max_target_tokens=12)
+        for name in ("capital", "colour")
+    ]
+    run = folder / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"precision": "fp32", "data": {"tasks": tasks}}))
+    model = MTAModel(load_backbone(smollm2), ["capital", "colour"], "last:8")
+    model.add_experts(LoRA(rank=16), TaskSelector(), own=0.7)
+    torch.manual_seed(0)
+    for name, parameters in model.part_parameters().items():
+        for parameter in parameters if name != "backbone" else ():
+            parameter.data += 0.04 * torch.randn_like(parameter)
+    model.save_pretrained(run / "model", smollm2)
+    return run
+
+
+BEGINNINGS = ["The capital of France is", "In the morning the old farmer", "She painted the door in the colour of"]
+
+
+@pytest.mark.slow
+def test_a_merged_smollm2_gives_the_mixtures_logits_and_answers(real_run):
+    main(["export", "--run", str(real_run), "--task", "capital"])
+    model, folder = alter.load(real_run), real_run / "export" / "hf" / "capital"
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    batch = AutoTokenizer.from_pretrained(folder)(
+        [model.prompt(q, "capital") for q in BEGINNINGS], return_tensors="pt", padding=True
+    )
+    model.use("capital")
+    with torch.inference_mode():
+        expected, found = model.hf(**batch).logits, plain(**batch).logits
+        with model.model.adapters_disabled():
+            untouched = model.hf(**batch).logits
+    kept = batch["attention_mask"].bool()
+    # Of logits up to 30 through 30 blocks in fp32; the tiny models' differ by less than 1e-5 as they are.
+    assert (found - expected)[kept].abs().max() <= 1e-5 * expected[kept].abs().max()
+    assert (untouched - expected)[kept].abs().max() > 1
+
+
+PYTHON = os.environ.get("ALTER_LLAMA_PYTHON")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="ALTER_LLAMA_PYTHON names no environment with llama.cpp; nox -s llama makes one")
+def test_llama_cpp_answers_a_merged_checkpoint_as_the_model_does(real_run, tmp_path):
+    main(["export", "--run", str(real_run), "--task", "colour", "--out", str(tmp_path)])
+    model, gguf = alter.load(real_run), tmp_path / "model.gguf"
+    converter = Path(PYTHON).parents[1] / "llama.cpp" / "convert_hf_to_gguf.py"
+    convert = [PYTHON, str(converter), str(tmp_path / "colour"), "--outtype", "f32", "--outfile", str(gguf)]
+    subprocess.run(convert, check=True, capture_output=True)
+    client = """
+import json, sys
+from llama_cpp import Llama
+gguf, prompts = json.loads(sys.stdin.read())
+model = Llama(gguf, n_ctx=256, n_threads=2, verbose=False)
+answers = [model(p, max_tokens=12, temperature=0.0, stop=["\\n"])["choices"][0]["text"].strip() for p in prompts]
+print("ANSWERS " + json.dumps(answers))
+"""
+    given = json.dumps([str(gguf), [model.prompt(q, "colour") for q in BEGINNINGS]])
+    found = subprocess.run([PYTHON, "-c", client], input=given, capture_output=True, text=True, check=True)
+    answers = model.generate(BEGINNINGS, task="colour")
+    assert json.loads(found.stdout.split("ANSWERS ")[1]) == answers
+    with model.model.adapters_disabled():
+        assert model.generate(BEGINNINGS, task="colour") != answers
+    assert all(answers)

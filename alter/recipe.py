@@ -21,6 +21,7 @@ from alter.nn.decoding import Generation
 from alter.schema import check, check_class
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
+from alter.strategy import check_strategy
 
 STAGES: dict[str, type[StageModule]] = {"stage1": Stage1Module, "stage2": Stage2Module}
 DEFAULTS = {  # named here too, so that their arguments are flags even where a recipe leaves the class out
@@ -217,6 +218,7 @@ def _check_values(config: Namespace) -> list[str]:
         Generation(**config.generation.as_dict())
     except AlterError as error:
         problems += error.messages
+    problems += check_strategy(config.trainer.strategy, config.precision)
     for stage in STAGES:
         problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
     return problems

@@ -38,7 +38,10 @@ from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_ta
 from alter.stages import StageModule
 
 say = rank_zero_only(print)
-UNCOMPARED = ("run", "stages", "test", "trunk_cache")  # keys that may differ between two calls for one run folder
+# Keys that may differ between two calls for one run folder, since they do not change what is computed.
+UNCOMPARED = re.compile(
+    r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.license|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
+)
 
 
 class StageCLI(LightningCLI):
@@ -179,11 +182,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
     )  # else there is nothing to lose or to mix up
     if file.is_file() and begun:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
-        changed = [
-            key
-            for key in _differences(before, recipe.config)
-            if key.split(".")[0] not in UNCOMPARED and not re.fullmatch(r"data\.tasks\.\d+\.license", key)
-        ]
+        changed = [key for key in _differences(before, recipe.config) if not UNCOMPARED.fullmatch(key)]
         if changed:
             raise AlterError(
                 f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"

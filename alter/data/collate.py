@@ -27,10 +27,12 @@ class Collator:
         """Makes a training batch; the loss is on target tokens alone.
 
         Args:
-            examples: with ``prompt_ids``, ``target_ids`` and ``task_id``.
+            examples: with ``prompt_ids``, ``target_ids`` and ``task_id``; ``company`` where they only keep other processes
+                company.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels`` (-100 where no loss), [batch, seq], and ``task_ids`` [batch].
+            ``input_ids``, ``attention_mask`` and ``labels`` (-100 where no loss), [batch, seq], and ``task_ids`` [batch]; a
+            batch for company has ``counts`` too, a scalar 0.
         """
         prompts = [list(example["prompt_ids"]) for example in examples]
         targets = [list(example["target_ids"]) for example in examples]
@@ -39,11 +41,12 @@ class Collator:
         else:
             inputs = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
             labels = [[IGNORED] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
-        return {
+        batch = {
             **self._inputs(inputs, left=False),
             "labels": _pad(labels, IGNORED, left=False),
             "task_ids": torch.tensor([example["task_id"] for example in examples]),
         }
+        return {**batch, "counts": torch.tensor(0.0)} if examples[0].get("company") else batch
 
     def prompts(self, prompts: Sequence[Sequence[int]], task_ids: Sequence[int]) -> dict[str, Tensor]:
         """Makes a batch of prompts to answer, padded on the left for a causal model.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from alter.data.collate import Collator
 from alter.data.encode import encode_task
 from alter.data.mixture import mixture_rates
-from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches
+from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches, share_out
 from alter.data.sources import SPLITS
 from alter.data.task import Task, load_tasks
 from alter.errors import AlterError
@@ -208,18 +208,16 @@ class MultiTaskDataModule(LightningDataModule):
             pairs += [(index, row) for row in range(len(own))]
             lengths += own.tolist()
         batches = [[pairs[i] for i in rows] for rows in eval_batches(lengths, self.eval_max_tokens)]
-        return self._loader("validation", batches[rank::world])
+        return self._loader("validation", share_out(batches, rank, world))
 
     def state_dict(self) -> dict[str, int]:
         """Where a checkpoint stands in the data. Lightning's own counts come back only after it has made the loader."""
-        return {
-            "epoch": self.trainer.current_epoch,
-            "taken": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed,
-        }
+        taken = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"epoch": self.trainer.current_epoch, "taken": taken * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Lets the next training loader go on there."""
-        self._resumed = (state_dict["epoch"], state_dict["taken"])
+        """Lets the next training loader go on there, also on another number of processes."""
+        self._resumed = (state_dict["epoch"], state_dict["taken"] // self.trainer.world_size)
 
     def _loader(self, split: str, batches: Any) -> DataLoader:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
@@ -252,7 +250,9 @@ class _Mixture(Dataset):
         self.tasks = [task.select_columns(["prompt_ids", "target_ids"]) for task in tasks]
 
     def __getitem__(self, pair: Pair) -> dict[str, Any]:
-        return {**self.tasks[pair[0]][pair[1]], "task_id": pair[0]}
+        task, row = pair
+        company = row < 0  # see share_out
+        return {**self.tasks[task][~row if company else row], "task_id": task, "company": company}
 
     def __len__(self) -> int:
         return sum(map(len, self.tasks))

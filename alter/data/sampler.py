@@ -25,7 +25,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         examples_per_epoch: draws an epoch.
         max_tokens: of a batch, padding counted; a longer example makes a batch by itself.
         seed: of the draws.
-        rank: this process; it takes every ``world_size``-th batch.
+        rank: this process; it takes every ``world_size``-th batch, see ``share_out``.
         world_size: number of processes.
         mixed: whether a batch mixes tasks.
         first_epoch: epochs drawn before, by an earlier stage; this one goes on after them.
@@ -110,10 +110,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
 
     def _own_batches(self) -> list[list[Pair]]:
         if self._planned is None or self._planned[0] != self.epoch:
-            batches = self._batches(self.epoch)
-            short = -len(batches) % self.world_size
-            batches += batches[:short]  # every rank takes the same number of steps
-            self._planned = (self.epoch, batches[self.rank :: self.world_size])
+            self._planned = (self.epoch, share_out(self._batches(self.epoch), self.rank, self.world_size))
         return self._planned[1]
 
     def _batches(self, epoch: int) -> list[list[Pair]]:
@@ -130,6 +127,17 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
     def _rng(self, *key: int | str) -> np.random.Generator:
         numbers = [part if isinstance(part, int) else int.from_bytes(part.encode(), "big") for part in key]
         return np.random.default_rng([self.seed, *numbers])
+
+
+def share_out(batches: Sequence[Sequence[Pair]], rank: int, world_size: int) -> list[list[Pair]]:
+    """Every ``world_size``-th batch, as many for each rank, since they step together.
+
+    Where batches do not come out even, the last ranks get the first batches again for company: their examples are numbered
+    ``~example``, below zero, and must not count.
+    """
+    short = -len(batches) % world_size
+    company = [[(task, ~example) for task, example in batches[i % len(batches)]] for i in range(short)]
+    return [*map(list, batches), *company][rank::world_size]
 
 
 def eval_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.optim import Optimizer
 
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
@@ -95,6 +96,7 @@ class StageModule(LightningModule):
         elif self.trunk_cache is not None:
             with self.model.adapters_disabled():  # the check must not meet their noise
                 self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
+        self._start_window()
 
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""
@@ -134,19 +136,35 @@ class StageModule(LightningModule):
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """Starts the sums of the first step."""
+        self._start_window()
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the batch's loss and logs it, over all and per task."""
+        """Returns the batch's loss; one that only keeps other processes company has none."""
         losses, rows, auxiliary = self.model(batch)
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
         loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
         self._check_finite(loss + auxiliary, batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counts))
-        task_sums, task_counts = self._per_task(sums.detach(), counts, batch["task_ids"])
-        present = (task_counts > 0).nonzero().flatten().tolist()
-        self.log_dict({f"train/loss/{self.model.tasks[t]}": task_sums[t] / task_counts[t] for t in present})
-        if auxiliary.requires_grad:
-            self.log("train/auxiliary", auxiliary.detach())
-        return loss + auxiliary
+        counted = batch.get("counts", 1.0)
+        self._window += counted * torch.stack([loss.detach(), auxiliary.detach(), torch.ones_like(loss)])
+        self._task_window += counted * torch.stack(self._per_task(sums.detach(), counts, batch["task_ids"]))
+        return (loss + auxiliary) * counted
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Logs the step's loss, over all and per task: of all batches that it takes, on all processes."""
+        loss, auxiliary, batches = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        sums, counts = self.trainer.strategy.reduce(self._task_window, reduce_op="sum")
+        self.log("train/loss", loss / batches, prog_bar=True)
+        present = (counts > 0).nonzero().flatten().tolist()
+        self.log_dict({f"train/loss/{self.model.tasks[t]}": sums[t] / counts[t] for t in present})
+        if auxiliary:
+            self.log("train/auxiliary", auxiliary / batches)
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self._window = torch.zeros(3, device=self.device)
+        self._task_window = torch.zeros(2, len(self.model.tasks), device=self.device)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums."""
@@ -156,7 +174,7 @@ class StageModule(LightningModule):
         """Adds the batch to its tasks' sums."""
         losses, rows, _ = self.model(batch)
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
-        self._sums += torch.stack(self._per_task(sums, counts, batch["task_ids"]))
+        self._sums += batch.get("counts", 1.0) * torch.stack(self._per_task(sums, counts, batch["task_ids"]))
 
     def on_validation_epoch_end(self) -> None:
         """Logs each task's loss a target token, and ``val/loss``, their mean over the tasks."""

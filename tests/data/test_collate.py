@@ -37,3 +37,9 @@ def test_a_padding_token_that_is_also_a_word_is_masked_by_position():
     batch = Collator(1, seq2seq=False)(EXAMPLES)  # 1 ends every target too
     assert batch["attention_mask"].sum().item() == 7
     assert (batch["labels"] == 1).sum().item() == 2
+
+
+def test_a_batch_for_company_says_that_it_does_not_count():
+    collate = Collator(0, seq2seq=False)
+    assert "counts" not in collate([{**example, "company": False} for example in EXAMPLES])
+    assert collate([{**example, "company": True} for example in EXAMPLES])["counts"].item() == 0

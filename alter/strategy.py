@@ -1,0 +1,42 @@
+"""Which of Lightning's strategies a recipe may name, and with which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from alter.errors import did_you_mean
+
+KNOWN = ("auto", "ddp", "ddp_find_unused_parameters_true")
+QUANTISED = ("int8", "nf4")
+_SHARDED = ("fsdp", "model_parallel", "modelparallel", "deepspeed")
+_FORKED = ("spawn", "fork", "notebook")
+
+
+def check_strategy(strategy: str | Mapping[str, Any] | None, precision: str) -> list[str]:
+    """What is wrong with a recipe's ``trainer.strategy``.
+
+    Args:
+        strategy: a name, or ``class_path`` and ``init_args``.
+        precision: the recipe's.
+
+    Returns:
+        a sentence for each mistake; before anything is loaded.
+    """
+    name = str(strategy["class_path"]).rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy or "auto")
+    lower = name.lower()
+    if any(part in lower for part in _SHARDED):
+        if precision in QUANTISED:
+            return [
+                f"trainer.strategy: {name} cuts the weights over the processes, and precision {precision} cannot be sharded, "
+                "since bitsandbytes keeps the scales of a quantised map beside it; write ddp, or precision bf16."
+            ]
+        return [
+            f"trainer.strategy: {name} cuts the weights over the processes, which ALTER does not do: a backbone of at most "
+            "1B parameters fits on one GPU; write ddp."
+        ]
+    if any(part in lower for part in _FORKED):
+        return [f"trainer.strategy: {name} copies a running process, which ALTER's stages cannot follow; write ddp."]
+    if isinstance(strategy, str) and strategy not in KNOWN and not lower.startswith(("ddp_find", "single", "xla")):
+        return [f"trainer.strategy: '{name}' is not one of {', '.join(KNOWN)}.{did_you_mean(name, KNOWN)}"]
+    return []

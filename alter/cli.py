@@ -207,8 +207,11 @@ def _test(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from alter.export import Exporter
 
+    disable_progress_bar()
     exporter = Exporter(options.run, options.out, options.stage, options.backbone)
     exporter.write(options.format, options.task, options.dtype)
 

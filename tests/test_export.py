@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import alter
+from alter.card import model_card
 from alter.cli import main
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -164,6 +165,13 @@ def test_the_hub_folder_loads_and_its_card_tells_tasks_licences_metrics_and_limi
     assert "| echo | generation | Files echo.train.jsonl | not stated in the task file |" in card.text
     for heading in ("How to use it", "Tasks and data", "Metrics", "Intended use", "Limits"):
         assert f"\n## {heading}\n" in card.text
+    assert card.data.base_model is None  # a folder of this machine
+    config = json.loads(Path("hub/alter.json").read_text())
+    Path("hub/alter.json").write_text(json.dumps(config | {"backbone": config["backbone"] | {"name": "smollm2-135m"}}))
+    named = model_card(Path("hub"), "usage", ["echo"])
+    assert named.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "(Apache-2.0)" in named.text
+    Path("hub/alter.json").write_text(json.dumps(config))
     copy.save_pretrained("again")
     assert {p.name for p in Path("again").iterdir()} == names
     assert alter.load("again").generate(TEXTS, task=tasks) == whole.generate(TEXTS, task=tasks)

@@ -91,12 +91,18 @@ def _run(arguments: list[str]) -> None:
         return _compare(arguments[1:])
     if arguments[:1] == ["doctor"]:
         return _doctor(arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     _import(getattr(options, "modules", []))
     VERBS[options.verb](options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentParser:
+    """The parser of the verbs.
+
+    Args:
+        flags: of a recipe, for shell completion; the verbs that take them parse them themselves.
+    """
+    own: dict[str, Any] = {"add_help": False, "parents": [flags] if flags else []}
     parser = argparse.ArgumentParser(
         prog="alter", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,9 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("folder", metavar="DIR", type=Path, help="for the recipe and its tasks")
     init.add_argument("files", metavar="FILE", type=Path, nargs="+", help="CSV, TSV, JSON lines, Parquet or Excel")
     init.add_argument("--backbone", default="smollm2-135m", help="a hub id, a folder or a bundled name")
-    verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", add_help=False)
-    verbs.add_parser("fit", help="train a recipe's stages and test them", add_help=False)
-    verbs.add_parser("compare", help="train a recipe beside other methods, with a table", add_help=False)
+    verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", **own)
+    verbs.add_parser("fit", help="train a recipe's stages and test them", **own)
+    verbs.add_parser("compare", help="train a recipe beside other methods, with a table", **own)
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
@@ -139,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--stage", choices=("stage1", "stage2"), help="whose model; default the last stage's")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the plain checkpoint")
     export.add_argument("--backbone", help="where the backbone is, when not where it was")
+    completion = verbs.add_parser("completion", help="print the script that completes alter's commands in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     for verb in (test, predict, export):
         verb.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
@@ -228,6 +236,12 @@ def _diff(options: argparse.Namespace) -> None:
     print(diff(options.first, options.second))
 
 
+def _completion(options: argparse.Namespace) -> None:
+    from alter import completion
+
+    print(completion.script(options.shell))
+
+
 def _predict(options: argparse.Namespace) -> None:
     from alter.predict import load
 
@@ -276,4 +290,5 @@ VERBS = {
     "diff": _diff,
     "predict": _predict,
     "export": _export,
+    "completion": _completion,
 }

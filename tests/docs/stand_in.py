@@ -37,7 +37,9 @@ ROWS = {
     "medical/ncbi_disease_ner": lambda draw, i: {"text": _text(draw), "entities": _entities(draw, "Disease")},
     "medical/bc5cdr_ner": lambda draw, i: {"text": _text(draw), "entities": _entities(draw, "Chemical", "Disease")},
     "medical/bc2gm_ner": lambda draw, i: {"text": _text(draw), "entities": _entities(draw, "Gene")},
-    "medical/rqe": _labelled("rqe", texts=["chq", "faq"], label="label"),
+    "medical/rqe": lambda draw, i: {
+        "chq": _text(draw), "faq": _text(draw), "label": ["entailment", "not_entailment"][i % 2],
+    },
     "medical/meqsum": lambda draw, i: {"question": _text(draw, 20), "summary": _text(draw)},
     "medical/mts_dialog": lambda draw, i: {
         "dialogue": _text(draw, 20), "section_header": _choices("mts_header")[i % 20], "section_text": _text(draw),

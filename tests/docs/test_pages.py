@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 
+from alter.data import load_tasks
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.docs import stand_in
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, run, runnable
@@ -36,6 +37,15 @@ def test_every_block_says_what_it_is(page):
     for block in blocks(page):
         if block.language == "yaml":
             yaml.safe_load(block.body)
+
+
+@pytest.mark.parametrize("mixture", ["biomedical", "customer_service"])
+def test_the_made_up_rows_fit_the_tasks(mixture, data):
+    tasks = sorted((ROOT / "recipes" / "tasks" / mixture).glob("*.yaml"))
+    for task in load_tasks(list(map(str, tasks)), ROOT / "recipes", str(data)):
+        for row in task.opened.rows("train"):
+            assert task.render_prompt(row)
+            assert task.render_target(row)
 
 
 @pytest.mark.slow

@@ -18,12 +18,12 @@ li { overflow-wrap: anywhere; }
 .long td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; text-align: left; min-width: 8rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 thead th { vertical-align: bottom; }
-figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; } figcaption { font-size: .9rem; }
+figure { margin: 1rem 0; overflow-x: auto; } figcaption { font-size: .9rem; }
 pre { font-size: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 @media print {
   body { max-width: none; margin: 0; } nav { display: none; } figure, tr { break-inside: avoid; }
-  th:first-child, td:first-child { position: static; }
+  th:first-child, td:first-child { position: static; } figure svg { max-width: 100%; height: auto; }
 }
 """
 
@@ -66,9 +66,9 @@ def numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
     return [all(cell[:1] in "0123456789+-*" for cell in column) for column in zip(*rows, strict=True)]
 
 
-def folded(title: str, inside: str) -> str:
-    """A part that opens at a click."""
-    return f"<details><summary>{html.escape(title)}</summary>{inside}</details>"
+def folded(title: str, inside: str, opened: bool = False) -> str:
+    """A part that opens and closes at a click."""
+    return f"<details{' open' if opened else ''}><summary>{html.escape(title)}</summary>{inside}</details>"
 
 
 def figure(svg: str, caption: str = "") -> str:
@@ -77,5 +77,4 @@ def figure(svg: str, caption: str = "") -> str:
 
 
 def _bold(cell: str) -> str:
-    inner = html.escape(cell.strip("*"))
-    return f"<b>{inner}</b>" if cell.startswith("**") else inner
+    return f"<b>{html.escape(cell.strip('*'))}</b>" if cell.startswith("**") else html.escape(cell)

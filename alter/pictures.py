@@ -69,15 +69,19 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], be
                     steps,
                     values,
                     label=name.lstrip("_"),
-                    linewidth=0.8 if faint else 1.6,
-                    alpha=0.5 if faint else 1.0,
+                    linewidth=1.0 if faint else 1.6,
+                    alpha=0.7 if faint else 1.0,
                     marker="o" if len(points) < 30 and not faint else None,
                     markersize=3,
                 )
             if begins is not None:
                 axes.axvline(begins, color=TEXT, linewidth=0.8, linestyle=":")
             axes.set(title=title, xlabel="step" if begins is None else "step; stage 2 begins at the dotted line")
-            axes.legend(fontsize=8)
+            place = {"loc": "outside right upper"} if len(lines) > 4 else {}
+            if place:
+                figure.legend(*axes.get_legend_handles_labels(), fontsize=8, **place)
+            else:
+                axes.legend(fontsize=8)
         return figure
 
 
@@ -113,12 +117,13 @@ def heatmaps(
     """
     annotated = len(columns) <= MOST_ANNOTATED
     cell = PER_CELL if annotated else 0.2
-    width = cell * len(columns) + 0.075 * max(map(len, rows))
-    across = max(1, min(len(tables), math.floor(CURVES / max(width, 1.4))))
+    names = 0.075 * max(map(len, rows))  # to the left of the first
+    width = max(cell * len(columns) + 0.25, 1.0)
+    across = min(len(tables), max(1, math.floor((CURVES - names) / width)))
     down = math.ceil(len(tables) / across)
     height = cell * len(rows) + 0.3 + 0.06 * max(map(len, columns))
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(width, 1.4) * across, height * down), layout="constrained")
+        figure = Figure(figsize=(names + width * across, height * down), layout="constrained")
         grid = figure.subplots(down, across, squeeze=False)
         for place, (axes, title) in enumerate(
             zip(grid.flat, [*tables, *[""] * (grid.size - len(tables))], strict=True)
@@ -134,6 +139,7 @@ def heatmaps(
             axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90 if max(map(len, columns)) > 2 else 0)
             axes.set_yticks(np.arange(len(rows)) + 0.5, rows if place % across == 0 else [""] * len(rows))
             axes.tick_params(length=0, labelsize=7)
+            axes.spines[:].set_visible(False)
             axes.set_title(title, fontsize=8)
             for (row, column), value in np.ndenumerate(values) if annotated else ():
                 colour = "white" if shares[row, column] > 0.55 else TEXT

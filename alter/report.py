@@ -228,7 +228,7 @@ class _Report:
         for name, rows in self.answers.items():
             if self.tasks[name]["choices"]:
                 drawn = pictures.confusion([row["target"] for row in rows], [row["answer"] for row in rows])
-                yield html.folded(name, self._picture(f"confusion_{name}", drawn))
+                yield html.folded(name, self._picture(f"confusion_{name}", drawn), opened=True)
 
     def worst(self) -> Iterator[str]:
         for name, rows in self.answers.items():
@@ -236,7 +236,7 @@ class _Report:
             if found:
                 cells = [[row["prompt"], row["target"], row["answer"], f"{score:.2f}"] for score, row in found]
                 head = ["prompt", "right", "answered", next(iter(self.results["tasks"][name]))]
-                yield html.folded(f"{name}: {len(found)}", html.table(head, cells, long=True))
+                yield html.folded(f"{name}: {len(found)}", html.table(head, cells, long=True), opened=True)
 
     def costs(self) -> Iterator[str]:
         rows = []

@@ -84,7 +84,8 @@ def expert_cosines(model: MTAModel, batch: Mapping[str, Tensor]) -> dict[str, di
                     if experts.contains_ffn:
                         added = added - layer.frozen.run(hidden_states, layer.frozen.linear).unsqueeze(-2)
                     added = nn.functional.normalize(added.float(), dim=-1).flatten(0, 1)
-                    cosines = torch.einsum("sjd,skd->jk", added, added) / len(added)
+                    with torch.autocast(added.device.type, enabled=False):
+                        cosines = torch.einsum("sjd,skd->jk", added, added) / len(added)
                     found.setdefault(kind, {})[name] = cosines.cpu()
 
         handles.append(layer.router.register_forward_hook(compare))

@@ -18,7 +18,11 @@ def answers(predictor: Predictor, data: MultiTaskDataModule, task: str, split: s
 
 
 def evaluate(
-    predictor: Predictor, data: MultiTaskDataModule, split: str = "test", say: Callable[[str], None] = print
+    predictor: Predictor,
+    data: MultiTaskDataModule,
+    split: str = "test",
+    say: Callable[[str], None] = print,
+    keep: Callable[[str, list[str]], None] = lambda task, answered: None,
 ) -> dict[str, Any]:
     """Measures a model and the references.
 
@@ -27,6 +31,7 @@ def evaluate(
         data: prepared and set up.
         split: test, or validation while tuning.
         say: told each task as it starts.
+        keep: given each task's answers, in the order of the rows.
 
     Returns:
         ``tasks`` of results.json.
@@ -36,6 +41,7 @@ def evaluate(
         task, rows, train = predictor.task(name), data.examples(name, split), data.examples(name, "train")
         say(f"{split}: {name}, {len(rows)} rows")
         targets, predictions = rows["target"][:], answers(predictor, data, name, split)
+        keep(name, predictions)
         with predictor.model.adapters_disabled():
             untouched = answers(predictor, data, name, split)
         found: dict[str, list[str] | None] = {"backbone": untouched, "majority": None, "tfidf": None}

@@ -1,7 +1,8 @@
 """The run folder, and the way from a recipe to a tested model.
 
 ``recipe.yaml`` (what was run, complete), ``env.txt``, ``stage1/`` and ``stage2/`` (TensorBoard, metrics.csv, checkpoints, the
-stage's model), ``model/`` (what ``alter.load`` reads), ``results.json``.
+stage's model), ``model/`` (what ``alter.load`` reads), ``results.json``, ``answers.jsonl`` and ``inside.json`` (what the
+report is drawn from), ``report.html`` and its pictures in ``report/``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from alter import report
 from alter.calibrate import calibrate_run
 from alter.callbacks import MetricsCSV, Throughput
 from alter.data import MultiTaskDataModule
@@ -138,7 +140,8 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
         data.prepare_data()
         data.setup()
     calibrate_run(run, predictor, data)
-    tasks = evaluate(predictor, data, split)
+    answers: dict[str, list[str]] = {}
+    tasks = evaluate(predictor, data, split, keep=answers.__setitem__)
     records = _records(run)
     seconds = {name: record["seconds"] for name, record in records.items()}
     if split == "test":
@@ -154,6 +157,9 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     name = "results.json" if split == "test" else f"results.{split}.json"
     write_json(run / name, results)
     print(render_table(results))
+    if split == "test":
+        report.look_inside(run, predictor, data, answers)
+        print(f"\nReport: {report.write_report(run)}")
     print(
         f"\nWritten to {run / name}; answer new rows with: alter predict --run {run} --task {predictor.tasks[0]} --input FILE"
     )

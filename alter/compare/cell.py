@@ -17,10 +17,10 @@ from filelock import FileLock, Timeout
 from alter import run
 from alter.compare import handover
 from alter.compare.baselines import SETTINGS, BaselineModel
-from alter.compare.routing import mean_gates
 from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import answers
+from alter.inside import mean_gates
 from alter.metrics import metric
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from alter import html
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -120,92 +121,41 @@ def _number(value: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---:" if number else "---" for number in _numeric(rows)], *rows]
+    lines = [head, ["---:" if number else "---" for number in html.numeric(rows)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
-    """Which columns hold numbers."""
-    return [all(cell[:1] in "0123456789+-*" for cell in column) for column in zip(*rows, strict=True)]
-
-
 # -- HTML -------------------------------------------------------------------------------------------------------------
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --ink: 37 99 235; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-li { overflow-wrap: anywhere; }
-.text { text-align: left; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-thead th { vertical-align: bottom; }
-.heat { display: flex; flex-wrap: wrap; gap: 1.2rem; }
-.heat figure { margin: 0; } .heat figcaption { font-size: .8rem; margin-bottom: .2rem; }
-.heat table { font-size: .7rem; } .heat th, .heat td { border: 0; padding: 0 .25rem; text-align: center; }
-.heat td { min-width: 1.9rem; height: 1.3rem; background: rgb(var(--ink) / var(--share)); }
-.heat th:first-child { text-align: right; font-weight: normal; }
-@media print { body { max-width: none; } details { break-inside: avoid; } }
-"""
 
 
 def page(result: Mapping[str, Any], title: str) -> str:
     """One self-contained HTML page: the tables and the routing heatmaps."""
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<ul>{''.join(f'<li>{html.escape(note[2:])}</li>' for note in notes(result))}</ul>",
+        html.bullets([note[2:] for note in notes(result)]),
         "<h2>Results</h2>",
-        _html_table(*results_table(result)),
+        html.table(*results_table(result)),
         "<h2>Cost</h2>",
-        _html_table(*cost_table(result)),
+        html.table(*cost_table(result)),
     ]
     if "negative_transfer" in result:
-        parts += ["<h2>Against training alone</h2>", f"<p>{TRANSFER}</p>", _html_table(*transfer_table(result))]
+        parts += ["<h2>Against training alone</h2>", f"<p>{TRANSFER}</p>", html.table(*transfer_table(result))]
     routed = {name: method["routing"] for name, method in result["methods"].items() if method["routing"]}
     if routed:
         parts.append(
             "<h2>Routing</h2><p>Mean gate of each task (rows) on each expert (columns), by layer, on validation examples; "
             "the first seed. Under “shared”, column 0 is the mixture of task experts.</p>"
         )
-        parts += [_heatmaps(name, routing, list(result["primary_metrics"])) for name, routing in routed.items()]
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+        parts += [
+            html.folded(name, _heatmaps(found, list(result["primary_metrics"]))) for name, found in routed.items()
+        ]
+    return html.page(title, parts)
 
 
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    kinds = ["" if number else ' class="text"' for number in _numeric(rows)]
-    top = "".join(f"<th{kind}>{html.escape(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{_bold(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+def _heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
+    from alter import pictures  # matplotlib takes a second
 
-
-def _bold(cell: str) -> str:
-    inner = html.escape(cell.strip("*"))
-    return f"<b>{inner}</b>" if cell.startswith("**") else inner
-
-
-def _heatmaps(name: str, routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
     figures = []
     for kind, layers in routing.items():
-        for layer, table in layers.items():
-            head = "".join(f"<th>{i}</th>" for i in range(len(table[0])))
-            rows = "".join(
-                f"<tr><th>{html.escape(task)}</th>"
-                + "".join(f'<td style="--share:{share:.3f}" title="{share:.3f}">{share:.2f}</td>' for share in row)
-                + "</tr>"
-                for task, row in zip(tasks, table, strict=False)
-            )
-            caption = f"{html.escape(layer)} ({kind})"
-            figures.append(
-                f"<figure><figcaption>{caption}</figcaption><table><tr><th></th>{head}</tr>{rows}</table></figure>"
-            )
-    return f'<details><summary>{html.escape(name)}</summary><div class="heat">{"".join(figures)}</div></details>'
+        columns = [str(i) for i in range(len(next(iter(layers.values()))[0]))]
+        figures.append(html.figure(pictures.svg(pictures.heatmaps(layers, tasks, columns)), kind))
+    return "".join(figures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -109,7 +110,8 @@ def _trial(arguments: Sequence[str], recipe: Recipe) -> Iterator[Line]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "trial.json")
         command = [sys.executable, "-m", "alter.doctor.trial", str(output), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
+        paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # finds what this process finds
+        done = subprocess.run(command, env=paths, capture_output=True, text=True)
         if done.returncode == 0:
             found = json.loads(output.read_text())
     if done.returncode < 0 or "out of memory" in done.stderr.lower():

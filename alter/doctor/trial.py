@@ -33,28 +33,30 @@ LARGEST, DRAWN = 2, 6  # batches: for the memory, and for the time of a step
 
 
 class Sample(MultiTaskDataModule):
-    """The recipe's data, with a few of their batches: the largest, then some drawn.
+    """The recipe's data, with a few of the batches that a stage will take: the largest, then some drawn.
 
     Attributes:
-        train_batches: of a whole epoch.
-        validation_batches: of a whole validation.
+        limits: Lightning's limits of a stage's batches, by split.
+        batches: that the stage will take in an epoch, by split.
     """
 
-    train_batches = validation_batches = 0
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.limits: dict[str, int | float | None] = {}
+        self.batches: dict[str, int] = {}
 
     def train_dataloader(self) -> DataLoader:
         """A few training batches."""
-        batches = list(super().train_dataloader().batch_sampler)
-        self.train_batches = len(batches)
-        return self._loader("train", self._some(batches, "train"))
+        return self._some(super().train_dataloader(), "train")
 
     def val_dataloader(self) -> DataLoader:
         """A few validation batches."""
-        batches = list(super().val_dataloader().batch_sampler)
-        self.validation_batches = len(batches)
-        return self._loader("validation", self._some(batches, "validation"))
+        return self._some(super().val_dataloader(), "validation")
 
-    def _some(self, batches: list[Any], split: str) -> list[Any]:
+    def _some(self, loader: DataLoader, split: str) -> DataLoader:
+        batches = list(loader.batch_sampler)
+        batches = batches[: _share(self.limits.get(split), len(batches))]
+        self.batches[split] = len(batches)
         lengths = [self._lengths(task.name, split) for task in self.tasks]
 
         def size(batch: Sequence[tuple[int, int]]) -> int:
@@ -63,7 +65,7 @@ class Sample(MultiTaskDataModule):
         largest = sorted(range(len(batches)), key=lambda i: size(batches[i]), reverse=True)[:LARGEST]
         rest = sorted(set(range(len(batches))) - set(largest))
         drawn = random.Random(self.seed).sample(rest, min(DRAWN, len(rest)))
-        return [batches[i] for i in largest + drawn]
+        return self._loader(split, [batches[i] for i in largest + drawn])
 
     def _lengths(self, task: str, split: str) -> list[int]:
         examples = self.examples(task, split)
@@ -152,19 +154,18 @@ def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -
     arguments["trainer"] = {**planned, **ONE_DEVICE, **ONE_EPOCH}
     cli = StageCLI(run / stage, arguments)
     cli.trainer.callbacks.append(clock)
+    data.limits = {"train": planned.get("limit_train_batches"), "validation": planned.get("limit_val_batches")}
     data.first_epoch = recipe.epochs_before(stage)
     cli.trainer.fit(cli.model, data)
     cli.model.model.save_pretrained(run / stage / "model", backbone)
     fixed = time.perf_counter() - started - sum(clock.steps) - sum(clock.validation)
     epochs = planned.get("max_epochs") or 1
-    steps = _share(planned.get("limit_train_batches"), data.train_batches)
+    steps, checked = data.batches["train"], data.batches["validation"]
     validations = _validations(planned, steps)
-    total = epochs * (
-        steps * _typical(clock.steps) + validations * data.validation_batches * _typical(clock.validation)
-    )
+    total = epochs * (steps * _typical(clock.steps) + validations * checked * _typical(clock.validation))
     trunks = cli.model.model.body.cached.values()
     mapped = data.drawn_tokens(epochs) * sum(trunk.store.row_bytes for trunk in trunks)
-    return fixed + total, cli.model.trainable_parameters(), round(mapped * steps / max(data.train_batches, 1))
+    return fixed + total, cli.model.trainable_parameters(), mapped
 
 
 ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}

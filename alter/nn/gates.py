@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alter.nn.model import MTAModel
+from alter.nn.mta import MixtureOfTaskAdapters
 
 
 @torch.inference_mode()
@@ -52,3 +53,45 @@ def _noted(model: MTAModel) -> Iterator[dict[tuple[str, str], Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.inference_mode()
+def expert_cosines(model: MTAModel, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Compares experts by what they add to the same hidden states: the mean over tokens of cos(A_j(x), A_k(x)).
+
+    Args:
+        model: with trained experts.
+        batch: as ``MTAModel.forward`` takes it.
+
+    Returns:
+        for ``experts`` and ``shared``, where there are two or more: ``{layer: [experts, experts]}``; 0 where an expert
+        adds nothing.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    handles = []
+    for name, layer in model.layers.items():
+
+        def compare(
+            module: nn.Module, args: Any, gates: Tensor, name: str = name, layer: MixtureOfTaskAdapters = layer
+        ) -> None:
+            hidden_states, routing = args
+            for kind, experts, count in (
+                ("experts", layer.experts, layer.num_experts),
+                ("shared", layer.shared, layer.num_shared),
+            ):
+                if experts is not None and count > 1:
+                    added = experts.each(hidden_states, layer.frozen, routing)
+                    if experts.contains_ffn:
+                        added = added - layer.frozen.run(hidden_states, layer.frozen.linear).unsqueeze(-2)
+                    added = nn.functional.normalize(added.float(), dim=-1).flatten(0, 1)
+                    with torch.autocast(added.device.type, enabled=False):
+                        cosines = torch.einsum("sjd,skd->jk", added, added) / len(added)
+                    found.setdefault(kind, {})[name] = cosines.cpu()
+
+        handles.append(layer.router.register_forward_hook(compare))
+    try:
+        model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

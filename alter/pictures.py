@@ -1,0 +1,176 @@
+"""The pictures of a run: each is one matplotlib figure, for a file and for a page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+TEXT = "#010203"  # in a page it becomes the page's own colour, light or dark
+INK = (0.145, 0.388, 0.922)
+SHARES = LinearSegmentedColormap.from_list("shares", [(*INK, 0.0), (*INK, 1.0)])
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor"), TEXT
+    ),
+    "axes.titlesize": 10,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+PER_CELL, MOST_ANNOTATED = 0.34, 12  # inches; columns
+CURVES = 10.0  # inches
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as PNG, on white."""
+    with rc_context(STYLE):
+        FigureCanvasAgg(figure)
+        figure.savefig(file, dpi=150, facecolor="white", bbox_inches="tight")
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element whose text has the colour of the page around it."""
+    stream = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(TEXT, "currentColor")
+    return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], begins: float | None) -> Figure:
+    """Lines over steps, a panel beside another.
+
+    Args:
+        panels: title to name to points; a name that begins with ``_`` is drawn faint.
+        begins: the step at which stage 2 begins, or None.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(CURVES, 3.6), layout="constrained")
+        for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+            for name, points in lines.items():
+                steps, values = zip(*points, strict=True) if points else ((), ())
+                faint = name.startswith("_")
+                axes.plot(
+                    steps,
+                    values,
+                    label=name.lstrip("_"),
+                    linewidth=1.0 if faint else 1.6,
+                    alpha=0.7 if faint else 1.0,
+                    marker="o" if len(points) < 30 and not faint else None,
+                    markersize=3,
+                )
+            if begins is not None:
+                axes.axvline(begins, color=TEXT, linewidth=0.8, linestyle=":")
+            axes.set(title=title, xlabel="step" if begins is None else "step; stage 2 begins at the dotted line")
+            place = {"loc": "outside right upper"} if len(lines) > 4 else {}
+            if place:
+                figure.legend(*axes.get_legend_handles_labels(), fontsize=8, **place)
+            else:
+                axes.legend(fontsize=8)
+        return figure
+
+
+def bars(shares: Mapping[str, float], title: str) -> Figure:
+    """Shares as horizontal bars."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6, 0.6 + 0.3 * len(shares)), layout="constrained")
+        axes = figure.subplots()
+        drawn = axes.barh(list(shares), list(shares.values()), color=INK)
+        axes.bar_label(drawn, [f" {share:.1%}" for share in shares.values()], color=TEXT)
+        axes.invert_yaxis()
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        axes.set_title(title)
+        return figure
+
+
+def heatmaps(
+    tables: Mapping[str, Sequence[Sequence[float]]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    numbers: str = "{:.2f}",
+    top: float = 1.0,
+) -> Figure:
+    """Tables of shares as small multiples, with the numbers in the cells where there is room.
+
+    Args:
+        tables: title to [rows, columns].
+        rows: their names.
+        columns: their names.
+        numbers: how a cell's number is written; of counts, the colour is a row's share.
+        top: the value of the darkest cell.
+    """
+    annotated = len(columns) <= MOST_ANNOTATED
+    cell = PER_CELL if annotated else 0.2
+    names = 0.075 * max(map(len, rows))  # to the left of the first
+    width = max(cell * len(columns) + 0.25, 1.0)
+    across = min(len(tables), max(1, math.floor((CURVES - names) / width)))
+    down = math.ceil(len(tables) / across)
+    height = cell * len(rows) + 0.3 + 0.06 * max(map(len, columns))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(names + width * across, height * down), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False)
+        for place, (axes, title) in enumerate(
+            zip(grid.flat, [*tables, *[""] * (grid.size - len(tables))], strict=True)
+        ):
+            if not title:
+                axes.set_axis_off()
+                continue
+            values = np.asarray(tables[title], dtype=float)
+            shares = np.clip(values / top, 0, 1)
+            axes.pcolormesh(shares, cmap=SHARES, vmin=0, vmax=1)
+            axes.invert_yaxis()
+            axes.set_aspect("equal")
+            axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=90 if max(map(len, columns)) > 2 else 0)
+            axes.set_yticks(np.arange(len(rows)) + 0.5, rows if place % across == 0 else [""] * len(rows))
+            axes.tick_params(length=0, labelsize=7)
+            axes.spines[:].set_visible(False)
+            axes.set_title(title, fontsize=8)
+            for (row, column), value in np.ndenumerate(values) if annotated else ():
+                colour = "white" if shares[row, column] > 0.55 else TEXT
+                axes.text(
+                    column + 0.5, row + 0.5, numbers.format(value), ha="center", va="center", fontsize=6, color=colour
+                )
+        return figure
+
+
+def confusion(targets: Sequence[str], answers: Sequence[str], most: int = 25) -> Figure:
+    """Who is taken for whom: rows are the right answers, columns what was answered, cells counts.
+
+    Args:
+        targets: what is right.
+        answers: what was answered.
+        most: classes that are shown; the rarer ones are one class.
+    """
+    counts: dict[str, int] = {}
+    for label in [*targets, *answers]:
+        counts[label] = counts.get(label, 0) + 1
+    kept = sorted(sorted(counts, key=lambda label: -counts[label])[:most])
+    names = [*kept, f"{len(counts) - most} others"] if len(counts) > most else kept
+    places = {label: kept.index(label) if label in kept else len(kept) for label in counts}
+    table = np.zeros((len(names), len(names)))
+    for target, answer in zip(targets, answers, strict=True):
+        table[places[target], places[answer]] += 1
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    figure = heatmaps({"right answer (row), answered (column)": shares}, names, names, numbers="")
+    axes = figure.axes[0]
+    for (row, column), count in np.ndenumerate(table):
+        if count:
+            colour = "white" if shares[row, column] > 0.55 else TEXT
+            axes.text(column + 0.5, row + 0.5, f"{count:.0f}", ha="center", va="center", fontsize=6, color=colour)
+    return figure

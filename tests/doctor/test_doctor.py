@@ -1,0 +1,126 @@
+"""`alter doctor` as a user calls it: on a recipe that is well, and on what may be wrong with one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from alter.cli import main
+from alter.doctor import checks
+from tests.data.conftest import rows, words, write_jsonl  # noqa: F401 (a fixture)
+from tests.test_cli import change, project  # noqa: F401 (a fixture)
+
+
+def doctor(capsys, *flags):
+    """The exit code, and the report's lines as (mark, topic, text)."""
+    code = 0
+    try:
+        main(["doctor", "--config", "recipe.yaml", *flags])
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr().out
+    return code, [match.groups() for match in re.finditer(r"^([✓✗·]) (\S+) +(.*(?:\n {5,}.*)*)", out, re.MULTILINE)]
+
+
+def distinct(project):  # noqa: F811
+    """Gives every row of the tasks a text of its own."""
+    count = iter(range(10**6))
+    for file in project.glob("*.jsonl"):
+        write_jsonl(
+            file, [{**row, "text": f"w{next(count)} {row['text']}"} for row in rows(60 if "train" in file.name else 6)]
+        )
+
+
+def texts(lines, topic):
+    return [text for _, name, text in lines if name == topic]
+
+
+@pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
+def test_a_recipe_that_is_well_has_ticks_and_a_measured_estimate(project, capsys):  # noqa: F811
+    distinct(project)
+    code, lines = doctor(capsys)
+    assert [text for mark, _, text in lines if mark == "✗"] == []
+    assert code == 0
+    assert "sort: 60 train / 6 validation / 6 test" in texts(lines, "data")
+    assert "50.0%" in texts(lines, "labels")[0]
+    assert len(texts(lines, "labels")) == 1  # the other task writes
+    assert len(texts(lines, "tokens")) == 2
+    assert all(text.count(" -> ") == 3 for text in texts(lines, "examples"))
+    assert texts(lines, "rates")[0].count("█") > 2
+    assert "feed-forward blocks" in texts(lines, "backbone")[0]
+    assert len(texts(lines, "trains")) == 2
+    assert "GiB" in texts(lines, "memory")[0]
+    assert re.search(r"stage1 \d+ s, stage2 \d+ s, test \d+ s", " ".join(texts(lines, "time")[0].split()))
+    assert {"GPU", "SLURM", "bitsandbytes"} <= {topic for _, topic, _ in lines}
+    assert not (project / "run").exists()
+
+
+def test_each_fault_of_the_data_has_its_cross_and_the_rest_is_looked_at(project, capsys):  # noqa: F811
+    distinct(project)
+    train = [json.loads(line) for line in (project / "sort.train.jsonl").read_text().splitlines()]
+    write_jsonl(project / "sort.test.jsonl", train[:6])
+    write_jsonl(project / "sort.train.jsonl", [{**row, "label": "yes"} for row in train])
+    echo = yaml.safe_load((project / "tasks" / "echo.yaml").read_text())
+    (project / "tasks" / "echo.yaml").write_text(yaml.safe_dump({**echo, "max_prompt_tokens": 3, "truncate": "text"}))
+    (project / "tasks" / "zero.yaml").write_text(yaml.safe_dump({**echo, "name": "zero", "target": "{{ lable }}"}))
+    code, lines = doctor(capsys, "--no-trial")
+    assert code == 1
+    crosses = {(topic, " ".join(text.split()).split(":")[0]) for mark, topic, text in lines if mark == "✗"}
+    assert {("splits", "sort"), ("labels", "sort"), ("tokens", "echo")} <= crosses
+    assert any(topic == "data" and "lable" in text for mark, topic, text in lines if mark == "✗")
+    assert "6 of 6 test prompts are in train too" in " ".join(texts(lines, "splits")[1].split())
+    assert "no training row has 'no'" in texts(lines, "labels")[0]
+    assert texts(lines, "backbone")
+
+
+def test_a_wrong_recipe_or_backbone_is_a_cross_and_no_traceback(project, capsys):  # noqa: F811
+    code, lines = doctor(capsys, "--data.temprature", "5")
+    assert code == 1
+    assert [(mark, topic) for mark, topic, _ in lines] == [("✗", "recipe")]
+    code, lines = doctor(capsys, "--backbone", "./nowhere")
+    assert code == 1
+    assert ("✗", "backbone") in {(mark, topic) for mark, topic, _ in lines}
+
+
+def test_more_memory_than_there_is_has_a_cross():
+    assert checks.fits(2**30, 2**31, "host").good is True
+    assert checks.fits(2**31, 2**30, "host").good is False
+    assert checks.fits(2**31, None, "host").good is None
+    free = checks.available_memory()
+    assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.slow
+def test_the_estimated_memory_of_smollm2_is_within_a_fifth_of_the_measured(project, smollm2, capsys):  # noqa: F811
+    distinct(project)
+    for task in (project / "tasks").iterdir():  # SmolLM2 has no word for w17
+        task.write_text(task.read_text().replace("max_prompt_tokens: 16", "max_prompt_tokens: 64"))
+    for stage in ("stage1", "stage2"):
+        change(
+            project,
+            **{f"{stage}__model__init_args__expert": {"class_path": "alter.nn.LoRA", "init_args": {"rank": 16}}},
+        )
+    change(project, stage1__model__init_args__layers="last:40%", data__max_tokens=512)
+    flags = [
+        "--backbone",
+        str(smollm2),
+        "--data.examples_per_epoch",
+        "64",
+        "--trainer.max_epochs",
+        "1",
+        "--precision",
+        "bf16",
+    ]
+    command = [sys.executable, "-m", "alter", "fit", "--config", "recipe.yaml", *flags]
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=path, capture_output=True, text=True)  # by itself: the peak is the process's
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((project / "run" / "results.json").read_text())["peak_memory_bytes"] / 2**30
+    _, lines = doctor(capsys, *flags)
+    estimated = float(re.search(r"about ([\d.]+) GiB", texts(lines, "memory")[0])[1])
+    print(f"estimated {estimated:.2f} GiB, measured {measured:.2f} GiB")
+    assert abs(estimated / measured - 1) < 0.2

@@ -103,7 +103,7 @@ def heatmaps(
     tables: Mapping[str, Sequence[Sequence[float]]],
     rows: Sequence[str],
     columns: Sequence[str],
-    numbers: str = "{:.2f}",
+    numbers: str | None = "{:.2f}",
     top: float = 1.0,
 ) -> Figure:
     """Tables of shares as small multiples, with the numbers in the cells where there is room.
@@ -112,7 +112,7 @@ def heatmaps(
         tables: title to [rows, columns].
         rows: their names.
         columns: their names.
-        numbers: how a cell's number is written; of counts, the colour is a row's share.
+        numbers: how a cell's number is written; None for none.
         top: the value of the darkest cell.
     """
     annotated = len(columns) <= MOST_ANNOTATED
@@ -141,7 +141,7 @@ def heatmaps(
             axes.tick_params(length=0, labelsize=7)
             axes.spines[:].set_visible(False)
             axes.set_title(title, fontsize=8)
-            for (row, column), value in np.ndenumerate(values) if annotated else ():
+            for (row, column), value in np.ndenumerate(values) if annotated and numbers else ():
                 colour = "white" if shares[row, column] > 0.55 else TEXT
                 axes.text(
                     column + 0.5, row + 0.5, numbers.format(value), ha="center", va="center", fontsize=6, color=colour
@@ -167,7 +167,7 @@ def confusion(targets: Sequence[str], answers: Sequence[str], most: int = 25) ->
     for target, answer in zip(targets, answers, strict=True):
         table[places[target], places[answer]] += 1
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure = heatmaps({"right answer (row), answered (column)": shares}, names, names, numbers="")
+    figure = heatmaps({"right answer (row), answered (column)": shares}, names, names, numbers=None)
     axes = figure.axes[0]
     for (row, column), count in np.ndenumerate(table):
         if count:

@@ -27,6 +27,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
 from alter import report
 from alter.calibrate import calibrate_run
 from alter.callbacks import MetricsCSV, Throughput
@@ -235,9 +236,10 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
     cli.trainer.fit(cli.model, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
+    _keep_best(cli.trainer, cli.model)
+    trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
-        _keep_best(cli.trainer, cli.model)
-        cli.model.model.save_pretrained(folder / "model", recipe.config["backbone"])
+        cli.model.model.save_pretrained(folder / "model", recipe.config["backbone"], trained)
         _publish(folder / "model", recipe.run / "model")
         _record(
             recipe.run,

@@ -7,7 +7,7 @@ from typing import Any
 
 from alter.errors import did_you_mean
 
-KNOWN = ("auto", "ddp", "ddp_find_unused_parameters_true")
+KNOWN = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2")
 QUANTISED = ("int8", "nf4")
 _SHARDED = ("fsdp", "model_parallel", "modelparallel", "deepspeed")
 _FORKED = ("spawn", "fork", "notebook")
@@ -31,10 +31,11 @@ def check_strategy(strategy: str | Mapping[str, Any] | None, precision: str) -> 
                 f"trainer.strategy: {name} cuts the weights over the processes, and precision {precision} cannot be sharded, "
                 "since bitsandbytes keeps the scales of a quantised map beside it; write ddp, or precision bf16."
             ]
-        return [
-            f"trainer.strategy: {name} cuts the weights over the processes, which ALTER does not do: a backbone of at most "
-            "1B parameters fits on one GPU; write ddp."
-        ]
+        if lower not in ("fsdp2", "fsdp2strategy"):
+            return [
+                f"trainer.strategy: {name} is not the way ALTER cuts weights over processes; write fsdp2, or ddp where "
+                "the backbone fits on one GPU."
+            ]
     if any(part in lower for part in _FORKED):
         return [f"trainer.strategy: {name} copies a running process, which ALTER's stages cannot follow; write ddp."]
     if isinstance(strategy, str) and strategy not in KNOWN and not lower.startswith(("ddp_find", "single", "xla")):

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,17 +20,17 @@ from tests.test_cli import change, fit, project, refused  # noqa: F401 (a fixtur
 ROOT = Path(__file__).parents[1]
 
 
-def curve(run):
+def curve(run, stages=("stage1", "stage2")):
     """Every logged value by stage, step and metric."""
     found = {}
-    for stage in ("stage1", "stage2"):
+    for stage in stages:
         with (run / stage / "metrics.csv").open() as file:
             for row in csv.DictReader(file):
                 found[stage, int(row["step"]), row["metric"]] = float(row["value"])
     return found
 
 
-def on_processes(*flags, count=2):
+def on_processes(*flags, count=2, overlay="ddp"):
     command = [
         sys.executable,
         "-m",
@@ -37,7 +39,7 @@ def on_processes(*flags, count=2):
         "--config",
         "recipe.yaml",
         "--config",
-        str(ROOT / "recipes/strategies/ddp.yaml"),
+        str(ROOT / f"recipes/strategies/{overlay}.yaml"),
     ]
     flags = ["--trainer.accelerator", "cpu", "--trainer.devices", str(count), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -47,11 +49,12 @@ def on_processes(*flags, count=2):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
-def test_two_processes_learn_what_one_does_on_the_same_global_batches(project):  # noqa: F811
+def test_two_processes_learn_what_one_does_on_the_same_global_batches(project, overlay):  # noqa: F811
     change(project, data__examples_per_epoch=45, trainer__max_epochs=1)
     fit("--run", "one", "--trainer.accumulate_grad_batches", "2", "--test", "false")
-    on_processes("--run", "two", "--test", "false")
+    on_processes("--run", "two", "--test", "false", overlay=overlay)
     one, two = curve(project / "one"), curve(project / "two")
     names = {name for _, _, name in one}
     assert {"train/loss", "val/loss", "train/loss/sort", "val/loss/echo"} <= names
@@ -86,6 +89,71 @@ def test_three_processes_share_fewer_batches_than_they_are_and_one_goes_on_from_
     assert (project / "three" / "stage2" / "model" / "adapters.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_what_one_strategy_began_goes_on_under_another(project):  # noqa: F811
+    """Killed after the first epoch, and after the second: weights, moments and losses go on as if nothing had been."""
+    keeper = {"filename": "{epoch}", "save_top_k": -1, "save_last": True, "enable_version_counter": False}
+    change(
+        project,
+        data__examples_per_epoch=45,
+        trainer__max_epochs=3,
+        trainer__gradient_clip_val=0.5,
+        trainer__callbacks=[
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper},
+        ],
+    )
+    flags = ("--test", "false", "--stages", "[stage1]")
+    on_processes("--run", "whole", *flags)
+    before = "whole"
+    for epoch, goes_on in enumerate(("fsdp", "ddp")):
+        run = project / goes_on
+        shutil.copytree(project / before, run)
+        (run / "progress.json").unlink()
+        checkpoints = run / "stage1" / "checkpoints"
+        shutil.copy(checkpoints / f"epoch={epoch}.ckpt", checkpoints / "last.ckpt")
+        done = on_processes("--run", goes_on, *flags, overlay=goes_on)
+        assert "stage1: goes on from" in done.stdout
+        if goes_on == "fsdp":
+            held, whole = re.search(r"holds ([\d,]+) of ([\d,]+)", done.stdout).groups()
+            assert int(held.replace(",", "")) <= 0.55 * int(whole.replace(",", ""))
+        states = [
+            torch.load(project / name / "stage1" / "checkpoints" / "last.ckpt", weights_only=True)
+            for name in ("whole", goes_on)
+        ]
+        for key, tensor in states[0]["state_dict"].items():
+            torch.testing.assert_close(states[1]["state_dict"][key], tensor, atol=1e-5, rtol=1e-5)
+        moments = [state["optimizer_states"][0]["state"] for state in states]
+        assert moments[0].keys() == moments[1].keys()
+        for index, moment in moments[0].items():
+            torch.testing.assert_close(moments[1][index], moment, atol=1e-6, rtol=1e-4)
+        assert curve(run, ["stage1"]) == pytest.approx(curve(project / "whole", ["stage1"]), abs=1e-5)
+        before = goes_on
+
+
+@pytest.mark.slow
+def test_a_whole_backbone_trains_in_slices(project):  # noqa: F811
+    """With activations computed again in the backward pass, and answers at validation."""
+    change(
+        project,
+        data__examples_per_epoch=24,
+        trainer__max_epochs=1,
+        trainer__callbacks=[{"class_path": "alter.callbacks.TaskMetrics", "init_args": {"rows": 3}}],
+        stage1__model__init_args__backbone_lr=0.1,
+        stage1__model__init_args__gradient_checkpointing=True,
+    )
+    flags = ("--test", "false", "--stages", "[stage1]")
+    fit("--run", "one", "--trainer.accumulate_grad_batches", "2", *flags)
+    on_processes("--run", "two", *flags, overlay="fsdp")
+    one, two = (load_file(project / run / "stage1" / "model" / "adapters.safetensors") for run in ("one", "two"))
+    assert any(key.startswith("backbone.") for key in one)
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=1e-5)
+    one, two = (curve(project / run, ["stage1"]) for run in ("one", "two"))
+    assert "val/score" in {name for _, _, name in one}
+    assert two == pytest.approx(one, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "overlay", sorted((ROOT / "recipes" / "strategies").glob("*.yaml")), ids=lambda file: file.stem
 )
@@ -102,7 +170,11 @@ def test_an_overlay_says_how_to_use_it_and_leaves_the_method_alone(overlay, proj
     ("flags", "words_of_it"),
     [
         (["--precision", "int8", "--trainer.strategy", "fsdp"], "precision int8 cannot be sharded"),
-        (["--precision", "nf4", "--trainer.strategy", "fsdp"], "precision nf4 cannot be sharded"),
+        (
+            ["--precision", "nf4", "--config", str(ROOT / "recipes/strategies/fsdp.yaml")],
+            "precision nf4 cannot be sharded",
+        ),
+        (["--trainer.strategy", "fsdp"], "write fsdp2"),
         (["--trainer.strategy", "ddp_spawn"], "ddp_spawn"),
         (["--trainer.strategy", "dpp"], "Did you mean 'ddp'?"),
     ],

@@ -23,6 +23,7 @@ from alter.nn.frozen import FrozenFeedForward
 from alter.nn.loss import token_losses
 from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
 from alter.nn.routers import Router, Routing
+from alter.nn.sharding import gather, put_away, slice_like
 from alter.nn.template import make_template
 
 WEIGHTS_FILE = "adapters.safetensors"
@@ -295,7 +296,14 @@ class MTAModel(nn.Module):
         _copy_state(self.adapter_state(), state, where)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes: the adapters' tensors and, where the backbone trains too, its own as ``backbone.name``."""
+        """What training changes: the adapters' tensors and, where the backbone trains too, its own as ``backbone.name``.
+
+        Of a model that is cut over processes, all of them must ask, and each gets the whole.
+        """
+        return gather(self._trained_tensors())
+
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        put_away(self)
         if not self.has_own_backbone:
             return self.adapter_state()
         backbone = {f"backbone.{name}": value.detach() for name, value in self._backbone_parameters().items()}
@@ -307,14 +315,15 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: a key is missing, surplus or of another shape.
         """
-        _copy_state(self.trained_state(), state, where)
+        _copy_state(self._trained_tensors(), state, where)
 
-    def save_pretrained(self, folder: str | Path, backbone: str) -> None:
+    def save_pretrained(self, folder: str | Path, backbone: str, trained: Mapping[str, Tensor] | None = None) -> None:
         """Writes the adapters, and the backbone only where it has trained, as safetensors and JSON.
 
         Args:
             folder: made where it does not exist; the JSON is written last, so a folder without it is not a model.
             backbone: the name or folder of the backbone, as ``load_backbone`` takes it.
+            trained: what ``trained_state`` returned; None to ask for it here.
         """
         from safetensors.torch import save_file
 
@@ -332,7 +341,7 @@ class MTAModel(nn.Module):
             "num_shared": self.num_shared,
             "own_backbone": self.has_own_backbone,
         }
-        state = {key: value.detach().cpu().contiguous() for key, value in self.trained_state().items()}
+        state = {key: value.detach().cpu().contiguous() for key, value in (trained or self.trained_state()).items()}
         temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
         save_file(state, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / WEIGHTS_FILE)
@@ -422,7 +431,7 @@ def _copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: s
         raise AlterError(*sorted(problems))
     with torch.no_grad():
         for key, value in state.items():
-            own[key].copy_(value)
+            own[key].copy_(slice_like(value, own[key]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

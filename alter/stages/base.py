@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.model import MTAModel
+from alter.nn.sharding import local_numel, shard
 from alter.nn.trunk_cache import TrunkCache
 
 
@@ -91,11 +92,16 @@ class StageModule(LightningModule):
                 parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
         if self.gradient_checkpointing:
             self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
-        if self.model.has_own_backbone:
+        mesh = self.device_mesh
+        if mesh is not None:
+            self.model.body.uncached = "its processes hold slices of the weights, and must run every block together"
+        elif self.model.has_own_backbone:
             self.model.body.uncached = "the backbone trains or has trained, so its states are its own"
         elif self.trunk_cache is not None:
             with self.model.adapters_disabled():  # the check must not meet their noise
                 self.model.body.cache_trunks(self.trunk_cache, self.backbone_identity())
+        if mesh is not None:
+            shard(self.model, mesh["data_parallel"])
         self._start_window()
 
     def parts_table(self) -> str:
@@ -115,8 +121,11 @@ class StageModule(LightningModule):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
-        """Prints what trains, and what is kept on disk."""
+        """Prints what trains, what of it a process holds, and what is kept on disk."""
         self.print(self.parts_table())
+        if self.device_mesh is not None:
+            whole = sum(p.numel() for p in self.parameters())
+            self.print(f"fsdp2: this process holds {local_numel(self):,} of {whole:,} parameters")
         self.print(self._trunk_line())
 
     def _trunk_line(self) -> str:

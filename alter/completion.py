@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 SHELLS = ("bash", "zsh", "fish")
 FOLDER = Path(__file__).parent / "completions"
@@ -25,7 +26,8 @@ def generate(shell: str) -> str:
     from alter.shipped import shipped
 
     verbs = parser(_recipe_flags())
-    for verb in verbs._subparsers._group_actions[0].choices.values():
+    groups: Any = verbs._subparsers
+    for verb in groups._group_actions[0].choices.values():
         for action in verb._actions:
             if action.type is Path:
                 action.complete = shtab.FILE
@@ -49,7 +51,8 @@ def _recipe_flags() -> argparse.ArgumentParser:
             about = (action.help or "").split("\n")[0].split(" (type:")[0]
             choices = [str(choice) for choice in action.choices] if action.choices else None
             kind = Path if names == ["--config"] else None
-            flags.add_argument(*names, dest=action.dest, help=about.replace("%", "%%"), choices=choices, type=kind)
+            extra: Any = {"type": kind} if kind else {}
+            flags.add_argument(*names, dest=action.dest, help=about.replace("%", "%%"), choices=choices, **extra)
     return flags
 
 

@@ -221,7 +221,8 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
     try:
         import onnxscript  # noqa: F401
         from transformers.exporters.base import ExportedModel
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+        from transformers.exporters.configs import OnnxConfig
+        from transformers.exporters.exporter_onnx import OnnxExporter
         from transformers.exporters.utils import decompose_for_generation
     except ImportError as error:
         raise AlterError(
@@ -231,7 +232,8 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # without padding in the sample, transformers would leave the mask out of the graph
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
-    exporter, config = OnnxExporter(), OnnxConfig(dynamic=True)
+    exporter: Any = OnnxExporter()
+    config = OnnxConfig(dynamic=True)
     try:
         with _quiet():
             if model.config.is_encoder_decoder:
@@ -242,12 +244,12 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
                     "attention_mask": inputs["attention_mask"],
                     "use_cache": False,
                 }
-                parts = {"encoder": (model.get_encoder(), inputs), "decoder": (model, decoding)}
+                parts: dict[str, Any] = {"encoder": (model.get_encoder(), inputs), "decoder": (model, decoding)}
                 found = {name: exporter.export(*part, config).components["model"] for name, part in parts.items()}
             else:
                 # From an empty cache the step that decodes reads prompts too, so the other one is not needed.
-                part = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
-                found = {"model": exporter.export(*part, config).components["model"]}
+                step: Any = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
+                found = {"model": exporter.export(*step, config).components["model"]}
             ExportedModel(found, exporter.export_format, config=model.config).save_pretrained(out)
     except Exception as error:  # the exporter raises whatever the tracing met
         raise AlterError(

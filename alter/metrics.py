@@ -79,7 +79,7 @@ def metric(
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
     if not targets:
         raise AlterError(f"{name} has no rows to measure: give the split at least one row.")
-    make = KNOWN.get(name, _recall)
+    make: Callable[..., Metric] = KNOWN.get(name, _recall)
     return make(name, predictions, targets, choices)
 
 
@@ -248,9 +248,9 @@ def _macro_f1(
     column = {label: i for i, label in enumerate(classes)}
 
     def one_hot(labels: Sequence[str | None]) -> csr_array:
-        rows = [i for i, label in enumerate(labels) if label in column]
-        columns = [column[labels[i]] for i in rows]
-        return csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(labels), len(classes)))
+        places = [(i, column[label]) for i, label in enumerate(labels) if label is not None and label in column]
+        rows, columns = zip(*places, strict=True) if places else ((), ())
+        return csr_array((np.ones(len(places)), (rows, columns)), shape=(len(labels), len(classes)))
 
     hits = [p if p == t else None for p, t in zip(predictions, targets, strict=True)]
     return Metric(name, hstack([one_hot(hits), one_hot(predictions), one_hot(targets)], format="csr"), _mean_f1)
@@ -285,7 +285,7 @@ def _bleu_counts(predicted: list[str], wanted: list[str]) -> list[int]:
 def _bleu_of_sums(sums: np.ndarray) -> np.ndarray:
     matches, totals = sums[..., :_BLEU_ORDER], sums[..., _BLEU_ORDER : 2 * _BLEU_ORDER]
     predicted, wanted = sums[..., -2], sums[..., -1]
-    some = (matches > 0).all(-1)  # an order without a match makes the geometric mean zero
+    some = np.asarray((matches > 0).all(-1))  # an order without a match makes the geometric mean zero
     precisions = np.where(some[..., None], matches, 1) / np.maximum(totals, 1)
     brevity = np.exp(np.minimum(0, 1 - wanted / np.maximum(predicted, 1)))
     return np.where(some, brevity * np.exp(np.log(precisions).mean(-1)), 0.0)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 TEXT = "#010203"  # in a page it becomes the page's own colour, light or dark
 INK = (0.145, 0.388, 0.922)
 SHARES = LinearSegmentedColormap.from_list("shares", [(*INK, 0.0), (*INK, 1.0)])
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "font.family": "sans-serif",
@@ -77,9 +78,8 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], be
             if begins is not None:
                 axes.axvline(begins, color=TEXT, linewidth=0.8, linestyle=":")
             axes.set(title=title, xlabel="step" if begins is None else "step; stage 2 begins at the dotted line")
-            place = {"loc": "outside right upper"} if len(lines) > 4 else {}
-            if place:
-                figure.legend(*axes.get_legend_handles_labels(), fontsize=8, **place)
+            if len(lines) > 4:
+                figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
             else:
                 axes.legend(fontsize=8)
         return figure
@@ -141,7 +141,9 @@ def heatmaps(
             axes.tick_params(length=0, labelsize=7)
             axes.spines[:].set_visible(False)
             axes.set_title(title, fontsize=8)
-            for (row, column), value in np.ndenumerate(values) if annotated and numbers else ():
+            if not (annotated and numbers):
+                continue
+            for (row, column), value in np.ndenumerate(values):
                 colour = "white" if shares[row, column] > 0.55 else TEXT
                 axes.text(
                     column + 0.5, row + 0.5, numbers.format(value), ha="center", va="center", fontsize=6, color=colour

@@ -319,24 +319,26 @@ class Predictor:
     def _scored(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(prompts)
         for rows, batch in self._batches(tasks, prompts, [0] * len(prompts)):
-            choices = [self._encoded_choices(tasks[row]) for row in rows]
+            encoded = [self._encoded_choices(tasks[row]) for row in rows]
             with self._announced():
-                scores = own_choice_log_likelihoods(self.model, batch, choices)
+                scores = own_choice_log_likelihoods(self.model, batch, encoded)
             for row, own in zip(rows, scores, strict=True):
                 task = tasks[row]
                 shares = (own.float() / self.temperatures.get(task.name, 1.0)).softmax(-1).tolist()
-                text = task.choices[max(range(len(shares)), key=shares.__getitem__)]
-                answers[row] = Answer(text, dict(zip(task.choices, shares, strict=True)))
+                choices = task.choices or []
+                text = choices[max(range(len(shares)), key=shares.__getitem__)]
+                answers[row] = Answer(text, dict(zip(choices, shares, strict=True)))
         return answers  # type: ignore[return-value]
 
     def _chosen(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """The same for one task, without probabilities."""
+        choices = tasks[0].choices or []
         answers: list[Answer | None] = [None] * len(prompts)
         for rows, batch in self._batches(tasks, prompts, [0] * len(prompts)):
             with self._announced():
                 best = best_choices(self.model, batch, self._encoded_choices(tasks[0])).tolist()
             for row, choice in zip(rows, best, strict=True):
-                answers[row] = Answer(tasks[0].choices[choice], None)
+                answers[row] = Answer(choices[choice], None)
         return answers  # type: ignore[return-value]
 
     def _batches(

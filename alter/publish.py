@@ -55,7 +55,7 @@ def publish(run: Path, out: Path) -> None:
 def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]) -> None:
     """Writes the part of a recipe that loading reads, without this machine's folders."""
     tasks = [{**task, "where": "recipe.yaml", "source": _without_places(task["source"])} for task in tasks]
-    kept = {key: content[key] for key in ("precision", "generation") if key in content}
+    kept: dict[str, Any] = {key: content[key] for key in ("precision", "generation") if key in content}
     text = yaml.safe_dump({**kept, "data": {"tasks": tasks}}, sort_keys=False, allow_unicode=True, width=120)
     (out / "recipe.yaml").write_text(text, encoding="utf-8")
 

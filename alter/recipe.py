@@ -149,7 +149,7 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
         problems += error.messages
     if config is not None:
         problems += _check_values(config)
-    if problems:
+    if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
     return _complete(parser, config, tasks)
 
@@ -242,7 +242,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"{file}: cannot be read ({error}); name a YAML recipe."]
     except yaml.YAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
         return {}, [
             f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend the indentation or quotes."
         ]

@@ -6,7 +6,7 @@ import csv
 import html as markup
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -96,7 +96,7 @@ class _Report:
 
     def parts(self) -> Iterator[str]:
         """The page from top to bottom."""
-        sections = {
+        sections: dict[str, Callable[[], Iterable[str]]] = {
             "Summary": self.summary,
             "Results": self.metrics,
             "Learning curves": self.curves,

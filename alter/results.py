@@ -254,10 +254,10 @@ def _notes(results: Mapping[str, Any]) -> Iterator[str]:
             near.setdefault(reference, []).append(where)
     if compared and not above and not near:
         yield "The model is above every reference, intervals apart."
-    for reference, where in above.items():
-        yield f"* {_spoken(reference)} is above the model on: {', '.join(where)}."
-    for reference, where in near.items():
-        yield f"~ {_spoken(reference)} has an interval that overlaps the model's on: {', '.join(where)}."
+    for reference, places in above.items():
+        yield f"* {_spoken(reference)} is above the model on: {', '.join(places)}."
+    for reference, places in near.items():
+        yield f"~ {_spoken(reference)} has an interval that overlaps the model's on: {', '.join(places)}."
     yield from _costs(results)
 
 

@@ -25,7 +25,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
 from alter import report
@@ -118,7 +118,7 @@ def fit(recipe: Recipe) -> None:
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
     data.trainer = None
     gc.collect()  # the stages' models and optimizers, before the test loads another
-    if not recipe.config["test"] or rank_zero_only.rank != 0:
+    if not recipe.config["test"] or not _is_first():
         return
     results = run / "results.json"
     if results.is_file() and not any(trained):
@@ -181,7 +181,7 @@ def quiet() -> None:
 
 def _claim(run: Path, recipe: Recipe) -> None:
     """Writes the recipe and the environment, or checks that the folder holds the same recipe."""
-    if rank_zero_only.rank != 0:
+    if not _is_first():
         return
     file = run / "recipe.yaml"
     begun = any(
@@ -289,8 +289,13 @@ def _records(run: Path) -> dict[str, dict[str, Any]]:
 
 def _record(run: Path, step: str, seconds: float, **facts: Any) -> None:
     """Notes a finished step, with the time it took; the first record stands, since a repeat only reads caches."""
-    if rank_zero_only.rank == 0 and step not in (records := _records(run)):
+    if _is_first() and step not in (records := _records(run)):
         write_json(run / "progress.json", {**records, step: {"seconds": seconds, **facts}})
+
+
+def _is_first() -> bool:
+    """Whether this is the one process, or the first of several, which writes."""
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _write(file: Path, text: str) -> None:

@@ -28,7 +28,7 @@ def check(
     """
     parameters = {
         name: parameter
-        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
+        for name, parameter in inspect.signature(cls).parameters.items()
         if name not in skip and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     problems = []
@@ -52,12 +52,12 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    others = set(inspect.signature(cls.__init__).parameters) - {"self", key}
+    others = set(inspect.signature(cls).parameters) - {key}
     parser.add_class_arguments(cls, skip=others, instantiate=False, fail_untyped=False)
     try:
         parser.parse_object({key: value})
     except Exception:
-        hint = typing.get_type_hints(cls.__init__).get(key, cls.__annotations__.get(key))
+        hint = _hints(cls).get(key, cls.__annotations__.get(key))
         wanted = (
             hint.__name__
             if isinstance(hint, type)
@@ -67,9 +67,13 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     return []
 
 
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls.__init__)  # type: ignore[misc]  # it is the class's own
+
+
 def template_base(cls: type, key: str) -> type | None:
     """The class that an argument must be a subclass of, where the argument is named by ``class_path``."""
-    hint = typing.get_type_hints(cls.__init__).get(key)
+    hint = _hints(cls).get(key)
     options = [o for o in (typing.get_args(hint) or (hint,)) if inspect.isclass(o)]
     own = [o for o in options if o.__module__.startswith("alter.nn")]
     return own[0] if own else None
@@ -102,6 +106,7 @@ def check_class(
     arguments = given.get("init_args") or {}
     if not isinstance(arguments, Mapping):
         return [*problems, f"{where}.init_args: expected a mapping of arguments, got {arguments!r}."]
+    assert cls is not None
     return problems + check(cls, arguments, where, skip, required=False)
 
 
@@ -130,7 +135,7 @@ def import_name(path: str, where: str, base: type | None = None) -> Any:
             for n, v in vars(module).items()
             if not n.startswith("_") and (base is None or (inspect.isclass(v) and issubclass(v, base)))
         ]
-        what = f"is not a {base.__name__}" if found is not None else f"is not in {module_name}"
+        what = f"is not a {base.__name__}" if base is not None and found is not None else f"is not in {module_name}"
         raise AlterError(
             f"{where}: '{path}' {what}; known there: {', '.join(sorted(known)[:12])}.{did_you_mean(name, known)}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from alter.metrics import metric
 from alter.nn.backbone import load_tokenizer
 from alter.nn.decoding import Generation
+from alter.nn.model import MTAModel
 from alter.predict import Predictor
 
 
@@ -34,8 +35,10 @@ class TaskMetrics(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answers on every process alike, so that all choose the same checkpoint, and logs the scores."""
-        data: Any = trainer.datamodule
-        predictor = Predictor(pl_module.model, load_tokenizer(data.tokenizer), data.tasks, self.generation)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        predictor = Predictor(
+            cast(MTAModel, pl_module.model), load_tokenizer(data.tokenizer), data.tasks, self.generation
+        )
         scores = {}
         for task in data.tasks:
             rows = data.examples(task.name, "validation")[: self.rows]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from alter.stages.base import StageModule
 
 
 class Throughput(Callback):
@@ -34,7 +36,7 @@ class Throughput(Callback):
         """Stops it, and counts."""
         self.seconds += time.perf_counter() - self._started
         self.tokens += int(batch["attention_mask"].sum())
-        if module.model.is_seq2seq:  # else the targets stand in the same row
+        if cast(StageModule, module).model.is_seq2seq:  # else the targets stand in the same row
             self.tokens += int((batch["labels"] != -100).sum())
 
     def state_dict(self) -> dict[str, float]:

@@ -22,22 +22,23 @@ import torch
 from adapters.composition import Fuse
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, get_scheduler
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
 from transformers.modeling_outputs import BaseModelOutput
 
 IGNORED = -100
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass, as in alter.nn.decoding
 
 Plan = dict[str, Any]
+Model = Any  # a PreTrainedModel, to which the library has added methods
 Batch = dict[str, list[list[int]]]
 
 
-def load_model(plan: Plan) -> PreTrainedModel:
+def load_model(plan: Plan) -> Model:
     """The frozen backbone with an adapter a task and their fusion, in the blocks that the plan names."""
     torch.manual_seed(plan["seed"])
     kind = AutoModelForSeq2SeqLM if plan["seq2seq"] else AutoModelForCausalLM
     dtype = torch.bfloat16 if plan["bf16"] else torch.float32
-    model = kind.from_pretrained(plan["backbone"], dtype=dtype, local_files_only=True, use_safetensors=True)
+    model: Model = kind.from_pretrained(plan["backbone"], dtype=dtype, local_files_only=True, use_safetensors=True)
     model.requires_grad_(False)
     backbone = {id(parameter) for parameter in model.parameters()}
     names = {id(module): name for name, module in model.named_modules()}
@@ -59,13 +60,13 @@ def load_model(plan: Plan) -> PreTrainedModel:
     return model.to("cuda" if plan["cuda"] and torch.cuda.is_available() else "cpu")
 
 
-def _pass_cache(model: nn.Module) -> None:
+def _pass_cache(model: Model) -> None:
     """Mends adapters 1.3: some of its layers, Llama's among them, take the key-value cache by a name of older transformers.
 
     Under 4.57 they would run without it, each generated token seeing itself alone.
     """
 
-    def rename(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def rename(module: Model, args: Any, kwargs: dict[str, Any]) -> Any:
         if "past_key_values" in kwargs:
             kwargs["past_key_value"] = kwargs.pop("past_key_values")
         return args, kwargs
@@ -81,7 +82,7 @@ def adapter_names(plan: Plan) -> list[str]:
     return [f"task{i}" for i in range(len(plan["tasks"]))]
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: Model) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -89,7 +90,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 # -- training -----------------------------------------------------------------------------------------------------------
 
 
-def train_all(model: PreTrainedModel, plan: Plan, folder: Path) -> list[dict[str, Any]]:
+def train_all(model: Model, plan: Plan, folder: Path) -> list[dict[str, Any]]:
     """Trains each task's adapter on its own batches, then the fusion on the mixture with the adapters frozen."""
     names = adapter_names(plan)
     validation = [_read(folder / f"validation{i}.jsonl") for i in range(len(names))]
@@ -108,7 +109,7 @@ def train_all(model: PreTrainedModel, plan: Plan, folder: Path) -> list[dict[str
 
 
 def _train_once(
-    model: PreTrainedModel, plan: Plan, file: Path, batches: Sequence[Batch], validation: Sequence[Sequence[Batch]]
+    model: Model, plan: Plan, file: Path, batches: Sequence[Batch], validation: Sequence[Sequence[Batch]]
 ) -> dict[str, Any]:
     """Trains what is set to train, or takes it from the file where it was trained before."""
     model.eval()  # no dropout, as with every other method; choosing what trains has switched it on
@@ -124,9 +125,7 @@ def _train_once(
     return found["record"]
 
 
-def train(
-    model: PreTrainedModel, plan: Plan, batches: Sequence[Batch], validation: Sequence[Sequence[Batch]]
-) -> dict[str, Any]:
+def train(model: Model, plan: Plan, batches: Sequence[Batch], validation: Sequence[Sequence[Batch]]) -> dict[str, Any]:
     """Trains what is set to train, and ends with the weights of the lowest validation loss.
 
     Args:
@@ -172,7 +171,7 @@ def train(
     }
 
 
-def _set(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _set(model: Model, state: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in state.items():
         parameters[name].data.copy_(value)
@@ -184,7 +183,7 @@ def _by_example(losses: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def _validation_loss(model: PreTrainedModel, plan: Plan, validation: Sequence[Sequence[Batch]]) -> float:
+def _validation_loss(model: Model, plan: Plan, validation: Sequence[Sequence[Batch]]) -> float:
     """The mean over tasks of the loss a target token."""
     means = []
     for batches in validation:
@@ -193,7 +192,7 @@ def _validation_loss(model: PreTrainedModel, plan: Plan, validation: Sequence[Se
     return sum(means) / len(means)
 
 
-def token_losses(model: PreTrainedModel, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor, int]:
+def token_losses(model: Model, plan: Plan, batch: Batch) -> tuple[Tensor, Tensor, int]:
     """Cross-entropy of every target token of a batch, the row of each, and how many tokens were read."""
     prompts, targets = batch["prompts"], batch["targets"]
     if plan["seq2seq"]:
@@ -211,12 +210,12 @@ def token_losses(model: PreTrainedModel, plan: Plan, batch: Batch) -> tuple[Tens
     return losses, kept.nonzero()[:, 0], sum(map(len, prompts)) + sum(map(len, targets))
 
 
-def _precision(model: PreTrainedModel, plan: Plan) -> torch.autocast:
+def _precision(model: Model, plan: Plan) -> torch.autocast:
     """In bf16, autocast lets the fp32 adapters meet the backbone's bf16 states."""
     return torch.autocast(model.device.type, torch.bfloat16, enabled=plan["bf16"])
 
 
-def _inputs(model: PreTrainedModel, plan: Plan, rows: Sequence[list[int]], left: bool = False) -> dict[str, Tensor]:
+def _inputs(model: Model, plan: Plan, rows: Sequence[list[int]], left: bool = False) -> dict[str, Tensor]:
     mask = _pad([[1] * len(row) for row in rows], 0, left)
     return {
         "input_ids": _pad(rows, plan["pad"], left).to(model.device),
@@ -234,7 +233,7 @@ def _pad(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def answer_all(model: PreTrainedModel, plan: Plan, folder: Path) -> list[list[Any]]:
+def answer_all(model: Model, plan: Plan, folder: Path) -> list[list[Any]]:
     """The answers to each task's rows, in their order: the number of a choice, or the tokens of a text."""
     answers = []
     with _precision(model, plan):
@@ -251,7 +250,7 @@ def answer_all(model: PreTrainedModel, plan: Plan, folder: Path) -> list[list[An
     return answers
 
 
-def generate(model: PreTrainedModel, plan: Plan, prompts: Sequence[list[int]], longest: int) -> list[list[int]]:
+def generate(model: Model, plan: Plan, prompts: Sequence[list[int]], longest: int) -> list[list[int]]:
     """Decodes greedily, until the end of the sequence or a stop token."""
     config = model.generation_config
     end = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
@@ -273,9 +272,7 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def log_likelihoods(
-    model: PreTrainedModel, plan: Plan, prompts: Sequence[list[int]], choices: Sequence[list[int]]
-) -> Tensor:
+def log_likelihoods(model: Model, plan: Plan, prompts: Sequence[list[int]], choices: Sequence[list[int]]) -> Tensor:
     """Summed log-probability of every choice's tokens after every prompt, [batch, choices]; prompts are read once."""
     tokens = _pad(choices, IGNORED).to(model.device)
     per_prompt = len(choices) * (max(map(len, prompts)) + tokens.shape[1])
@@ -285,7 +282,7 @@ def log_likelihoods(
     return torch.cat([score(model, _inputs(model, plan, part, left=not plan["seq2seq"]), tokens) for part in parts])
 
 
-def _score_causal(model: PreTrainedModel, inputs: dict[str, Tensor], choices: Tensor) -> Tensor:
+def _score_causal(model: Model, inputs: dict[str, Tensor], choices: Tensor) -> Tensor:
     mask = inputs["attention_mask"]
     batch, (count, length) = len(mask), choices.shape
     prompt = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp_min(0), use_cache=True)
@@ -306,7 +303,7 @@ def _score_causal(model: PreTrainedModel, inputs: dict[str, Tensor], choices: Te
     return scores + _sum_by_row(rest.logits, wanted).view(batch, count)
 
 
-def _score_seq2seq(model: PreTrainedModel, inputs: dict[str, Tensor], choices: Tensor) -> Tensor:
+def _score_seq2seq(model: Model, inputs: dict[str, Tensor], choices: Tensor) -> Tensor:
     mask = inputs["attention_mask"]
     batch, count = len(mask), len(choices)
     encoded = model.get_encoder()(**inputs).last_hidden_state.repeat_interleave(count, 0)

@@ -6,9 +6,9 @@ Full fine-tuning, and the peft library's LoRA and Polytropon in the blocks where
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -19,6 +19,9 @@ from alter.nn.backbone import load_backbone
 from alter.nn.model import MTAModel
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Kind = Literal["full", "lora", "poly"]
 WEIGHTS, SETTINGS = "weights.safetensors", "baseline.json"
@@ -41,7 +44,7 @@ class BaselineModel(MTAModel):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tasks: Sequence[str],
         layers: str | list[int] = "last:4",
         ffn: str | None = None,
@@ -65,7 +68,7 @@ class BaselineModel(MTAModel):
                 '--methods: peft_lora and peft_poly need the peft package; install "alter-mta[compare]".'
             ) from error
         if kind == "lora":
-            config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+            config: Any = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
         else:
             config = peft.PolyConfig(r=rank, n_tasks=len(self.tasks), n_skills=len(self.tasks), target_modules=targets)
         try:
@@ -98,17 +101,19 @@ class BaselineModel(MTAModel):
             "tuned": list(own.values()),
         }
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def trained_tensors(self) -> dict[str, Tensor]:
         """The tensors that train, by name."""
         return {name: parameter.data for name, parameter in self.tuned().items()}
 
-    def save_pretrained(self, folder: str | Path, backbone: str) -> None:
+    def save_pretrained(self, folder: str | Path, backbone: str, trained: Mapping[str, Tensor] | None = None) -> None:
         """Writes the settings and the tensors that train."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({key: value.contiguous() for key, value in self.trained_state().items()}, folder / WEIGHTS)
+        save_file(
+            {key: value.contiguous() for key, value in (trained or self.trained_state()).items()}, folder / WEIGHTS
+        )
         (folder / SETTINGS).write_text(json.dumps({**self.settings, "backbone": str(backbone)}, indent=2))
 
     @classmethod

@@ -162,7 +162,8 @@ class Planner:
             holder["rank"] = rank
             counts[rank] = self.count(run.config)
             rank = max(1, round(rank * run.budget / counts[rank]))
-        holder["rank"] = min(counts, key=lambda r: abs(counts[r] - run.budget))
+        budget = run.budget
+        holder["rank"] = min(counts, key=lambda r: abs(counts[r] - budget))
         if scale is not None:
             holder["alpha"] = scale * holder["rank"]
 

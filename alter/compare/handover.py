@@ -9,9 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alter.data import MultiTaskDataModule, Task, encode_choices, eval_batches
+from alter.data.sampler import MixtureBatchSampler
 from alter.errors import AlterError
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards, select_layers
@@ -123,8 +124,9 @@ def _training_batches(data: MultiTaskDataModule, epoch: int, mixed: bool) -> Ite
     """The examples of each batch of an epoch, as the training loader takes them."""
     data.mixed_batches = mixed
     loader = data.train_dataloader()
-    loader.batch_sampler.set_epoch(epoch)
-    return ([loader.dataset[pair] for pair in pairs] for pairs in loader.batch_sampler)
+    sampler = cast(MixtureBatchSampler, loader.batch_sampler)
+    sampler.set_epoch(epoch)
+    return ([loader.dataset[pair] for pair in pairs] for pairs in sampler)
 
 
 def _validation_batches(data: MultiTaskDataModule, task: Task) -> Iterable[list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from alter.data.sources import SPLITS, Row, stable_fraction
+from alter.data.sources import SPLITS, Fields, Row, stable_fraction
 from alter.data.task import Task
 from alter.errors import AlterError
 
@@ -178,7 +178,7 @@ def encode_choices(task: Task, tokenizer: Any, seq2seq: bool) -> list[list[int]]
     return target_ids(list(task.choices or []), tokenizer, seq2seq)
 
 
-def encode_prompt(task: Task, row: Row, tokenizer: Any, seq2seq: bool, place: str = "the row") -> list[int]:
+def encode_prompt(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str = "the row") -> list[int]:
     """Token ids of one row's prompt, shortened where it is too long.
 
     Raises:
@@ -188,7 +188,7 @@ def encode_prompt(task: Task, row: Row, tokenizer: Any, seq2seq: bool, place: st
     return ids if len(ids) <= task.max_prompt_tokens else shorten(task, row, tokenizer, seq2seq, place)[1]
 
 
-def shorten(task: Task, row: Row, tokenizer: Any, seq2seq: bool, place: str) -> tuple[str, list[int]]:
+def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) -> tuple[str, list[int]]:
     """Cuts the end of the field that the task names until the prompt fits; nothing else of the prompt changes.
 
     Raises:

@@ -181,7 +181,7 @@ class MultiTaskDataModule(LightningDataModule):
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the mixture, each process its own share; a resumed epoch goes on after its last batch."""
         rank, world = self._place()
         lengths = [_lengths(self.examples(task.name, "train"), self.seq2seq) for task in self.tasks]
@@ -199,7 +199,7 @@ class MultiTaskDataModule(LightningDataModule):
         sampler.resume(*self._resumed)
         return self._loader("train", sampler)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Every validation example once, sorted by length, shared out over the processes."""
         rank, world = self._place()
         pairs, lengths = [], []
@@ -212,14 +212,17 @@ class MultiTaskDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Where a checkpoint stands in the data. Lightning's own counts come back only after it has made the loader."""
-        taken = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        taken = progress.current.processed
         return {"epoch": self.trainer.current_epoch, "taken": taken * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lets the next training loader go on there, also on another number of processes."""
+        assert self.trainer is not None
         self._resumed = (state_dict["epoch"], state_dict["taken"] // self.trainer.world_size)
 
-    def _loader(self, split: str, batches: Any) -> DataLoader:
+    def _loader(self, split: str, batches: Any) -> DataLoader[Any]:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
         return DataLoader(
             dataset,
@@ -243,7 +246,7 @@ def _limited(task: Task, limit: Mapping[str, int]) -> Task:
     return replace(task, limit={**task.limit, **lower})
 
 
-class _Mixture(Dataset):
+class _Mixture(Dataset[dict[str, Any]]):
     """All tasks' examples of one split, by task and row."""
 
     def __init__(self, tasks: Sequence[Any]) -> None:

@@ -6,8 +6,9 @@ import csv
 import hashlib
 import inspect
 import json
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from alter.errors import AlterError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
+Fields = Mapping[str, Any]  # a row that is only read
 
 
 class Source(ABC):
@@ -86,7 +88,7 @@ class Files(Source):
         yield from read_file(path)
 
     def _drawn_split(self, row: Row) -> str:
-        shares = {name: self.splits[name] for name in ("validation", "test") if isinstance(self.splits[name], float)}
+        shares = {n: share for n in ("validation", "test") if isinstance(share := self.splits[n], float)}
         if not shares:
             return "train"
         if self.group is not None and self.group not in row:
@@ -173,7 +175,7 @@ class Function(Source):
 
         A module that reads the data of other packages names them in ``PACKAGES``; new versions are then noticed.
         """
-        module = inspect.getmodule(self.function)
+        module = sys.modules[self.function.__module__]
         versions = [_version(package) for package in getattr(module, "PACKAGES", ())]
         return _digest(self.function.__qualname__, self.arguments, inspect.getsource(module), versions)
 
@@ -214,7 +216,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             for row in reader:
                 if None in row or None in row.values():
                     raise AlterError(
-                        f"{path}, line {reader.line_num}: not as many fields as the header has ({len(reader.fieldnames)}); "
+                        f"{path}, line {reader.line_num}: not as many fields as the header has ({len(reader.fieldnames or ())}); "
                         "quote fields that hold the separator."
                     )
                 yield row

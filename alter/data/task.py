@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
-from jinja2.sandbox import SandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
 
 from alter.data import sources
-from alter.data.sources import SPLITS, Files, Function, Row, Source
+from alter.data.sources import SPLITS, Fields, Files, Function, Source
 from alter.errors import AlterError, did_you_mean
 from alter.metrics import recalled_choice
 from alter.schema import check, import_name
@@ -53,7 +54,7 @@ class Task:
     prompt: str
     target: str
     choices: list[str] | None = None
-    metrics: list[str] | None = None
+    metrics: list[str] = field(default_factory=list)
     truncate: str | None = None
     max_prompt_tokens: int = 512
     max_target_tokens: int = 128
@@ -67,10 +68,10 @@ class Task:
         problems = list(self._problems())
         if problems:
             raise AlterError(*problems)
-        if self.metrics is None:
+        if not self.metrics:
             self.metrics = list(CLASSIFICATION_METRICS) if self.choices else ["rouge1", "rougeL", "exact_match"]
 
-    def _problems(self) -> Sequence[str]:
+    def _problems(self) -> Iterator[str]:
         where = f"{self.where}: task '{self.name}'"
         for key in ("prompt", "target"):
             try:
@@ -78,7 +79,7 @@ class Task:
             except TemplateSyntaxError as error:
                 yield f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it."
         known = (*CLASSIFICATION_METRICS, *GENERATION_METRICS, "recall[CHOICE]") if self.choices else GENERATION_METRICS
-        for name in self.metrics or []:
+        for name in self.metrics:
             if self.choices and (recalled := recalled_choice(name)):
                 if recalled not in self.choices:
                     yield (
@@ -111,7 +112,7 @@ class Task:
         """The fields of a row that the prompt names."""
         return sorted(meta.find_undeclared_variables(_TEMPLATES.parse(self.prompt)))
 
-    def as_row(self, text: str | Row, place: str) -> Row:
+    def as_row(self, text: str | Fields, place: str) -> Fields:
         """A row of the task's fields: a mapping as it is, a text as the one field that the prompt names.
 
         Raises:
@@ -158,7 +159,7 @@ class Task:
     def _compiled(self) -> dict[str, Any]:
         return {key: _TEMPLATES.from_string(getattr(self, key)) for key in ("prompt", "target")}
 
-    def render_prompt(self, row: Row, place: str = "") -> str:
+    def render_prompt(self, row: Fields, place: str = "") -> str:
         """Renders the prompt of a row.
 
         Raises:
@@ -166,7 +167,7 @@ class Task:
         """
         return self._render("prompt", row, place).rstrip()
 
-    def render_target(self, row: Row, place: str = "") -> str:
+    def render_target(self, row: Fields, place: str = "") -> str:
         """Renders the target of a row.
 
         Raises:
@@ -182,7 +183,7 @@ class Task:
             raise AlterError(f"{self._place(place)}: the target is empty; mend the row or the key 'target'.")
         return target
 
-    def _render(self, key: str, row: Row, place: str) -> str:
+    def _render(self, key: str, row: Fields, place: str) -> str:
         try:
             return self._compiled[key].render({"row": row, **row})
         except UndefinedError as error:
@@ -284,7 +285,7 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, roo
     Raises:
         AlterError: with the mistakes of all tasks.
     """
-    tasks, problems = [], []
+    tasks, problems = [], list[str]()
     for entry in entries:
         try:
             if isinstance(entry, Task):

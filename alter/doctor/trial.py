@@ -45,16 +45,16 @@ class Sample(MultiTaskDataModule):
         self.limits: dict[str, int | float | None] = {}
         self.batches: dict[str, int] = {}
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """A few training batches."""
         return self._some(super().train_dataloader(), "train")
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         """A few validation batches."""
         return self._some(super().val_dataloader(), "validation")
 
-    def _some(self, loader: DataLoader, split: str) -> DataLoader:
-        batches = list(loader.batch_sampler)
+    def _some(self, loader: DataLoader[Any], split: str) -> DataLoader[Any]:
+        batches: list[Any] = list(loader.batch_sampler or ())
         batches = batches[: _share(self.limits.get(split), len(batches))]
         self.batches[split] = len(batches)
         lengths = [self._lengths(task.name, split) for task in self.tasks]
@@ -153,7 +153,7 @@ def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -
     clock, started = Clock(), time.perf_counter()
     arguments["trainer"] = {**planned, **ONE_DEVICE, **ONE_EPOCH}
     cli = StageCLI(run / stage, arguments)
-    cli.trainer.callbacks.append(clock)
+    cli.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     data.limits = {"train": planned.get("limit_train_batches"), "validation": planned.get("limit_val_batches")}
     data.first_epoch = recipe.epochs_before(stage)
     cli.trainer.fit(cli.model, data)

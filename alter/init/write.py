@@ -63,7 +63,7 @@ def init(folder: Path, files: Sequence[Path], backbone: str) -> str:
         AlterError: with the mistakes of all files, or a file to write is there already; nothing is written then.
     """
     recipe = folder / "recipe.yaml"
-    proposals, problems = [], []
+    proposals, problems = [], list[str]()
     for name, parts in _by_task(files).items():
         try:
             proposals.append(_propose(name, parts))
@@ -119,7 +119,7 @@ def _propose(name: str, files: dict[str, Path]) -> Proposal:
     guess = guess_task(columns, rows, str(files["train"]), islice(read_file(files["train"]), SAMPLE))
     given = {split: str(file.resolve()) for split, file in files.items()}
     share = SHARE if rows >= FEW else 2 * SHARE
-    arguments = {split: given.get(split, share) for split in SPLITS}
+    arguments: dict[str, Any] = {split: given.get(split, share) for split in SPLITS}
     if guess.group and len(files) < len(SPLITS):
         arguments["group"] = guess.group
     for seed in range(DEFAULT_SEED, DEFAULT_SEED + 20):  # by chance a share of a few rows is empty

@@ -141,7 +141,7 @@ def _keep_gradients(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch's types know no flags
 
 
 def _short(error: Exception) -> str:

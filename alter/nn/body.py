@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from alter.nn.feed_forward import FeedForward
 from alter.nn.trunk import Trunk, replaced_forward
 from alter.nn.trunk_cache import CachedTrunk, TrunkCache, example_keys
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 
@@ -23,24 +26,34 @@ class Body:
         adapted: its feed-forward blocks that have adapters.
     """
 
-    def __init__(self, backbone: nn.Module, adapted: Sequence[FeedForward]) -> None:
+    def __init__(self, backbone: PreTrainedModel, adapted: Sequence[FeedForward]) -> None:
         self.backbone = backbone
         self.adapted = adapted
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
-        self.decoder = backbone.get_decoder()
-        self.encoder = backbone.get_encoder() if self.is_seq2seq else None
-        self.vocabulary = backbone.get_output_embeddings().weight.shape[0]
+        self.decoder: nn.Module = backbone.get_decoder()
+        self.encoder: nn.Module | None = backbone.get_encoder() if self.is_seq2seq else None
+        self.vocabulary = self._head_weight.shape[0]
         self.cached: dict[str, CachedTrunk] = {}
         self.uncached = "not asked for"
 
     @property
     def head_trains(self) -> bool:
         """Whether the output embeddings do, as in full fine-tuning."""
-        return self.backbone.get_output_embeddings().weight.requires_grad
+        return self._head_weight.requires_grad
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return cast(Tensor, self.backbone.get_output_embeddings().weight)
+
+    def stack(self, name: str) -> nn.Module:
+        """The ``encoder`` or the ``decoder``."""
+        found = self.decoder if name == "decoder" else self.encoder
+        assert found is not None
+        return found
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The encoder's output, [batch, seq, d]."""
-        return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.stack("encoder")(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def decode(self, input_ids: Tensor, **options: Any) -> Any:
         """The decoder's output, its ``last_hidden_state`` [batch, seq, d].
@@ -98,12 +111,12 @@ class Body:
         return self._run("decoder", inputs, (input_ids, lengths), (labels, (labels != IGNORED).sum(1)))
 
     def _run(self, name: str, inputs: dict[str, Tensor], *example: tuple[Tensor, Tensor]) -> Tensor:
-        stack = self.decoder if name == "decoder" else self.encoder
+        stack = self.stack(name)
         options = {"use_cache": False} if name == "decoder" else {}
         if name not in self.cached:
             return stack(**inputs, **options).last_hidden_state
         cached = self.cached[name]
-        states = cached.states(*example_keys(*example), **inputs)
+        states = cached.states(*example_keys(*example), inputs)
         if cached.trunk.whole:
             return states
         with cached.trunk.replaced_by(states):
@@ -122,18 +135,18 @@ class Body:
         first: dict[str, int] = {}
         for block in self.adapted:
             first[block.stack] = min(block.index, first.get(block.stack, block.index))
-        stacks = {name: self.backbone.get_submodule(name) for name in first if name}
+        stacks = {name: cast(nn.ModuleList, self.backbone.get_submodule(name)) for name in first if name}
         if len(stacks) != len(first):
             return {}
         found = {}
         if self.is_seq2seq:
-            own = {name for name, blocks in stacks.items() if _holds(self.encoder, blocks)}
+            own = {name for name, blocks in stacks.items() if _holds(self.stack("encoder"), blocks)}
             if len(own) > 1 or any(first[name] == 0 for name in own):
                 return {}
             if own:  # the encoder's output moves, so nothing of the decoder is constant
                 (name,) = own
-                return {"encoder": Trunk(self.encoder, stacks[name], first[name])}
-            found["encoder"] = Trunk(self.encoder, (), 0)
+                return {"encoder": Trunk(self.stack("encoder"), stacks[name], first[name])}
+            found["encoder"] = Trunk(self.stack("encoder"), (), 0)
         own = {name for name, blocks in stacks.items() if _holds(self.decoder, blocks)}
         if len(own) == 1 and first[name := own.pop()] > 0:
             found["decoder"] = Trunk(self.decoder, stacks[name], first[name])
@@ -158,7 +171,7 @@ class Body:
             self.uncached = "no block stands below the first adapter"
         if self.uncached:
             return self.cached
-        width, dtype = self.backbone.get_input_embeddings().weight.shape[1], self.backbone.dtype
+        width, dtype = cast(Tensor, self.backbone.get_input_embeddings().weight).shape[1], self.backbone.dtype
         for name, trunk in trunks.items():
             if any(p.requires_grad for p in trunk.parameters()):
                 self.uncached = f"the {name}'s blocks below the first adapter train"
@@ -171,7 +184,7 @@ class Body:
         return self.cached
 
     def _sample(self, name: str) -> dict[str, Tensor]:
-        ids = torch.arange(12, device=self.decoder.device).view(2, 6) % self.vocabulary
+        ids = torch.arange(12, device=self.backbone.device).view(2, 6) % self.vocabulary
         sample = {"input_ids": ids}
         if name == "decoder" and self.is_seq2seq:
             sample["encoder_hidden_states"] = self.encode(ids, torch.ones_like(ids))

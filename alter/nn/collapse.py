@@ -65,8 +65,9 @@ def merged(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
             for role, (weight, bias) in linears.items():
                 linear = layer.frozen.module(role)
                 transposed = type(linear).__name__ == "Conv1D"  # GPT-2's linear map keeps [in, out]
-                for parameter, value in ((linear.weight, weight.T if transposed else weight), (linear.bias, bias)):
+                for name, value in (("weight", weight.T if transposed else weight), ("bias", bias)):
                     if value is not None:
+                        parameter = linear.get_parameter(name)
                         before.append((parameter, parameter.data))
                         parameter.data = value.to(parameter.dtype).contiguous()
         yield model.backbone
@@ -113,8 +114,8 @@ def one_adapter(model: MTAModel, task: str, backbone: PreTrainedModel) -> MTAMod
     plain.add_experts(Bottleneck(rank, found[0].activation), TaskSelector(hard=True))
     with torch.no_grad():
         for layer, expert in zip(plain.layers.values(), found, strict=True):
-            layer.experts.down.zero_()[..., : expert.rank] = expert.down
-            layer.experts.up.zero_()[:, : expert.rank] = expert.up
+            layer.experts.get_parameter("down").zero_()[..., : expert.rank] = expert.down
+            layer.experts.get_parameter("up").zero_()[:, : expert.rank] = expert.up
     if model.has_own_backbone:
         plain.take_backbone(model)
     return plain.eval()
@@ -126,14 +127,15 @@ def _one_expert(layer: MixtureOfTaskAdapters, task_id: int) -> Bottleneck:
     if layer.shared is not None:
         shares = layer.shared_router.task_gates(task_id)
         parts = [(layer.experts, shares[0] * gates), (layer.shared, shares[1:])]
-    if not all(isinstance(expert, Bottleneck) for expert, _ in parts):
+    found = [(expert, weights) for expert, weights in parts if isinstance(expert, Bottleneck)]
+    if len(found) < len(parts):
         raise AlterError(
             "Only Bottleneck experts stand beside the feed-forward and concatenate into one adapter; take --format hf for "
             "experts that change its weights, such as LoRA."
         )
-    if len({expert.activation for expert, _ in parts}) > 1:
+    if len({expert.activation for expert, _ in found}) > 1:
         raise AlterError(
             "The task experts and the shared experts have different activations, so they do not concatenate into one "
             "adapter; take --format onnx."
         )
-    return Bottleneck.joined([expert.concatenated(weights) for expert, weights in parts])
+    return Bottleneck.joined([expert.concatenated(weights) for expert, weights in found])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from alter.errors import AlterError
+from alter.nn.body import IGNORED
 from alter.nn.loss import token_losses
-from alter.nn.model import IGNORED, MTAModel
+from alter.nn.model import MTAModel
 
 
 @dataclass
@@ -65,7 +66,8 @@ def generate(
     ends = {*(end if isinstance(end, list) else [end]), *stop_tokens}
     pad = config.pad_token_id if config.pad_token_id is not None else min(ends)
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": pad, "eos_token_id": sorted(ends), **options}
-    output = model.backbone.generate(
+    backbone: Any = model.backbone  # what generates is mixed into the model's own class
+    output = backbone.generate(
         input_ids=prompts["input_ids"],
         attention_mask=prompts["attention_mask"],
         max_new_tokens=max_new_tokens,
@@ -121,7 +123,7 @@ def _scores(model: MTAModel, prompts: Mapping[str, Tensor], tokens: Tensor) -> T
     scores, size = [], _rows_at_once(prompts, *tokens.shape[1:])
     for part, own in zip(_parts(prompts, size), tokens.split(size), strict=True):
         read = _read(model, part)
-        scores.append(read.score(own, None if model.is_seq2seq else read.first_tokens()))
+        scores.append(read.score(own))
     return torch.cat(scores)
 
 
@@ -197,10 +199,10 @@ class _CausalPrompts:
         """The log-probability of each token as an answer's first, [batch, vocabulary]."""
         return self.model.body.logits(self.states).float().log_softmax(-1)
 
-    def score(self, choices: Tensor, first_tokens: Tensor) -> Tensor:
+    def score(self, choices: Tensor, first_tokens: Tensor | None = None) -> Tensor:
         """The log-likelihood of each row's own choices [batch, choices, length], [batch, choices]; may be called once."""
         batch, count, length = choices.shape
-        first = first_tokens.gather(1, choices[:, :, 0])
+        first = (self.first_tokens() if first_tokens is None else first_tokens).gather(1, choices[:, :, 0])
         if length == 1:
             return first
         self.cache.batch_repeat_interleave(count)

@@ -213,7 +213,7 @@ def convert_gguf(gguf: Path, made: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers has dequantised it, yet still marks it as quantised, and refuses to save such a model.
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]  # torch's types know no flags
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(made)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,10 +65,22 @@ class _Roles:
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) features of a linear map, quantised or not; None for another module."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.in_features, module.out_features
+        return cast(int, module.in_features), cast(int, module.out_features)
     if type(module).__name__ == "Conv1D":  # GPT-2's linear map, which keeps its weight as [in, out]
-        return tuple(module.weight.shape)
+        fan_in, fan_out = _weight(module).shape
+        return fan_in, fan_out
     return None
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return cast(Tensor, linear.weight)
+
+
+def sizes(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) features of what is known to be a linear map."""
+    shape = linear_shape(linear)
+    assert shape is not None
+    return shape
 
 
 def dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -79,15 +92,15 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     Returns:
         copies of the weight [out, in] and the bias [out] or None, in fp32.
     """
-    bias = None if linear.bias is None else linear.bias.detach().float().clone()
-    if linear.weight.is_floating_point():
-        weight = linear.weight.detach().float()
+    bias = None if linear.bias is None else cast(Tensor, linear.bias).detach().float().clone()
+    if _weight(linear).is_floating_point():
+        weight = _weight(linear).detach().float()
         return (weight.t() if type(linear).__name__ == "Conv1D" else weight).clone(
             memory_format=torch.contiguous_format
         ), bias
     # Quantised weights have layouts of their own; the map itself says what it computes.
     with torch.no_grad():
-        unit = torch.eye(linear_shape(linear)[0], device=linear.weight.device)
+        unit = torch.eye(sizes(linear)[0], device=_weight(linear).device)
         weight = linear(unit).float() - linear(torch.zeros_like(unit[:1])).float()
     return weight.t().contiguous(), bias
 
@@ -254,9 +267,12 @@ def _numbered(model: nn.Module, blocks: list[tuple[str, _Roles]]) -> list[FeedFo
         total += lengths.get(stack, len(blocks))
     found = []
     for (name, roles), (stack, index) in zip(blocks, places, strict=True):
-        sizes = linear_shape(model.get_submodule(f"{name}.{roles.up}"))
         parts = (roles.inline, roles.gate, roles.up, roles.down, roles.activation)
-        found.append(FeedForward(name, starts[stack] + index, stack, index, *parts, *sizes))
+        found.append(
+            FeedForward(
+                name, starts[stack] + index, stack, index, *parts, *sizes(model.get_submodule(f"{name}.{roles.up}"))
+            )
+        )
     return found
 
 
@@ -307,12 +323,14 @@ def _block_roles(module: nn.Module, names: list[str]) -> _Roles | None:
         if probe is None:
             return None
         activations = [*_own_activations(module, probe.x), *_named_activations(names)]
-        scored = []
+        scored: list[tuple[float, int, tuple[str | None, str, str], Activation]] = []
         for activation, candidate in itertools.product(activations, candidates):
             scored.append((probe.error(candidate, activation), len(scored), candidate, activation))
             if scored[-1][0] == 0.0:
                 break
-    error, _, roles, activation = min(scored, default=(float("inf"), 0, candidates[0], None))
+    if not scored:
+        return None
+    error, _, roles, activation = min(scored)
     return _Roles(*roles, activation, inline=False) if error <= probe.tolerance else None
 
 
@@ -332,7 +350,7 @@ def _inline_roles(layer: nn.Module) -> _Roles | None:
         return None
     with _frozen_evaluation(layer):
         up = layer.get_submodule(candidates[0][1])
-        activations = _own_activations(layer, torch.linspace(-3, 3, 8, device=up.weight.device))
+        activations = _own_activations(layer, torch.linspace(-3, 3, 8, device=_weight(up).device))
     return _Roles(*candidates[0], activations[0], inline=True) if activations else None
 
 
@@ -347,8 +365,8 @@ class _Probe:
     def of(cls, module: nn.Module, roles: tuple[str | None, str, str]) -> _Probe | None:
         """Runs the block, noting what enters its linear maps; None where it does not run on hidden states alone."""
         up = module.get_submodule(roles[1])
-        x = torch.randn(1, 4, linear_shape(up)[0], generator=torch.Generator().manual_seed(0))
-        x = x.to(up.weight.device, _input_dtype(up))
+        x = torch.randn(1, 4, sizes(up)[0], generator=torch.Generator().manual_seed(0))
+        x = x.to(_weight(up).device, _input_dtype(up))
         try:
             # Large enough that the activation bends: near zero, a gate and its partner cannot be told apart.
             x = x * (2 / up(x).float().std().clamp(1e-6, 1e6)).to(x.dtype)
@@ -361,9 +379,10 @@ class _Probe:
 
     def error(self, roles: tuple[str | None, str, str], activation: Activation) -> float:
         """How far the formula is from the block, at the last map's input and at the output, relative to their size."""
-        gate, up, down = (None if name is None else self.module.get_submodule(name) for name in roles)
+        gate, up, down = roles[0], self.module.get_submodule(roles[1]), self.module.get_submodule(roles[2])
         try:
-            inner = activation(up(self.x)) if gate is None else activation(gate(self.x)) * up(self.x)
+            bent = up(self.x) if gate is None else self.module.get_submodule(gate)(self.x)
+            inner = activation(bent) if gate is None else activation(bent) * up(self.x)
             output = down(inner.to(_input_dtype(down)))
             return max(_distance(inner, self.entered[roles[-1]]), _distance(output, self.output))
         except Exception:  # of other shapes, or a map that the block does not use
@@ -421,7 +440,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _input_dtype(linear: nn.Module) -> torch.dtype:
-    return linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
+    return _weight(linear).dtype if _weight(linear).is_floating_point() else torch.float32
 
 
 @contextmanager

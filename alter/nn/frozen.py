@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from alter.nn.feed_forward import FeedForward, linear_shape
+from alter.nn.feed_forward import FeedForward, sizes
 
 
 class FrozenFeedForward:
@@ -24,7 +24,7 @@ class FrozenFeedForward:
         self._linears = {role: parent.get_submodule(name) for role, name in names.items() if name is not None}
         self.activation = found.activation
         self.hidden_size = found.hidden_size
-        self.shapes = {role: linear_shape(linear) for role, linear in self._linears.items()}
+        self.shapes = {role: sizes(linear) for role, linear in self._linears.items()}
         self.dtype = dtype
 
     def module(self, role: str) -> nn.Module:

@@ -88,7 +88,9 @@ def cached_snapshot(repo_id: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = snapshot_download(repo_id, local_files_only=True, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        found: str | None = snapshot_download(
+            repo_id, local_files_only=True, allow_patterns=WANTED, ignore_patterns=UNWANTED
+        )
     except HFValidationError as error:
         raise AlterError(f"backbone: '{repo_id}' is neither a folder nor a hub id such as 'owner/model'.") from error
     except Exception as error:  # not cached, or fetched by another program that left out files we may not need

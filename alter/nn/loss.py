@@ -38,7 +38,7 @@ def token_losses(
     """
     rows = max(1, MAX_LOGITS // vocabulary)
     if torch.is_grad_enabled() and hidden_states.requires_grad and not head_trains:
-        return _ChunkedLoss.apply(hidden_states, targets, logits, rows)
+        return _chunked_loss(hidden_states, targets, logits, rows)
     chunks = zip(hidden_states.split(rows), targets.split(rows), strict=True)
     if head_trains and torch.is_grad_enabled():
         return torch.cat([checkpoint(_head_losses, logits, *chunk, use_reentrant=False) for chunk in chunks])
@@ -84,3 +84,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradients,) = ctx.saved_tensors
         return gradients * upstream.unsqueeze(1).to(gradients.dtype), None, None, None
+
+
+_chunked_loss: Callable[..., Tensor] = _ChunkedLoss.apply

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
 from alter.nn.routers import Router, Routing
 from alter.nn.sharding import gather, put_away, slice_like
 from alter.nn.template import make_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "alter.json"
@@ -66,7 +69,7 @@ class MTAModel(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         tasks: Sequence[str],
         layers: str | list[int] = "last:4",
         ffn: str | None = None,
@@ -76,7 +79,8 @@ class MTAModel(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.tasks = list(tasks)
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
-        self.routing = Routing(prompt=torch.zeros(1, backbone.get_input_embeddings().weight.shape[-1]))
+        embeddings = cast(Tensor, backbone.get_input_embeddings().weight)
+        self.routing = Routing(prompt=torch.zeros(1, embeddings.shape[-1]))
         self._layers_setting, self._ffn_setting = layers, ffn
         adapted = select_layers(find_feed_forwards(backbone, ffn), layers)
         self.body = Body(backbone, adapted)
@@ -89,7 +93,7 @@ class MTAModel(nn.Module):
 
     def _attach(self, adapted: Sequence[FeedForward]) -> dict[str, MixtureOfTaskAdapters]:
         layers = {}
-        encoder = {id(module) for module in self.body.encoder.modules()} if self.is_seq2seq else set()
+        encoder = {id(module) for module in self.body.stack("encoder").modules()} if self.is_seq2seq else set()
         for found in adapted:
             owner = self.backbone.get_submodule(found.name)
             frozen = FrozenFeedForward(owner, found, self.backbone.dtype)
@@ -97,7 +101,7 @@ class MTAModel(nn.Module):
             mixture = InlineMixture if found.inline else MixtureOfTaskAdapters
             layers[found.name] = mixture(self.backbone.get_submodule(path), frozen, self.routing)
             self.backbone.set_submodule(path, layers[found.name])
-            blocks = self.backbone.get_submodule(found.stack) if found.stack else ()
+            blocks = cast(nn.ModuleList, self.backbone.get_submodule(found.stack)) if found.stack else ()
             layers[found.name].stack = "encoder" if id(blocks) in encoder else "decoder"
             layers[found.name].is_last = not self.is_seq2seq and not found.inline and found.index == len(blocks) - 1
         return layers
@@ -241,7 +245,7 @@ class MTAModel(nn.Module):
             all_or_mask = mask if isinstance(mask, Tensor) else torch.ones_like(ids)
             self.set_examples({"task_ids": self.standing, "input_ids": ids, "attention_mask": all_or_mask})
         known = self.routing.cached == 0 and isinstance(mask, Tensor) and mask.dim() == 2
-        self.routing.first = mask.int().argmax(1) if known else None
+        self.routing.first = cast(Tensor, mask).int().argmax(1) if known else None
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +266,8 @@ class MTAModel(nn.Module):
             "decoder": positions if self.is_seq2seq else mask,
             "positions": positions.gather(1, self.routing.positions),  # rows that have fewer are filled up
         }
-        self.routing.losses = extra = []
+        extra: list[Tensor] = []
+        self.routing.losses = extra
         hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
         self.routing.losses = None
         losses = token_losses(
@@ -296,14 +301,12 @@ class MTAModel(nn.Module):
         _copy_state(self.adapter_state(), state, where)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes: the adapters' tensors and, where the backbone trains too, its own as ``backbone.name``.
-
-        Of a model that is cut over processes, all of them must ask, and each gets the whole.
-        """
-        return gather(self._trained_tensors())
-
-    def _trained_tensors(self) -> dict[str, Tensor]:
+        """What training changes, whole; of a model that is cut over processes, all of them must ask."""
         put_away(self)
+        return gather(self.trained_tensors())
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What training changes: the adapters' tensors and, where the backbone trains too, its own as ``backbone.name``."""
         if not self.has_own_backbone:
             return self.adapter_state()
         backbone = {f"backbone.{name}": value.detach() for name, value in self._backbone_parameters().items()}
@@ -315,7 +318,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: a key is missing, surplus or of another shape.
         """
-        _copy_state(self._trained_tensors(), state, where)
+        _copy_state(self.trained_tensors(), state, where)
 
     def save_pretrained(self, folder: str | Path, backbone: str, trained: Mapping[str, Tensor] | None = None) -> None:
         """Writes the adapters, and the backbone only where it has trained, as safetensors and JSON.

@@ -11,6 +11,7 @@ from alter.errors import AlterError
 from alter.nn.experts import Expert
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.routers import Router, RouterShape, Routing
+from alter.nn.template import Template
 
 
 class MixtureOfTaskAdapters(nn.Module):
@@ -26,6 +27,12 @@ class MixtureOfTaskAdapters(nn.Module):
         routing: the model's routing state, shared by all layers.
     """
 
+    PARTS = ("experts", "router", "shared", "shared_router")
+    experts: Expert  # as the router, from add_experts on
+    router: Router
+    shared: Expert | None  # from add_shared on
+    shared_router: Router
+
     def __init__(self, ffn: nn.Module, frozen: FrozenFeedForward, routing: Routing) -> None:
         super().__init__()
         self.ffn = ffn
@@ -34,10 +41,8 @@ class MixtureOfTaskAdapters(nn.Module):
         self.enabled = True
         self.is_last = False  # nothing above mixes positions any more
         self.stack = "decoder"  # or "encoder": whose tokens pass here
-        self.experts: Expert | None = None
-        self.router: Router | None = None
-        self.shared: Expert | None = None
-        self.shared_router: Router | None = None
+        for part in self.PARTS:
+            self.register_module(part, None)
         self.num_experts = self.num_shared = 0
 
     def add_experts(self, expert: Expert, router: Router, prior: Tensor) -> None:
@@ -76,12 +81,12 @@ class MixtureOfTaskAdapters(nn.Module):
         self.router.join_shared()
 
     def _shape(self, prior: Tensor, hidden_size: int) -> RouterShape:
-        return RouterShape(*prior.shape, hidden_size, prior, prompt_size=self.routing.prompt.shape[-1])
+        num_tasks, num_experts = prior.shape
+        return RouterShape(num_tasks, num_experts, hidden_size, prior, prompt_size=self.routing.prompt.shape[-1])
 
-    def parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, Template]:
         """The trainable modules by name: experts, router, shared, shared_router."""
-        names = ("experts", "router", "shared", "shared_router")
-        return {name: part for name in names if (part := getattr(self, name)) is not None}
+        return {name: part for name in self.PARTS if (part := getattr(self, name)) is not None}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[batch, seq, d] -> [batch, seq, d]."""
@@ -116,20 +121,21 @@ class MixtureOfTaskAdapters(nn.Module):
     def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
         gates = self.router(x, routing)
         task = self.experts.mix(x, gates, self.frozen, self.router.active, routing)
+        ffn_share: Tensor | float
         if self.shared is None:
             y, ffn_share = task, float(self.experts.contains_ffn)
         else:
             outputs = torch.cat([task.unsqueeze(-2), self.shared.each(x, self.frozen, routing)], dim=-2)
             weights = self.shared_router(outputs.float().flatten(-2), routing)
             y = torch.einsum("bsk,bskd->bsd", weights.expand(*outputs.shape[:2], -1).to(outputs.dtype), outputs)
-            ffn_share = self._ffn_share(weights)
+            ffn_share = self._ffn_share(weights, self.shared.contains_ffn)
         if isinstance(ffn_share, float) and ffn_share == 1.0:
             return y
         return (1.0 - ffn_share) * ffn_output() + y
 
-    def _ffn_share(self, weights: Tensor) -> Tensor | float:
+    def _ffn_share(self, weights: Tensor, shared_contain: bool) -> Tensor | float:
         """How much of F(x) the weighted outputs already hold: a number where it is the same for all tokens."""
-        held = [self.experts.contains_ffn, self.shared.contains_ffn]
+        held = [self.experts.contains_ffn, shared_contain]
         if not any(held):
             return 0.0
         if all(held) and self.shared_router.normalised:

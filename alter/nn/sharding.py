@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ def shard(model: MTAModel, mesh: DeviceMesh) -> None:
     Raises:
         AlterError: a weight stayed whole.
     """
-    blocks = set(model.backbone._no_split_modules or ())  # where Hugging Face's own device maps never cut
+    blocks = set(
+        cast("list[str] | None", model.backbone._no_split_modules) or ()
+    )  # where Hugging Face's own device maps never cut
     for module in model.backbone.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)

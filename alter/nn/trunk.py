@@ -19,7 +19,7 @@ class Trunk:
         cut: the first block with an adapter; with no blocks named, the stack has none and its states are its output.
     """
 
-    def __init__(self, stack: nn.Module, blocks: Sequence[nn.Module], cut: int) -> None:
+    def __init__(self, stack: nn.Module, blocks: Sequence[nn.Module] | nn.ModuleList, cut: int) -> None:
         self.stack = stack
         self.blocks = blocks
         self.cut = cut
@@ -92,7 +92,7 @@ class _PositionBias(NamedTuple):
     """
 
     returned: bool
-    maker: nn.Module | None
+    maker: Any
 
     @classmethod
     def of(cls, block: nn.Module) -> _PositionBias:
@@ -121,10 +121,10 @@ def _skip(bias: _PositionBias, given: Tensor | None) -> Callable[..., Any]:
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Calls ``forward`` in place of the module's own, for as long as the context lasts."""
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if own is not None:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

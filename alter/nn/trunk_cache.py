@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -75,7 +75,7 @@ class CachedTrunk:
         self.store = store
         self.dtype = dtype
 
-    def states(self, keys: Sequence[bytes], lengths: Sequence[int], **inputs: Tensor) -> Tensor:
+    def states(self, keys: Sequence[bytes], lengths: Sequence[int], inputs: Mapping[str, Tensor]) -> Tensor:
         """The states of a batch that is padded on the right.
 
         Args:
@@ -86,15 +86,15 @@ class CachedTrunk:
         Returns:
             [batch, seq, d], zero where there is padding.
         """
-        found = [self.store.get(key) for key in keys]
-        if missing := [row for row, states in enumerate(found) if states is None]:
+        found = {row: states for row, key in enumerate(keys) if (states := self.store.get(key)) is not None}
+        if missing := [row for row in range(len(keys)) if row not in found]:
             computed = self.trunk.states(**{name: value[missing] for name, value in inputs.items()})
             for row, states in zip(missing, computed.to(self.store.dtype), strict=True):
                 found[row] = states[: lengths[row]]
                 self.store.put(keys[row], found[row])
         batch, seq = inputs["input_ids"].shape
         states = torch.zeros(batch, seq, self.store.width, dtype=self.dtype, device=inputs["input_ids"].device)
-        for row, stored in enumerate(found):
+        for row, stored in found.items():
             states[row, : len(stored)] = stored
         return states
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,7 +34,7 @@ class StageModule(LightningModule):
         trunk_cache: how the states below the first adapter are kept; None for not at all.
     """
 
-    model: MTAModel | None
+    model: MTAModel  # None until configure_model
     backbone: str
     precision: str
 
@@ -47,7 +48,7 @@ class StageModule(LightningModule):
         trunk_cache: TrunkCache | None,
     ) -> None:
         super().__init__()
-        self.model = None
+        self.model = None  # type: ignore[assignment]
         self.strict_loading = False  # checkpoints hold what trains alone; on_load_checkpoint checks that they fit
         self.make_optimizer = optimizer
         self.schedule = schedule
@@ -130,12 +131,15 @@ class StageModule(LightningModule):
 
     def _trunk_line(self) -> str:
         cached = self.model.body.cached
+        if self.trunk_cache is None:
+            return "trunk cache: off"
         if not cached:
-            return "trunk cache: off" if self.trunk_cache is None else f"trunk cache: off ({self.model.body.uncached})"
+            return f"trunk cache: off ({self.model.body.uncached})"
         stacks = " and ".join(f"{name} {trunk.trunk}" for name, trunk in cached.items())
         known = sum(len(trunk.store) for trunk in cached.values())
         size = ""
-        if drawn_tokens := getattr(self.trainer.datamodule, "drawn_tokens", None):
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if drawn_tokens := getattr(data, "drawn_tokens", None):
             tokens = drawn_tokens(self.trainer.max_epochs)
             size = f"up to {tokens * sum(trunk.store.row_bytes for trunk in cached.values()) / 2**30:.2f} GB "
         return (
@@ -208,7 +212,7 @@ class StageModule(LightningModule):
 
     # -- optimisation -----------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """One parameter group a part, its learning rate times the part's factor."""
         from transformers import get_scheduler
 

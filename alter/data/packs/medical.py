@@ -182,7 +182,8 @@ def icd_category(split: str, seed: int = 13, per_category: int = 5) -> Iterator[
 def _read(package: str) -> bytes:
     """Reads a package's file of data, without importing the package."""
     spec = find_spec(package)
-    files = list(Path(spec.submodule_search_locations[0], "data").glob(PACKAGES[package])) if spec else []
+    folders = spec.submodule_search_locations if spec else None
+    files = list(Path(folders[0], "data").glob(PACKAGES[package])) if folders else []
     if len(files) != 1:
         raise AlterError(
             f"alter.data.packs.medical: the package '{package.replace('_', '-')}' is not there or lacks its data; run "
@@ -225,7 +226,8 @@ def parse_obo(text: str) -> dict[str, Term]:
 
 
 def _quoted(value: str) -> str:
-    text = re.match(r'"((?:[^"\\]|\\.)*)"', value)[1].replace("\\n", " ")
+    found = re.match(r'"((?:[^"\\]|\\.)*)"', value)
+    text = found[1].replace("\\n", " ") if found else value
     return " ".join(re.sub(r"\\(.)", r"\1", text).split())
 
 
@@ -237,7 +239,7 @@ def icd_codes() -> tuple[Code, ...]:
         AlterError: ``simple-icd-10-cm`` is not installed.
     """
     return tuple(
-        Code(code, node.findtext("desc"), code[:3], chapter.findtext("name"))
+        Code(code, node.findtext("desc", ""), code[:3], chapter.findtext("name", ""))
         for chapter in ElementTree.fromstring(_read("simple_icd_10_cm")).iter("chapter")
         for node in chapter.iter("diag")
         if (code := node.findtext("name"))

@@ -104,6 +104,7 @@ class Router(Template):
         reads_sequence: whether a token's gates depend on other tokens too, so that the layer must always hand over all.
     """
 
+    temperature: float
     normalised = True
     reads_tokens = True
     reads_prompt = False

@@ -28,6 +28,7 @@ class Description(Router):
 
     reads_tokens = False
     reads_prompt = True
+    own: Tensor
 
     def __init__(self, temperature: float = 1.0, supervision: float | None = None) -> None:
         super().__init__()

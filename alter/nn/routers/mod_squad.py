@@ -30,6 +30,9 @@ class ModSquad(Router):
         AlterError: by ``build``, where an argument is negative, momentum is not below 1, or there are fewer than k experts.
     """
 
+    before: Tensor
+    after: Tensor
+
     def __init__(self, k: int = 2, mutual_information: float = 0.01, momentum: float = 0.9, noise: float = 0.1) -> None:
         super().__init__()
         self.k = k

@@ -84,9 +84,10 @@ class _Report:
         self.run = run
         self.recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         self.results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        self.progress = json.loads((run / "progress.json").read_text(encoding="utf-8"))
+        progress, environment = run / "progress.json", run / "env.txt"  # a copied run may have left them behind
+        self.progress = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
         self.inside = json.loads((run / INSIDE).read_text(encoding="utf-8"))
-        self.environment = (run / "env.txt").read_text(encoding="utf-8")
+        self.environment = environment.read_text(encoding="utf-8") if environment.is_file() else "not known"
         self.tasks = {task["name"]: task for task in self.recipe["data"]["tasks"]}
         self.answers: dict[str, list[dict[str, str]]] = {}
         with (run / ANSWERS).open(encoding="utf-8") as stream:

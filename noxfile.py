@@ -6,14 +6,15 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "types", "tests"]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after -- go to pytest."""
     session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
-    session.run("pytest", *session.posargs)
+    spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # files share fixtures that train
+    session.run("pytest", *(session.posargs or spread), env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
@@ -29,6 +30,13 @@ def lint(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the package's types with mypy, strictly."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]")
+    session.run("mypy", *session.posargs)
 
 
 @nox.session

@@ -35,7 +35,12 @@ def make_run(folder, words, family="llama", expert=None, router=None, shared="ga
     backbone.resize_token_embeddings(510)
     backbone.save_pretrained(folder / "backbone")
     AutoTokenizer.from_pretrained(words).save_pretrained(folder / "backbone")
-    content = {"precision": "fp32", "generation": {}, "backbone": "b", "data": {"tasks": tasks(folder), "temperature": 1.0}}
+    content = {
+        "precision": "fp32",
+        "generation": {},
+        "backbone": "b",
+        "data": {"tasks": tasks(folder), "temperature": 1.0},
+    }
     run = folder / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(content))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +41,22 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
     return math.exp(found.x)
 
 
-def calibrate(predictor: Predictor, data: MultiTaskDataModule) -> dict[str, dict[str, Any]]:
+def calibrate(
+    predictor: Predictor, data: MultiTaskDataModule, tasks: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Fits the temperature of every classification task on its validation rows, and hands them to the predictor.
 
     Args:
         predictor: the trained model.
         data: set up.
+        tasks: which; by default all.
 
     Returns:
         for each task its ``temperature``, the ``rows`` it was fitted on, and the mean negative log-likelihood of their labels
         ``nll_before`` and ``nll_after``.
     """
     found = {}
-    for name in predictor.tasks:
+    for name in tasks or predictor.tasks:
         if not predictor.task(name).choices:
             continue
         rows = data.examples(name, "validation")

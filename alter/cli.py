@@ -133,6 +133,19 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     predict.add_argument("--task", required=True, help="a task of the run")
     predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
     predict.add_argument("--backbone", help="where the backbone is, when not where it was")
+    add = verbs.add_parser("add-task", help="train a new task beside a finished run's, which stay as they are")
+    add.add_argument("--run", required=True, type=Path, help="the run folder")
+    add.add_argument("--task", required=True, type=Path, metavar="FILE", help="the task's YAML file")
+    add.add_argument("--shots", type=int, help="learn from this many rows of each class; default all")
+    add.add_argument(
+        "--draws", type=int, help="training examples drawn; default as many as the run's tasks had on average"
+    )
+    add.add_argument("--lr", type=float, help="learning rate; default stage 1's")
+    remove = verbs.add_parser("remove-task", help="take a task out of a finished run; the others stay as they are")
+    remove.add_argument("--run", required=True, type=Path, help="the run folder")
+    remove.add_argument("--task", required=True, help="a task of the run")
+    for verb in (add, remove):
+        verb.add_argument("--consolidate", action="store_true", help="train stage 2's part again, for all tasks")
     export = verbs.add_parser("export", help="write a finished run for other programs")
     export.add_argument("--run", required=True, type=Path, help="the run folder")
     export.add_argument(
@@ -147,7 +160,7 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     export.add_argument("--backbone", help="where the backbone is, when not where it was")
     completion = verbs.add_parser("completion", help="print the script that completes alter's commands in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
-    for verb in (test, predict, export):
+    for verb in (test, predict, add, remove, export):
         verb.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
             help="import a module of your own first, where the run uses a router or expert from it",
@@ -224,6 +237,18 @@ def _export(options: argparse.Namespace) -> None:
     exporter.write(options.format, options.task, options.dtype)
 
 
+def _add_task(options: argparse.Namespace) -> None:
+    from alter.growth import add_task
+
+    add_task(options.run, options.task, options.shots, options.draws, options.lr, options.consolidate)
+
+
+def _remove_task(options: argparse.Namespace) -> None:
+    from alter.growth import remove_task
+
+    remove_task(options.run, options.task, options.consolidate)
+
+
 def _runs(options: argparse.Namespace) -> None:
     from alter.runs import runs_table
 
@@ -289,6 +314,8 @@ VERBS = {
     "runs": _runs,
     "diff": _diff,
     "predict": _predict,
+    "add-task": _add_task,
+    "remove-task": _remove_task,
     "export": _export,
     "completion": _completion,
 }

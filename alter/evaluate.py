@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from alter import references
@@ -23,6 +23,7 @@ def evaluate(
     split: str = "test",
     say: Callable[[str], None] = print,
     keep: Callable[[str, list[str]], None] = lambda task, answered: None,
+    tasks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measures a model and the references.
 
@@ -32,12 +33,13 @@ def evaluate(
         split: test, or validation while tuning.
         say: told each task as it starts.
         keep: given each task's answers, in the order of the rows.
+        tasks: which; by default all.
 
     Returns:
         ``tasks`` of results.json.
     """
     results = {}
-    for name in predictor.tasks:
+    for name in tasks or predictor.tasks:
         task, rows, train = predictor.task(name), data.examples(name, split), data.examples(name, "train")
         say(f"{split}: {name}, {len(rows)} rows")
         targets, predictions = rows["target"][:], answers(predictor, data, name, split)

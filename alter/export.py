@@ -67,7 +67,8 @@ class Exporter:
         self.run, self.out = run, out
         self.content = read_recipe(run)
         self.folder = run / stage / "model" if stage else model_folder(run)
-        self.config = read_config(self.folder)
+        config = read_config(self.folder)
+        self.config = {**config, "tasks": [name for name in config["tasks"] if name not in config.get("retired", [])]}
         self.entries = {entry["name"]: entry for entry in self.content["data"]["tasks"]}
         self.backbone = backbone
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ def mean_gates(predictor: Predictor, data: MultiTaskDataModule, rows: int = ROWS
     Returns:
         for ``experts`` and ``shared``, where the model has such a router: ``{layer: [tasks, experts]}``.
     """
-    tasks = predictor.model.tasks
+    tasks = predictor.tasks
     sums: dict[str, dict[str, Tensor]] = {}
-    for index, share, batch in _batches(predictor, data, rows):
+    for index, share, batch in _batches(predictor, data, tasks, rows):
         for kind, layers in gates.mean_gates(predictor.model, batch).items():
             for layer, mean in layers.items():
                 table = sums.setdefault(kind, {}).setdefault(layer, torch.zeros(len(tasks), len(mean)))
@@ -51,24 +51,26 @@ def expert_similarity(
         for ``experts`` and ``shared``, where there are two or more of them: ``{layer: [experts, experts]}``.
     """
     sums: dict[str, dict[str, Tensor]] = {}
-    for _, share, batch in _batches(predictor, data, rows):
+    # A task that was added later does not pass the router beside which the experts are compared.
+    tasks = [task for task in predictor.tasks if task in predictor.model.tasks[: predictor.model.base_tasks]]
+    for _, share, batch in _batches(predictor, data, tasks, rows):
         for kind, layers in gates.expert_cosines(predictor.model, batch).items():
             for layer, cosines in layers.items():
-                part = cosines * share / len(predictor.model.tasks)
+                part = cosines * share / len(tasks)
                 sums.setdefault(kind, {})[layer] = sums.get(kind, {}).get(layer, 0) + part
     return _lists(sums)
 
 
 def _batches(
-    predictor: Predictor, data: MultiTaskDataModule, rows: int
+    predictor: Predictor, data: MultiTaskDataModule, tasks: Sequence[str], rows: int
 ) -> Iterator[tuple[int, float, dict[str, Tensor]]]:
     """A few validation examples of each task, one at a time: the task, the example's share of the task's, the batch."""
     device = next(predictor.model.parameters()).device
-    for index, task in enumerate(predictor.model.tasks):
+    for index, task in enumerate(tasks):
         examples = data.examples(task, "validation").select_columns(["prompt_ids", "target_ids"])
         count = min(rows, len(examples))
         for row in range(count):
-            batch = predictor.collator([{**examples[row], "task_id": index}])
+            batch = predictor.collator([{**examples[row], "task_id": predictor.model.tasks.index(task)}])
             yield index, 1 / count, {key: value.to(device) for key, value in batch.items()}
 
 

@@ -91,6 +91,9 @@ class Predictor:
             )
         return self._tasks[name]
 
+    def _id(self, name: str) -> int:
+        return self.model.tasks.index(name)
+
     # -- for users --------------------------------------------------------------------------------------------------
 
     def generate(
@@ -159,15 +162,13 @@ class Predictor:
             answers = [answer.text for answer in self._answered(tasks, prompts, False)]
         device = self._device()
         names = {
-            "experts": self.model.tasks
-            if self.model.num_experts == len(self.model.tasks)
-            else [f"expert {k + 1}" for k in range(self.model.num_experts)],
+            "experts": expert_names(self.model),
             "shared": ["task experts", *(f"shared {k + 1}" for k in range(self.model.num_shared))],
         }
         found = []
         for own, prompt, answer in zip(tasks, prompts, answers, strict=True):
             target = target_ids([answer], self.tokenizer, self.model.is_seq2seq)[0]
-            example = {"prompt_ids": prompt, "target_ids": target, "task_id": self.tasks.index(own.name)}
+            example = {"prompt_ids": prompt, "target_ids": target, "task_id": self._id(own.name)}
             batch = {key: value.to(device) for key, value in self.collator([example]).items()}
             with self._announced():
                 gates = mean_gates(self.model, batch)
@@ -201,7 +202,7 @@ class Predictor:
             AlterError: there is no such task.
         """
         names = [task] if isinstance(task, str) else list(task)
-        ids = [self.tasks.index(self.task(name).name) for name in names]
+        ids = [self._id(self.task(name).name) for name in names]
         self.model.standing = torch.tensor(ids, device=self._device())
 
     def prompt(self, text: Text, task: str | None = None) -> str:
@@ -347,7 +348,7 @@ class Predictor:
         """Rows and their batch of prompts, those of like length together, within a budget of tokens."""
         device = self._device()
         for rows in eval_batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], MAX_BATCH_TOKENS):
-            batch = self.collator.prompts([prompts[i] for i in rows], [self.tasks.index(tasks[i].name) for i in rows])
+            batch = self.collator.prompts([prompts[i] for i in rows], [self._id(tasks[i].name) for i in rows])
             yield rows, {key: value.to(device) for key, value in batch.items()}
 
     def _encoded_choices(self, task: Task) -> list[list[int]]:
@@ -366,6 +367,13 @@ class Predictor:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def expert_names(model: MTAModel) -> list[str]:
+    """What to call the task experts: by their tasks, where each has its own."""
+    base, added = model.tasks[: model.base_tasks], model.tasks[model.base_tasks :]
+    own = base if model.num_experts == len(base) else [f"expert {k + 1}" for k in range(model.num_experts)]
+    return [*own, *added]
 
 
 def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
@@ -403,7 +411,9 @@ def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MT
     model = kind.from_pretrained(folder, str(where), content["precision"])
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
-    found = Predictor(model, load_tokenizer(where), [by_name[name] for name in model.tasks], generation)
+    found = Predictor(
+        model, load_tokenizer(where), [by_name[name] for name in model.tasks if name not in model.retired], generation
+    )
     found.folder = Path(run)
     found.temperatures = read_temperatures(folder)
     return found

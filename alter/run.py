@@ -114,7 +114,7 @@ def fit(recipe: Recipe) -> None:
     data.setup()
     say(f"run folder: {run}\nbackbone: {recipe.config['backbone']} ({backbone}), {recipe.config['precision']}\n")
     say(data.summary())
-    _record(run, "data", time.perf_counter() - started)
+    record(run, "data", time.perf_counter() - started)
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
     data.trainer = None
     gc.collect()  # the stages' models and optimizers, before the test loads another
@@ -143,16 +143,15 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     calibrate_run(run, predictor, data)
     answers: dict[str, list[str]] = {}
     tasks = evaluate(predictor, data, split, keep=answers.__setitem__)
-    records = _records(run)
-    seconds = {name: record["seconds"] for name, record in records.items()}
+    seconds = {name: known["seconds"] for name, known in records(run).items()}
     if split == "test":
         seconds["test"] = time.perf_counter() - started
     trained = list(stage_records(run).values())
     results = run_results(
         tasks,
         seconds,
-        max([peak_memory_bytes(), *(record["peak_memory_bytes"] for record in trained)]),
-        max((record["trainable_parameters"] for record in trained), default=0),
+        max([peak_memory_bytes(), *(known["peak_memory_bytes"] for known in trained)]),
+        max((known["trainable_parameters"] for known in trained), default=0),
         peak_device_memory=peak_device_memory_bytes(),
     )
     name = "results.json" if split == "test" else f"results.{split}.json"
@@ -198,7 +197,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
         return
     run.mkdir(parents=True, exist_ok=True)
     (run / "env.txt").write_text(_environment())
-    _write(file, recipe.text)
+    write_text(file, recipe.text)
 
 
 def _differences(before: Any, after: Any, key: str = "") -> list[str]:
@@ -220,18 +219,40 @@ def _environment() -> str:
 def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataModule) -> bool:
     """Trains a stage, or goes on with it; returns False where it was finished before."""
     folder = recipe.run / stage
-    if stage in _records(recipe.run):
+    if stage in records(recipe.run):
         say(f"{stage}: finished before ({folder / 'model'}), skipped.")
         return False
-    if stage == "stage2" and "stage1" not in _records(recipe.run):
+    if stage == "stage2" and "stage1" not in records(recipe.run):
         raise AlterError(f"{recipe.run / 'stage1'}: stage2 needs a finished stage1; run with --stages [stage1,stage2].")
     say(f"\n{stage}: trains in {folder}")
-    started = time.perf_counter()
-    cli = StageCLI(folder, recipe.stage_args(stage, backbone))
     data.first_epoch = recipe.epochs_before(stage)
+    facts, cli = train(folder, recipe.stage_args(stage, backbone), data, recipe.config["backbone"])
+    if cli.trainer.is_global_zero:
+        publish(folder / "model", recipe.run / "model")
+        record(recipe.run, stage, **facts)
+    cli.trainer.strategy.barrier()
+    return True
+
+
+def train(
+    folder: Path, arguments: dict[str, Any], data: MultiTaskDataModule, backbone: str
+) -> tuple[dict[str, Any], StageCLI]:
+    """Trains a module, or goes on where it stopped, and writes its best model to ``folder/model``.
+
+    Args:
+        folder: for checkpoints and logs.
+        arguments: ``seed_everything``, ``trainer`` and ``model``, as ``Recipe.stage_args`` gives them.
+        data: set up.
+        backbone: its name, for the model's description.
+
+    Returns:
+        what is known of it (seconds, trainable parameters and so on), and the trainer with its module.
+    """
+    started = time.perf_counter()
+    cli = StageCLI(folder, arguments)
     last = folder / "checkpoints" / "last.ckpt"
     if last.is_file():
-        say(f"{stage}: goes on from {last}.")
+        say(f"{folder.name}: goes on from {last}.")
         cli.metrics.forget_after(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
     cli.trainer.fit(cli.model, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     if cli.trainer.interrupted:
@@ -239,20 +260,16 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
     _keep_best(cli.trainer, cli.model)
     trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
-        cli.model.model.save_pretrained(folder / "model", recipe.config["backbone"], trained)
-        _publish(folder / "model", recipe.run / "model")
-        _record(
-            recipe.run,
-            stage,
-            time.perf_counter() - started,
-            trainable_parameters=cli.model.trainable_parameters(),
-            peak_memory_bytes=peak_memory_bytes(),
-            tokens=cli.throughput.tokens,
-            step_seconds=cli.throughput.seconds,
-            validation_loss=_best_score(cli.trainer),
-        )
-    cli.trainer.strategy.barrier()
-    return True
+        cli.model.model.save_pretrained(folder / "model", backbone, trained)
+    facts = {
+        "seconds": time.perf_counter() - started,
+        "trainable_parameters": cli.model.trainable_parameters(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "tokens": cli.throughput.tokens,
+        "step_seconds": cli.throughput.seconds,
+        "validation_loss": _best_score(cli.trainer),
+    }
+    return facts, cli
 
 
 def _keep_best(trainer: Any, module: StageModule) -> None:
@@ -268,7 +285,7 @@ def _best_score(trainer: Any) -> float | None:
     return None if score is None else float(score)
 
 
-def _publish(source: Path, target: Path) -> None:
+def publish(source: Path, target: Path) -> None:
     """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
     beside = target.with_name(f".{target.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
@@ -279,18 +296,19 @@ def _publish(source: Path, target: Path) -> None:
 
 def stage_records(run: Path) -> dict[str, dict[str, Any]]:
     """What is known of each finished stage: seconds, trainable parameters, tokens, peak memory, validation loss."""
-    return {step: record for step, record in _records(run).items() if step in STAGES}
+    return {step: known for step, known in records(run).items() if step in STAGES}
 
 
-def _records(run: Path) -> dict[str, dict[str, Any]]:
+def records(run: Path) -> dict[str, dict[str, Any]]:
+    """What is known of each finished step of a run: its seconds and more."""
     file = run / "progress.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _record(run: Path, step: str, seconds: float, **facts: Any) -> None:
+def record(run: Path, step: str, seconds: float, **facts: Any) -> None:
     """Notes a finished step, with the time it took; the first record stands, since a repeat only reads caches."""
-    if _is_first() and step not in (records := _records(run)):
-        write_json(run / "progress.json", {**records, step: {"seconds": seconds, **facts}})
+    if _is_first() and step not in (before := records(run)):
+        write_json(run / "progress.json", {**before, step: {"seconds": seconds, **facts}})
 
 
 def _is_first() -> bool:
@@ -298,7 +316,8 @@ def _is_first() -> bool:
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Writes a file beside and renames it, so that a reader never sees half of it."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -10,6 +10,7 @@
 
 _shtab_alter_commands() {
   local _commands=(
+    add-task:'train a new task beside a finished run'"'"'s, which stay as they are'
     compare:'train a recipe beside other methods, with a table'
     completion:'print the script that completes alter'"'"'s commands in a shell'
     cp:'copy one of them with its tasks, to change it'
@@ -20,6 +21,7 @@ _shtab_alter_commands() {
     init:'propose tasks and a recipe for labelled files'
     ls:'the recipes that come with ALTER'
     predict:'answer rows with a finished run, as JSON lines'
+    remove-task:'take a task out of a finished run; the others stay as they are'
     runs:'a table of the runs in a folder, the best first'
     test:'measure a finished run beside its references'
   )
@@ -34,6 +36,20 @@ _shtab_alter_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_alter_defaults_added=0
+
+_shtab_alter_add_task_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--run[the run folder]:run:_files"
+  "--task[the task\'s YAML file]:FILE:_files"
+  "--shots[learn from this many rows of each class\; default all]:shots:"
+  "--draws[training examples drawn\; default as many as the run\'s tasks had on average]:draws:"
+  "--lr[learning rate\; default stage 1\'s]:lr:"
+  "--consolidate[train stage 2\'s part again, for all tasks]"
+  "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_alter_add_task_defaults_added=0
 
 _shtab_alter_compare_options=(
   "--config[A recipe\; give it again to lay another over it.]:config:_files"
@@ -109,11 +125,11 @@ _shtab_alter_compare_options=(
   "--trainer.reload_dataloaders_every_n_epochs[Set to a positive integer to reload dataloaders every n epochs.]:trainer.reload_dataloaders_every_n_epochs:"
   "--trainer.enable_autolog_hparams[Whether to log hyperparameters at the start of a run.]:trainer.enable_autolog_hparams:(true false)"
   "--trainer.model_registry[The name of the model being uploaded to Model hub.]:trainer.model_registry:(null)"
-  "--stage1.model.help[Show the help for the given subclass of \{Stage1Module,StageModule\} and exit.]:stage1.model.help:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.Stage2Module)"
-  "--stage1.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage1Module,StageModule\}.]:stage1.model:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
+  "--stage1.model.help[Show the help for the given subclass of \{Stage1Module,StageModule\} and exit.]:stage1.model.help:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage2Module)"
+  "--stage1.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage1Module,StageModule\}.]:stage1.model:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
   "--stage1.trainer[Trainer arguments for stage1 alone.]:stage1.trainer:"
-  "--stage2.model.help[Show the help for the given subclass of \{Stage2Module,StageModule\} and exit.]:stage2.model.help:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.Stage1Module)"
-  "--stage2.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage2Module,StageModule\}.]:stage2.model:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
+  "--stage2.model.help[Show the help for the given subclass of \{Stage2Module,StageModule\} and exit.]:stage2.model.help:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module)"
+  "--stage2.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage2Module,StageModule\}.]:stage2.model:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
   "--stage2.trainer[Trainer arguments for stage2 alone.]:stage2.trainer:"
   "--trainer.strategy.accelerator[trainer.strategy.accelerator]:trainer.strategy.accelerator:(lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator null)"
   "--trainer.strategy.parallel_devices[trainer.strategy.parallel_devices]:trainer.strategy.parallel_devices:(null)"
@@ -525,8 +541,9 @@ _shtab_alter_compare_options=(
   "--stage1.model.warmup[stage1.model.warmup]:stage1.model.warmup:"
   "--stage1.model.loss_average[stage1.model.loss_average]:stage1.model.loss_average:(token example)"
   "--stage1.model.gradient_checkpointing[stage1.model.gradient_checkpointing]:stage1.model.gradient_checkpointing:(true false)"
-  "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
   "--stage1.model.keep[stage1.model.keep]:stage1.model.keep:"
+  "--stage1.model.rates_lr[stage1.model.rates_lr]:stage1.model.rates_lr:"
+  "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
   "--stage1.model.task_expert_lr[stage1.model.task_expert_lr]:stage1.model.task_expert_lr:"
   "--stage2.model.expert[stage2.model.expert]:stage2.model.expert:(alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null)"
   "--stage2.model.expert.rank[stage2.model.expert.rank]:stage2.model.expert.rank:"
@@ -591,9 +608,10 @@ _shtab_alter_compare_options=(
   "--stage2.model.warmup[stage2.model.warmup]:stage2.model.warmup:"
   "--stage2.model.loss_average[stage2.model.loss_average]:stage2.model.loss_average:(token example)"
   "--stage2.model.gradient_checkpointing[stage2.model.gradient_checkpointing]:stage2.model.gradient_checkpointing:(true false)"
+  "--stage2.model.own[stage2.model.own]:stage2.model.own:"
+  "--stage2.model.rates_lr[stage2.model.rates_lr]:stage2.model.rates_lr:"
   "--stage2.model.layers[stage2.model.layers]:stage2.model.layers:"
   "--stage2.model.ffn[stage2.model.ffn]:stage2.model.ffn:(null)"
-  "--stage2.model.own[stage2.model.own]:stage2.model.own:"
   "--stage2.model.num_experts[stage2.model.num_experts]:stage2.model.num_experts:(null)"
   "--stage2.model.router_lr[stage2.model.router_lr]:stage2.model.router_lr:"
 )
@@ -701,11 +719,11 @@ _shtab_alter_doctor_options=(
   "--trainer.reload_dataloaders_every_n_epochs[Set to a positive integer to reload dataloaders every n epochs.]:trainer.reload_dataloaders_every_n_epochs:"
   "--trainer.enable_autolog_hparams[Whether to log hyperparameters at the start of a run.]:trainer.enable_autolog_hparams:(true false)"
   "--trainer.model_registry[The name of the model being uploaded to Model hub.]:trainer.model_registry:(null)"
-  "--stage1.model.help[Show the help for the given subclass of \{Stage1Module,StageModule\} and exit.]:stage1.model.help:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.Stage2Module)"
-  "--stage1.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage1Module,StageModule\}.]:stage1.model:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
+  "--stage1.model.help[Show the help for the given subclass of \{Stage1Module,StageModule\} and exit.]:stage1.model.help:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage2Module)"
+  "--stage1.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage1Module,StageModule\}.]:stage1.model:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
   "--stage1.trainer[Trainer arguments for stage1 alone.]:stage1.trainer:"
-  "--stage2.model.help[Show the help for the given subclass of \{Stage2Module,StageModule\} and exit.]:stage2.model.help:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.Stage1Module)"
-  "--stage2.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage2Module,StageModule\}.]:stage2.model:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
+  "--stage2.model.help[Show the help for the given subclass of \{Stage2Module,StageModule\} and exit.]:stage2.model.help:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module)"
+  "--stage2.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage2Module,StageModule\}.]:stage2.model:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
   "--stage2.trainer[Trainer arguments for stage2 alone.]:stage2.trainer:"
   "--trainer.strategy.accelerator[trainer.strategy.accelerator]:trainer.strategy.accelerator:(lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator null)"
   "--trainer.strategy.parallel_devices[trainer.strategy.parallel_devices]:trainer.strategy.parallel_devices:(null)"
@@ -1117,8 +1135,9 @@ _shtab_alter_doctor_options=(
   "--stage1.model.warmup[stage1.model.warmup]:stage1.model.warmup:"
   "--stage1.model.loss_average[stage1.model.loss_average]:stage1.model.loss_average:(token example)"
   "--stage1.model.gradient_checkpointing[stage1.model.gradient_checkpointing]:stage1.model.gradient_checkpointing:(true false)"
-  "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
   "--stage1.model.keep[stage1.model.keep]:stage1.model.keep:"
+  "--stage1.model.rates_lr[stage1.model.rates_lr]:stage1.model.rates_lr:"
+  "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
   "--stage1.model.task_expert_lr[stage1.model.task_expert_lr]:stage1.model.task_expert_lr:"
   "--stage2.model.expert[stage2.model.expert]:stage2.model.expert:(alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null)"
   "--stage2.model.expert.rank[stage2.model.expert.rank]:stage2.model.expert.rank:"
@@ -1183,9 +1202,10 @@ _shtab_alter_doctor_options=(
   "--stage2.model.warmup[stage2.model.warmup]:stage2.model.warmup:"
   "--stage2.model.loss_average[stage2.model.loss_average]:stage2.model.loss_average:(token example)"
   "--stage2.model.gradient_checkpointing[stage2.model.gradient_checkpointing]:stage2.model.gradient_checkpointing:(true false)"
+  "--stage2.model.own[stage2.model.own]:stage2.model.own:"
+  "--stage2.model.rates_lr[stage2.model.rates_lr]:stage2.model.rates_lr:"
   "--stage2.model.layers[stage2.model.layers]:stage2.model.layers:"
   "--stage2.model.ffn[stage2.model.ffn]:stage2.model.ffn:(null)"
-  "--stage2.model.own[stage2.model.own]:stage2.model.own:"
   "--stage2.model.num_experts[stage2.model.num_experts]:stage2.model.num_experts:(null)"
   "--stage2.model.router_lr[stage2.model.router_lr]:stage2.model.router_lr:"
 )
@@ -1282,11 +1302,11 @@ _shtab_alter_fit_options=(
   "--trainer.reload_dataloaders_every_n_epochs[Set to a positive integer to reload dataloaders every n epochs.]:trainer.reload_dataloaders_every_n_epochs:"
   "--trainer.enable_autolog_hparams[Whether to log hyperparameters at the start of a run.]:trainer.enable_autolog_hparams:(true false)"
   "--trainer.model_registry[The name of the model being uploaded to Model hub.]:trainer.model_registry:(null)"
-  "--stage1.model.help[Show the help for the given subclass of \{Stage1Module,StageModule\} and exit.]:stage1.model.help:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.Stage2Module)"
-  "--stage1.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage1Module,StageModule\}.]:stage1.model:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
+  "--stage1.model.help[Show the help for the given subclass of \{Stage1Module,StageModule\} and exit.]:stage1.model.help:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage2Module)"
+  "--stage1.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage1Module,StageModule\}.]:stage1.model:(alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
   "--stage1.trainer[Trainer arguments for stage1 alone.]:stage1.trainer:"
-  "--stage2.model.help[Show the help for the given subclass of \{Stage2Module,StageModule\} and exit.]:stage2.model.help:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.Stage1Module)"
-  "--stage2.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage2Module,StageModule\}.]:stage2.model:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
+  "--stage2.model.help[Show the help for the given subclass of \{Stage2Module,StageModule\} and exit.]:stage2.model.help:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module)"
+  "--stage2.model[One or more arguments specifying \"class_path\" and \"init_args\" for any subclass of \{Stage2Module,StageModule\}.]:stage2.model:(alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null)"
   "--stage2.trainer[Trainer arguments for stage2 alone.]:stage2.trainer:"
   "--trainer.strategy.accelerator[trainer.strategy.accelerator]:trainer.strategy.accelerator:(lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator null)"
   "--trainer.strategy.parallel_devices[trainer.strategy.parallel_devices]:trainer.strategy.parallel_devices:(null)"
@@ -1698,8 +1718,9 @@ _shtab_alter_fit_options=(
   "--stage1.model.warmup[stage1.model.warmup]:stage1.model.warmup:"
   "--stage1.model.loss_average[stage1.model.loss_average]:stage1.model.loss_average:(token example)"
   "--stage1.model.gradient_checkpointing[stage1.model.gradient_checkpointing]:stage1.model.gradient_checkpointing:(true false)"
-  "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
   "--stage1.model.keep[stage1.model.keep]:stage1.model.keep:"
+  "--stage1.model.rates_lr[stage1.model.rates_lr]:stage1.model.rates_lr:"
+  "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
   "--stage1.model.task_expert_lr[stage1.model.task_expert_lr]:stage1.model.task_expert_lr:"
   "--stage2.model.expert[stage2.model.expert]:stage2.model.expert:(alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null)"
   "--stage2.model.expert.rank[stage2.model.expert.rank]:stage2.model.expert.rank:"
@@ -1764,9 +1785,10 @@ _shtab_alter_fit_options=(
   "--stage2.model.warmup[stage2.model.warmup]:stage2.model.warmup:"
   "--stage2.model.loss_average[stage2.model.loss_average]:stage2.model.loss_average:(token example)"
   "--stage2.model.gradient_checkpointing[stage2.model.gradient_checkpointing]:stage2.model.gradient_checkpointing:(true false)"
+  "--stage2.model.own[stage2.model.own]:stage2.model.own:"
+  "--stage2.model.rates_lr[stage2.model.rates_lr]:stage2.model.rates_lr:"
   "--stage2.model.layers[stage2.model.layers]:stage2.model.layers:"
   "--stage2.model.ffn[stage2.model.ffn]:stage2.model.ffn:(null)"
-  "--stage2.model.own[stage2.model.own]:stage2.model.own:"
   "--stage2.model.num_experts[stage2.model.num_experts]:stage2.model.num_experts:(null)"
   "--stage2.model.router_lr[stage2.model.router_lr]:stage2.model.router_lr:"
 )
@@ -1802,6 +1824,17 @@ _shtab_alter_predict_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_alter_predict_defaults_added=0
+
+_shtab_alter_remove_task_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--run[the run folder]:run:_files"
+  "--task[a task of the run]:task:"
+  "--consolidate[train stage 2\'s part again, for all tasks]"
+  "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_alter_remove_task_defaults_added=0
 
 _shtab_alter_runs_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -1840,6 +1873,7 @@ _shtab_alter() {
       (( CURRENT += 1 ))
       curcontext="${curcontext%:*:*}:_shtab_alter-$line[1]:"
       case $line[1] in
+        add-task) _arguments -C -s $_shtab_alter_add_task_options ;;
         compare) _arguments -C -s $_shtab_alter_compare_options ;;
         completion) _arguments -C -s $_shtab_alter_completion_options ;;
         cp) _arguments -C -s $_shtab_alter_cp_options ;;
@@ -1850,6 +1884,7 @@ _shtab_alter() {
         init) _arguments -C -s $_shtab_alter_init_options ;;
         ls) _arguments -C -s $_shtab_alter_ls_options ;;
         predict) _arguments -C -s $_shtab_alter_predict_options ;;
+        remove-task) _arguments -C -s $_shtab_alter_remove_task_options ;;
         runs) _arguments -C -s $_shtab_alter_runs_options ;;
         test) _arguments -C -s $_shtab_alter_test_options ;;
       esac

@@ -56,7 +56,8 @@ def merged(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
         AlterError: a router reads more than the task, or the mixture is no feed-forward of the backbone's shape.
     """
     refuse_other_inputs(model)
-    found = [(layer, _merged_layer(layer, model.tasks.index(task))) for layer in model.layers.values()]
+    task_id = _trained_task(model, task)
+    found = [(layer, _merged_layer(layer, task_id)) for layer in model.layers.values()]
     paths = {module: path for path, module in model.backbone.named_modules()}
     before: list[tuple[torch.nn.Parameter, Tensor]] = []
     try:
@@ -76,6 +77,16 @@ def merged(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
             parameter.data = value
         for layer, _ in found:
             model.backbone.set_submodule(paths[layer], layer)
+
+
+def _trained_task(model: MTAModel, task: str) -> int:
+    task_id = model.tasks.index(task)
+    if task_id >= model.base_tasks:
+        raise AlterError(
+            f"The task '{task}' was added later and adds up outputs of its own expert and of others, which is no single "
+            "feed-forward; take --format onnx, or use the model as it is (--format alter, alter.load)."
+        )
+    return task_id
 
 
 def _merged_layer(layer: MixtureOfTaskAdapters, task_id: int) -> Linears:
@@ -107,7 +118,7 @@ def one_adapter(model: MTAModel, task: str, backbone: PreTrainedModel) -> MTAMod
         AlterError: a router reads more than the task, or the experts do not concatenate.
     """
     refuse_other_inputs(model)
-    task_id = model.tasks.index(task)
+    task_id = _trained_task(model, task)
     found = [_one_expert(layer, task_id) for layer in model.layers.values()]
     rank = max(expert.rank for expert in found)
     plain = MTAModel(backbone, [task], *model.where)

@@ -25,13 +25,38 @@ def mean_gates(model: MTAModel, batch: Mapping[str, Tensor]) -> dict[str, dict[s
         batch: a training batch of one example, so that nothing is padding.
 
     Returns:
-        for ``experts`` and ``shared``, where the model has such a router: layer to gates, [experts].
+        for ``experts`` and ``shared``, where the model has such a router: layer to gates, [experts]. Behind the task
+        experts stand those of the tasks that were added later.
     """
+    task = int(batch["task_ids"])
+    if task >= model.base_tasks:
+        return newcomer_gates(model, task - model.base_tasks)
     with _noted(model) as noted:
         model(batch)
     found: dict[str, dict[str, Tensor]] = {}
     for (kind, layer), gates in noted.items():
-        found.setdefault(kind, {})[layer] = gates.float().mean((0, 1)).cpu()
+        mean = gates.float().mean((0, 1)).cpu()
+        behind = len(model.tasks) - model.base_tasks if kind == "experts" else 0
+        found.setdefault(kind, {})[layer] = nn.functional.pad(mean, (0, behind))
+    return found
+
+
+@torch.no_grad()
+def newcomer_gates(model: MTAModel, place: int) -> dict[str, dict[str, Tensor]]:
+    """The gates of a task that was added later, the same for all of its tokens; as ``mean_gates`` gives them.
+
+    Args:
+        model: with such tasks.
+        place: which of them.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, layer in model.layers.items():
+        selector, gate = (shares.cpu() for shares in layer.newcomers[place].gates())
+        experts = torch.zeros(layer.num_experts + len(layer.newcomers))
+        experts[: layer.num_experts], experts[layer.num_experts + place] = selector[:-1], selector[-1]
+        found.setdefault("experts", {})[name] = experts
+        if layer.num_shared:
+            found.setdefault("shared", {})[name] = gate
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from alter.errors import AlterError
+from alter.errors import AlterError, did_you_mean
 from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
@@ -54,6 +54,8 @@ class MTAModel(nn.Module):
     The backbone runs without dropout, so that it is one fixed function; only adapters ever train.
 
     Attributes:
+        base_tasks: how many of the tasks were trained together; those after them were added later.
+        retired: tasks that are no longer answered; their places stay, so that the others' ids do.
         standing: the tasks, [1] for all rows or [batch], that a sequence is about which the backbone starts, for callers
             that know the backbone alone, such as a transformers pipeline; None where ``set_examples`` says it each time.
 
@@ -78,6 +80,8 @@ class MTAModel(nn.Module):
         _remove_dropout(backbone.eval())
         self.backbone = backbone.requires_grad_(False)
         self.tasks = list(tasks)
+        self.base_tasks = len(self.tasks)
+        self.retired: list[str] = []
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
         embeddings = cast(Tensor, backbone.get_input_embeddings().weight)
         self.routing = Routing(prompt=torch.zeros(1, embeddings.shape[-1]))
@@ -141,6 +145,56 @@ class MTAModel(nn.Module):
         for layer in self.layers.values():
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
         self._place_adapters()
+
+    def add_newcomer(self, task: str, expert: Expert | None = None, own: float = 0.5, keep: float = 0.5) -> None:
+        """Adds a task to a trained model; what the others compute stays the same, bit for bit.
+
+        Args:
+            task: its name.
+            expert: template of its expert; None for the kind of the others.
+            own: the share of its own expert among the task experts at the start.
+            keep: the task experts' share at the start, where there are shared ones.
+
+        Raises:
+            AlterError: there is such a task already, or the model's experts hold something for each task.
+        """
+        if task in self.tasks:
+            raise AlterError(f"name: the model has a task '{task}' already; give the new one another name.")
+        first = next(iter(self.layers.values()))
+        for part in (first.experts, first.shared):
+            if part is not None and part.holds_tasks:
+                raise AlterError(
+                    f"{type(part).__name__} experts hold something for each task, so that none can be added; train all "
+                    "tasks together with `alter fit`."
+                )
+        for layer in self.layers.values():
+            layer.add_newcomer(expert or layer.experts, own, keep)
+        self.tasks.append(task)
+        self._place_adapters()
+
+    def remove_task(self, task: str) -> None:
+        """Takes a task out; what the others compute stays the same, bit for bit.
+
+        What was added later goes with all that it brought. The place of a task that was trained with the others is kept
+        and marked as retired, since they may borrow from its expert.
+
+        Raises:
+            AlterError: there is no such task, or no other.
+        """
+        left = [name for name in self.tasks if name not in self.retired and name != task]
+        if task not in self.tasks or task in self.retired:
+            raise AlterError(
+                f"--task: there is no task '{task}'; it is one of {', '.join(left)}.{did_you_mean(task, left)}"
+            )
+        if not left:
+            raise AlterError(f"--task: '{task}' is the model's last task; remove the run folder instead.")
+        place = self.tasks.index(task)
+        if place < self.base_tasks:
+            self.retired.append(task)
+            return
+        self.tasks.remove(task)
+        for layer in self.layers.values():
+            del layer.newcomers[place - self.base_tasks]  # type: ignore[attr-defined]
 
     def _place_adapters(self) -> None:
         device = next(self.backbone.parameters()).device
@@ -339,7 +393,9 @@ class MTAModel(nn.Module):
             "tasks": self.tasks,
             "layers": self._layers_setting,
             "ffn": self._ffn_setting,
-            "parts": {name: part.describe() for name, part in layer.parts().items()},
+            "parts": {name: part.describe() for name, part in layer.templates().items()},
+            "newcomers": [newcomer.expert.describe() for newcomer in layer.newcomers],
+            "retired": self.retired,
             "num_experts": self.num_experts,
             "num_shared": self.num_shared,
             "own_backbone": self.has_own_backbone,
@@ -382,7 +438,9 @@ class MTAModel(nn.Module):
                 f"{folder / CONFIG_FILE}: the adapters were trained on another backbone than {path} (they name "
                 f"'{config['backbone']['name']}'); pass the right one as backbone."
             )
-        model = cls(load_backbone(str(path), precision), config["tasks"], config["layers"], config["ffn"])
+        newcomers = config.get("newcomers", [])  # absent in files from before there were any
+        tasks, first = config["tasks"], len(config["tasks"]) - len(newcomers)
+        model = cls(load_backbone(str(path), precision), tasks[:first], config["layers"], config["ffn"])
         parts, where = config["parts"], str(folder / CONFIG_FILE)
         with _Undrawn():
             model.add_experts(
@@ -396,6 +454,9 @@ class MTAModel(nn.Module):
                     config["num_shared"],
                     make_template(parts["shared_router"], Router, where),
                 )
+            for task, expert in zip(tasks[first:], newcomers, strict=True):
+                model.add_newcomer(task, make_template(expert, Expert, where))
+        model.retired = list(config.get("retired", []))
         if config.get("own_backbone"):
             if precision not in ("fp32", "bf16"):
                 raise AlterError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from alter.errors import AlterError
 from alter.nn.experts import Expert
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.newcomer import Newcomer
 from alter.nn.routers import Router, RouterShape, Routing
 from alter.nn.template import Template
 
@@ -43,7 +44,8 @@ class MixtureOfTaskAdapters(nn.Module):
         self.stack = "decoder"  # or "encoder": whose tokens pass here
         for part in self.PARTS:
             self.register_module(part, None)
-        self.num_experts = self.num_shared = 0
+        self.num_experts = self.num_shared = self.num_tasks = 0
+        self.newcomers: Sequence[Newcomer] = nn.ModuleList()  # type: ignore[assignment]
 
     def add_experts(self, expert: Expert, router: Router, prior: Tensor) -> None:
         """Adds the task experts and their router.
@@ -62,8 +64,8 @@ class MixtureOfTaskAdapters(nn.Module):
                 "take another router or LoRA or Bottleneck experts."
             )
         self.experts, self.router = expert.fresh(), router.fresh()
-        num_tasks, self.num_experts = prior.shape
-        self.experts.build(self.frozen, self.num_experts, num_tasks)
+        self.num_tasks, self.num_experts = prior.shape
+        self.experts.build(self.frozen, self.num_experts, self.num_tasks)
         self.router.build(self._shape(prior, self.frozen.hidden_size))
 
     def add_shared(self, expert: Expert, num_shared: int, router: Router, prior: Tensor) -> None:
@@ -80,13 +82,34 @@ class MixtureOfTaskAdapters(nn.Module):
         self.shared_router.build(self._shape(prior, self.frozen.hidden_size * (1 + num_shared)))
         self.router.join_shared()
 
+    def add_newcomer(self, expert: Expert, own: float, keep: float) -> None:
+        """Adds what a further task brings; its id is one above the last task's.
+
+        Args:
+            expert: template of its expert.
+            own: the share of its own expert among the task experts at the start.
+            keep: the task experts' share at the start, where there are shared ones.
+        """
+        self.newcomers.append(  # type: ignore[attr-defined]
+            Newcomer(expert, self.frozen, self.num_experts, self.num_shared, own, keep)
+        )
+
     def _shape(self, prior: Tensor, hidden_size: int) -> RouterShape:
         num_tasks, num_experts = prior.shape
         return RouterShape(num_tasks, num_experts, hidden_size, prior, prompt_size=self.routing.prompt.shape[-1])
 
-    def parts(self) -> dict[str, Template]:
-        """The trainable modules by name: experts, router, shared, shared_router."""
+    def templates(self) -> dict[str, Template]:
+        """The modules that all tasks were trained with, by name: experts, router, shared, shared_router."""
         return {name: part for name in self.PARTS if (part := getattr(self, name)) is not None}
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The trainable modules by name: the templates, and ``newcomers.0.expert``, ``newcomers.0.rates`` and so on."""
+        added = {
+            f"newcomers.{i}.{name}": part
+            for i, newcomer in enumerate(self.newcomers)
+            for name, part in newcomer.parts().items()
+        }
+        return {**self.templates(), **added}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[batch, seq, d] -> [batch, seq, d]."""
@@ -119,6 +142,29 @@ class MixtureOfTaskAdapters(nn.Module):
             return self._mix(hidden_states.float(), ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
 
     def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
+        if not self.newcomers or not (routing.task_ids >= self.num_tasks).any():
+            return self._mix_trained(x, ffn_output, routing)
+        tasks = routing.rows(x.shape[0])
+        groups = [(tasks < self.num_tasks).nonzero().flatten()]
+        groups += [(tasks == self.num_tasks + i).nonzero().flatten() for i in range(len(self.newcomers))]
+        mixed = []
+        for index, newcomer in zip(groups, [None, *self.newcomers], strict=True):
+            if not len(index):
+                continue
+
+            def own_ffn_output(index: Tensor = index) -> Tensor:
+                return ffn_output()[index]
+
+            own = x[index], own_ffn_output, routing.of_rows(index, x.shape[0])
+            mixed.append(self._mix_trained(*own) if newcomer is None else self._mix_new(newcomer, *own))
+        return torch.cat(mixed)[torch.cat(groups).argsort()]
+
+    def _mix_new(self, newcomer: Newcomer, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
+        y, ffn_share = newcomer(x, self.experts, self.shared, self.frozen, routing)
+        parts = [self.experts, newcomer.expert, *([self.shared] if self.shared is not None else [])]
+        return y if all(part.contains_ffn for part in parts) else (1.0 - ffn_share) * ffn_output() + y
+
+    def _mix_trained(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
         gates = self.router(x, routing)
         task = self.experts.mix(x, gates, self.frozen, self.router.active, routing)
         ffn_share: Tensor | float

@@ -78,13 +78,13 @@ class StageModule(LightningModule):
         """
         if self.model is not None:
             return
+        self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
         rates = self.learning_rates()
         if rates.get("backbone", 0.0) > 0 and self.precision != "fp32":
             raise AlterError(
                 f"precision: the backbone trains (backbone_lr {rates['backbone']:g}) and needs fp32, not {self.precision}; "
                 "write precision: fp32, with trainer.precision: bf16-mixed for speed, or backbone_lr: 0."
             )
-        self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
         if rates.get("backbone", 0.0) > 0:
             self.model.train_backbone()
         for part, parameters in self.model.part_parameters().items():
@@ -108,13 +108,13 @@ class StageModule(LightningModule):
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""
         assert self.model is not None
-        lines = [f"{'part':<16}{'parameters':>14}  trains"]
+        lines = [f"{'part':<20}{'parameters':>14}  trains"]
         for part, parameters in self.model.part_parameters().items():
             rate = self.learning_rates().get(part, 0.0)
             trains = (
                 "no" if not any(p.requires_grad for p in parameters) else "yes" if rate == 1 else f"yes, lr x {rate:g}"
             )
-            lines.append(f"{part:<16}{sum(p.numel() for p in parameters):>14,}  {trains}")
+            lines.append(f"{part:<20}{sum(p.numel() for p in parameters):>14,}  {trains}")
         return "\n".join(lines)
 
     def trainable_parameters(self) -> int:
@@ -193,7 +193,7 @@ class StageModule(LightningModule):
         """Logs each task's loss a target token, and ``val/loss``, their mean over the tasks."""
         sums, counts = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         means = (sums / counts.clamp_min(1)).float()
-        self.log_dict({f"val/loss/{task}": means[i] for i, task in enumerate(self.model.tasks)})
+        self.log_dict({f"val/loss/{task}": means[i] for i, task in enumerate(self.model.tasks) if counts[i] > 0})
         self.log("val/loss", means[counts > 0].mean(), prog_bar=True)
 
     def _per_task(self, sums: Tensor, counts: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,12 @@ class Expert(Template):
     Attributes:
         contains_ffn: whether ``mix`` and ``each`` return whole feed-forward outputs F_k(x) rather than additions to F(x).
         blends_parameters: whether ``mix`` blends the experts' weights, so that gates need not sum to one.
+        holds_tasks: whether there is something in it for each task, so that a later task has no place there.
     """
 
     contains_ffn = False
     blends_parameters = False
+    holds_tasks = False
 
     @abstractmethod
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:

@@ -21,6 +21,8 @@ class MTLLoRA(HydraLoRA):
         alpha: the changes are scaled by ``alpha / rank``; None means alpha = rank.
     """
 
+    holds_tasks = True
+
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         super().build(ffn, num_experts, num_tasks)
         identity = torch.eye(self.rank).repeat(num_tasks, 1, 1)

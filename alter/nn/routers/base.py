@@ -55,6 +55,15 @@ class Routing:
         """The prompt of each of ``count`` rows, [count, prompt_size]."""
         return self.prompt.repeat_interleave(count // len(self.prompt), 0)
 
+    def of_rows(self, index: Tensor, count: int) -> Self:
+        """The same for some of ``count`` rows alone, those in ``index``."""
+
+        def own(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.repeat_interleave(count // len(values), 0)[index]
+
+        tasks, prompt = self.rows(count)[index], self.prompt_rows(count)[index]
+        return replace(self, task_ids=tasks, prompt=prompt, first=own(self.first), mask=own(self.mask))
+
     def add_loss(self, loss: Tensor) -> None:
         """Adds a router's own loss, a scalar, to the batch's.
 

@@ -1,0 +1,322 @@
+"""``alter add-task`` and ``alter remove-task``: a trained run's tasks change, and nothing else does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alter.calibrate import calibrate
+from alter.data import MultiTaskDataModule, Task
+from alter.errors import AlterError
+from alter.evaluate import evaluate
+from alter.nn.backbone import is_seq2seq, resolve_backbone
+from alter.nn.gates import newcomer_gates
+from alter.nn.model import MTAModel, read_config
+from alter.predict import CALIBRATION_FILE, expert_names, load, model_folder, read_recipe
+from alter.results import peak_memory_bytes, render_table, run_results, write_json
+from alter.run import measure, publish, quiet, record, records, say, train, write_text
+
+FOLDER = "added"  # in the run folder: a folder for each task that was added
+CHECKS = 0.2  # of the draws, between two looks at validation
+
+
+def add_task(
+    run: Path,
+    file: Path,
+    shots: int | None = None,
+    draws: int | None = None,
+    lr: float | None = None,
+    consolidate: bool = False,
+) -> dict[str, Any]:
+    """Trains a new task's expert and its mixture beside a finished run's model, tests it, and lets it join.
+
+    The same call goes on where it was stopped.
+
+    Args:
+        run: folder of a finished run.
+        file: the task's YAML file.
+        shots: learn from this many rows of each class, as ``data.shots``.
+        draws: training examples drawn; by default as many as each of the run's own tasks had on average.
+        lr: learning rate; by default stage 1's.
+        consolidate: whether to train stage 2's part again, on all tasks.
+
+    Returns:
+        what the task borrows: see ``borrowed``.
+
+    Raises:
+        AlterError: the run is not finished, the task's file has mistakes, its name is taken, or it does not fit.
+    """
+    quiet()
+    content = _finished_run(run)
+    task = Task.from_file(file, content["data"]["root"])
+    _ = task.opened
+    known = read_config(run / "model")["tasks"]
+    folder = run / FOLDER / task.name
+    if consolidate:
+        _require_stage2(run, content)
+    if task.name in known:
+        if consolidate and "added" in records(folder):  # stopped while it consolidated
+            consolidate_run(run)
+            return borrowed(load(run).model, task.name)
+        raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
+    backbone = resolve_backbone(content["backbone"])
+    settings = {**content["data"], "tasks": [task], "shots": shots}
+    settings["examples_per_epoch"] = draws or _mean_draws(content)
+    data = _data(settings, backbone)
+    say(data.summary())
+    if "added" not in records(folder):
+        say(f"\n{task.name}: trains in {folder}")
+        init_args = {"expert": None, "optimizer": _optimizer(content, "stage1", lr)}
+        arguments = _arguments(content, "AddTaskModule", [task.name], run, backbone, init_args)
+        epochs = {} if draws is None and content["data"]["examples_per_epoch"] is None else {"max_epochs": 1}
+        arguments["trainer"] |= {**epochs, "val_check_interval": CHECKS}
+        facts, cli = train(folder, arguments, data, content["backbone"])
+        if not cli.trainer.is_global_zero:
+            return {}
+        _carry_on(run / "model", folder / "model")
+        record(folder, "added", **facts)
+    _join(run, folder, [*content["data"]["tasks"], task.to_dict()])
+    started = time.perf_counter()
+    predictor = load(run)
+    found = borrowed(predictor.model, task.name)
+    write_json(folder / "borrowed.json", found)
+    if task.choices:
+        _add_to(run / "model" / CALIBRATION_FILE, calibrate(predictor, data, [task.name]))
+        predictor = load(run)
+    results = evaluate(predictor, data, tasks=[task.name])
+    _keep_results(run, results)
+    trained = records(folder)["added"]
+    seconds = {"stage1": trained["seconds"], "test": time.perf_counter() - started}
+    memory = max(peak_memory_bytes(), trained["peak_memory_bytes"])
+    print(render_table(run_results(results, seconds, memory, trained["trainable_parameters"])))
+    print(f"\n{describe(task.name, found)}")
+    if consolidate:
+        consolidate_run(run)
+    else:
+        print(f"\nThe other tasks answer as before. Next: alter predict --run {run} --task {task.name} --input FILE")
+    return found
+
+
+def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
+    """Takes a task out of a finished run; the others answer as before.
+
+    Args:
+        run: folder of a finished run.
+        name: of the task.
+        consolidate: whether to train stage 2's part again, on the tasks that are left.
+
+    Raises:
+        AlterError: the run is not finished, or has no such task, or no other.
+    """
+    quiet()
+    content = _finished_run(run)
+    if consolidate:
+        _require_stage2(run, content)
+    model = MTAModel.from_pretrained(run / "model", str(resolve_backbone(content["backbone"])), content["precision"])
+    trained_together = name in model.tasks[: model.base_tasks]
+    lenders = _borrowers(model, name) if trained_together else []
+    model.remove_task(name)
+    beside = run / f".without.{name}"
+    model.save_pretrained(beside, content["backbone"])
+    _carry_on(run / "model", beside)
+    _drop_from(beside / CALIBRATION_FILE, name)
+    publish(beside, run / "model")
+    shutil.rmtree(beside)
+    left = [task for task in content["data"]["tasks"] if task["name"] != name]
+    write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": left}}))
+    _drop_results(run, name)
+    if trained_together:
+        print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(lenders)}.")
+    else:
+        shutil.rmtree(run / FOLDER / name, ignore_errors=True)
+        print(f"{name} is gone, with all that it brought.")
+    if consolidate:
+        consolidate_run(run)
+    else:
+        print("The other tasks answer as before.")
+
+
+def consolidate_run(run: Path) -> None:
+    """Trains the shared experts and their gate again on all of a run's tasks, and what was added; then tests all.
+
+    Raises:
+        AlterError: the run has no stage 2, or a task's data is no longer there.
+    """
+    content = _finished_run(run)
+    _require_stage2(run, content)
+    backbone = resolve_backbone(content["backbone"])
+    data = _data(content["data"], backbone)
+    names = [task.name for task in data.tasks]
+    folder = run / FOLDER / f"consolidated {' '.join(names)}"
+    print(f"\nstage 2 again, for all tasks: trains in {folder}")
+    print(data.summary())
+    stage2 = content["stage2"]["model"]["init_args"]
+    init_args = {"task_expert_lr": stage2["task_expert_lr"], "optimizer": stage2["optimizer"]}
+    arguments = _arguments(content, "ConsolidateModule", names, run, backbone, init_args)
+    arguments["trainer"] |= content["stage2"]["trainer"]
+    train(folder, arguments, data, content["backbone"])
+    publish(folder / "model", run / "model")
+    shutil.rmtree(folder)
+    measure(run, data=data)
+
+
+def borrowed(model: MTAModel, task: str) -> dict[str, Any]:
+    """What a task that was added later takes from whom: its shares of the mixture.
+
+    Returns:
+        ``experts``, the share of every task's expert and of its own, ``shared``, that of the shared experts together, each
+        the mean over the layers and all together 1; and ``layers``, the same a layer.
+    """
+    place = model.tasks.index(task) - model.base_tasks
+    gates = newcomer_gates(model, place)
+    names = expert_names(model)
+    layers: dict[str, Any] = {}
+    for layer, experts in gates["experts"].items():
+        keep = float(gates["shared"][layer][0]) if "shared" in gates else 1.0
+        shares = dict(zip(names, (keep * experts).tolist(), strict=True))
+        others = {name for name in model.tasks[model.base_tasks :] if name != task}  # it takes nothing from these
+        layers[layer] = {
+            "experts": {name: share for name, share in shares.items() if name not in others},
+            "shared": 1.0 - keep,
+        }
+    rows = list(layers.values())
+    mean = {name: sum(row["experts"][name] for row in rows) / len(rows) for name in rows[0]["experts"]}
+    return {"experts": mean, "shared": sum(row["shared"] for row in rows) / len(rows), "layers": layers}
+
+
+def describe(task: str, found: Mapping[str, Any]) -> str:
+    """``borrowed`` in words, the largest lender first."""
+    own = found["experts"][task]
+    lenders = sorted(((share, name) for name, share in found["experts"].items() if name != task), reverse=True)
+    lines = [f"{task} takes {own:.0%} from its own expert (mean over the layers), and borrows"]
+    lines += [f"  {share:>6.1%}  from {name}" for share, name in lenders]
+    if found["shared"]:
+        lines.append(f"  {found['shared']:>6.1%}  from the shared experts")
+    return "\n".join(lines)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _finished_run(run: Path) -> dict[str, Any]:
+    content = read_recipe(run)
+    if model_folder(run) == run or "stage1" not in content:
+        raise AlterError(f"{run}: what save_pretrained wrote has no recipe to go on with; name the run folder itself.")
+    read_config(run / "model")
+    return content
+
+
+def _require_stage2(run: Path, content: Mapping[str, Any]) -> None:
+    if read_config(run / "model")["num_shared"] == 0:
+        raise AlterError(
+            f"{run}: --consolidate trains stage 2's part again, and the run has none (stages: {content['stages']}); leave it out."
+        )
+
+
+def _mean_draws(content: Mapping[str, Any]) -> int | None:
+    """Training examples that each of the run's tasks had on average; None where the recipe leaves it to their sizes."""
+    data, epochs = content["data"], content["trainer"]["max_epochs"] or 1
+    return data["examples_per_epoch"] and -(-data["examples_per_epoch"] * epochs // len(data["tasks"]))
+
+
+def _data(settings: Mapping[str, Any], backbone: Path) -> MultiTaskDataModule:
+    data = MultiTaskDataModule(**settings, tokenizer=str(backbone), seq2seq=is_seq2seq(backbone))
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def _optimizer(content: Mapping[str, Any], stage: str, lr: float | None) -> dict[str, Any]:
+    optimizer = copy.deepcopy(content[stage]["model"]["init_args"]["optimizer"])
+    if lr is not None:
+        optimizer["init_args"]["lr"] = lr
+    return optimizer
+
+
+def _arguments(
+    content: Mapping[str, Any],
+    module: str,
+    tasks: list[str],
+    run: Path,
+    backbone: Path,
+    own: Mapping[str, Any],
+) -> dict[str, Any]:
+    init_args = {
+        "backbone": str(backbone),
+        "tasks": tasks,
+        "precision": content["precision"],
+        "start_from": str(run / "model"),
+        "trunk_cache": {"class_path": "alter.nn.TrunkCache", "init_args": content["trunk_cache"]},
+        **own,
+    }
+    return {
+        "seed_everything": content["seed_everything"],
+        "trainer": dict(content["trainer"]),
+        "model": {"class_path": f"alter.stages.{module}", "init_args": init_args},
+    }
+
+
+def _borrowers(model: MTAModel, name: str) -> list[str]:
+    """Who may use a task's expert, with the mean share where it does not depend on the tokens."""
+    place = model.tasks.index(name)
+    layers = list(model.layers.values())
+    if model.num_experts != model.base_tasks:
+        return ["the experts are no task's own"]
+    if not layers[0].router.reads_task_alone:
+        return [f"{type(layers[0].router).__name__} decides at every token"]
+    found = []
+    for index, task in enumerate(model.tasks[: model.base_tasks]):
+        share = sum(float(layer.router.task_gates(index)[place]) for layer in layers) / len(layers)
+        if task not in (name, *model.retired):
+            found.append(f"{task} {share:.1%}")
+    return found
+
+
+def _carry_on(source: Path, target: Path) -> None:
+    """Takes what belongs to a model folder beside weights and description along."""
+    if (source / CALIBRATION_FILE).is_file():
+        shutil.copy(source / CALIBRATION_FILE, target / CALIBRATION_FILE)
+
+
+def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:
+    """The recipe first: a task there that the model lacks does no harm, the other way round would."""
+    content = read_recipe(run)
+    if [task["name"] for task in content["data"]["tasks"]] != [task["name"] for task in tasks]:
+        names = {task["name"]: task for task in tasks}
+        write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": list(names.values())}}))
+    publish(folder / "model", run / "model")
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _add_to(file: Path, entries: Mapping[str, Any]) -> None:
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    write_json(file, {**before, **entries})
+
+
+def _drop_from(file: Path, name: str) -> None:
+    if file.is_file():
+        write_json(file, {key: value for key, value in json.loads(file.read_text()).items() if key != name})
+
+
+def _keep_results(run: Path, tasks: Mapping[str, Any]) -> None:
+    file = run / "results.json"
+    if file.is_file():
+        results = json.loads(file.read_text())
+        write_json(file, {**results, "tasks": {**results["tasks"], **tasks}})
+
+
+def _drop_results(run: Path, name: str) -> None:
+    file = run / "results.json"
+    if file.is_file():
+        results = json.loads(file.read_text())
+        write_json(file, {**results, "tasks": {key: value for key, value in results["tasks"].items() if key != name}})

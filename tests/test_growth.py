@@ -1,0 +1,156 @@
+"""A task joins a finished run, and leaves it, as a user does it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import alter
+from alter.cli import main
+from tests.data.conftest import task_dict, words  # noqa: F401 (fixtures)
+from tests.test_cli import project, refused  # noqa: F401 (a fixture)
+
+TEXTS = ["w5 w9", "w7", "w12 w3 w4"]
+
+
+@pytest.fixture
+def grown(project):  # noqa: F811
+    """A finished run, and the file of a task that is to join."""
+    main(["fit", "--config", "recipe.yaml"])
+    task = task_dict(project, "new", 40, choices=["yes", "no"], metrics=["accuracy"], prompt="w8 {{ text }} :")
+    (project / "new.yaml").write_text(yaml.safe_dump(task))
+    return project
+
+
+def outputs(run):
+    """What users get from the tasks that are there from the start."""
+    model = alter.load(run)
+    return model.classify(TEXTS, task="sort", return_probs=True), model.generate(TEXTS, task="echo"), model.routing(
+        TEXTS[:1], task="sort", answers=["yes"]
+    )  # fmt: skip
+
+
+def trained(run):
+    """The tensors of the parts that all tasks were trained with."""
+    return {k: v for k, v in load_file(run / "model" / "adapters.safetensors").items() if "newcomers" not in k}
+
+
+def same(before, after):
+    return before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_task_joins_and_leaves_and_the_others_answer_bit_for_bit_the_same(grown, capsys):
+    run = grown / "run"
+    before, tensors, temperatures = outputs(run), trained(run), alter.load(run).temperatures
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "80"])
+    out = capsys.readouterr().out
+    assert same(trained(run), tensors)
+    classified, generated, routing = outputs(run)
+    assert (classified, generated) == before[:2]
+    for layer, gates in routing[0]["experts"].items():
+        assert gates == {**before[2][0]["experts"][layer], "new": 0.0}
+
+    model = alter.load(run)
+    assert model.tasks == ["echo", "sort", "new"]
+    assert model.temperatures.items() >= temperatures.items()
+    assert model.temperatures.keys() == {"sort", "new"}
+    mixed = model.classify([TEXTS[0], TEXTS[0]], task=["new", "sort"], return_probs=True)
+    assert mixed[1].probabilities == pytest.approx(classified[0].probabilities, abs=1e-5)
+    assert mixed[0].probabilities == pytest.approx(
+        model.classify(TEXTS[:1], task="new", return_probs=True)[0].probabilities, abs=1e-5
+    )
+
+    results = json.loads((run / "results.json").read_text())["tasks"]
+    assert list(results) == ["echo", "sort", "new"]
+    assert results["new"]["accuracy"]["n"] == 6
+    borrowed = json.loads((run / "added" / "new" / "borrowed.json").read_text())
+    assert borrowed["experts"].keys() == {"echo", "sort", "new"}
+    assert sum(borrowed["experts"].values()) + borrowed["shared"] == pytest.approx(1)
+    own = model.routing(TEXTS[:1], task="new", answers=["yes"])[0]
+    for layer, found in borrowed["layers"].items():
+        keep = own["shared"][layer]["task experts"]
+        assert found["experts"] == pytest.approx({k: keep * share for k, share in own["experts"][layer].items()})
+    assert f"{borrowed['experts']['sort']:.1%}  from sort" in out
+    assert "newcomers.0.expert" in out  # what trains is told
+
+    (grown / "rows.jsonl").write_text('{"text": "w5"}\n')
+    main(["predict", "--run", "run", "--task", "new", "--input", "rows.jsonl"])
+    assert json.loads(capsys.readouterr().out)["answer"] in ("yes", "no")
+    main(["test", "--run", "run"])  # all tasks again, with the report
+    assert set(json.loads((run / "results.json").read_text())["tasks"]) == {"echo", "sort", "new"}
+
+    main(["remove-task", "--run", "run", "--task", "new"])
+    assert "new is gone" in capsys.readouterr().out
+    assert same(load_file(run / "model" / "adapters.safetensors"), tensors)
+    assert outputs(run) == before
+    assert not (run / "added" / "new").exists()
+    assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["echo", "sort"]
+
+    main(["remove-task", "--run", "run", "--task", "echo"])
+    out = capsys.readouterr().out
+    assert "Its expert stays" in out
+    assert "sort " in out
+    model = alter.load(run)
+    assert model.tasks == ["sort"]
+    assert model.classify(TEXTS, task="sort", return_probs=True) == before[0]
+    assert refused(capsys, "predict", "--run", "run", "--task", "echo", "--input", "-")
+    assert refused(capsys, "remove-task", "--run", "run", "--task", "sort")
+    main(["test", "--run", "run"])
+    assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort"]
+
+
+def test_an_addition_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypatch):
+    shutil.copytree("run", "other")
+    main(["add-task", "--run", "other", "--task", "new.yaml", "--shots", "8", "--draws", "200"])
+    from alter.stages import AddTaskModule
+
+    step = AddTaskModule.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(AddTaskModule, "training_step", stopped)
+        main(["add-task", "--run", "run", "--task", "new.yaml", "--shots", "8", "--draws", "200"])
+    assert alter.load("run").tasks == ["echo", "sort"]
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--shots", "8", "--draws", "200"])
+    one, other = (load_file(f"{run}/model/adapters.safetensors") for run in ("run", "other"))
+    assert same(one, other)
+
+
+def test_consolidation_trains_stage_two_for_all_and_tests_all(grown, capsys):
+    before = trained(grown / "run")
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40", "--consolidate"])
+    after = trained(grown / "run")
+    moved = {key.split(".mlp.")[1].split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"shared", "shared_router"}  # stage 2's task_expert_lr is 0
+    results = json.loads((grown / "run" / "results.json").read_text())["tasks"]
+    assert list(results) == ["echo", "sort", "new"]
+    assert refused(capsys, "add-task", "--run", "run", "--task", "new.yaml") == [
+        "alter: new.yaml: the run has a task 'new' already; give the new one another name."
+    ]
+
+
+def test_what_cannot_be_added_is_one_sentence(grown, capsys):
+    (grown / "bad.yaml").write_text("name: [")
+    shutil.copytree("run", "copy")
+    shutil.rmtree("copy/model")
+    alter.load("run").save_pretrained("hub")
+    for arguments, message in [
+        (["--run", "run", "--task", "bad.yaml"], "bad.yaml"),
+        (["--run", "run", "--task", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["--run", "none", "--task", "new.yaml"], "no run here"),
+        (["--run", "copy", "--task", "new.yaml"], "no model here"),
+        (["--run", "hub", "--task", "new.yaml"], "name the run folder itself"),
+        (["--run", "run", "--task", "new.yaml", "--shots", "0"], "data.shots"),
+    ]:
+        (sentence,) = refused(capsys, "add-task", *arguments)
+        assert message in sentence
+    (sentence,) = refused(capsys, "remove-task", "--run", "run", "--task", "snort")
+    assert "Did you mean 'sort'?" in sentence
+    assert outputs(grown / "run")

@@ -13,10 +13,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from alter import __version__
 from alter.errors import AlterError
+
+if TYPE_CHECKING:
+    from alter.guess import Guess
+    from alter.predict import Answer
 
 DESCRIPTION = "One small language model, good at all the tasks of a domain."
 EPILOG = """examples:
@@ -123,6 +127,9 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
+    test.add_argument(
+        "--no-task-id", action="store_true", help="with and without the tasks' names: what guessing them costs"
+    )
     runs = verbs.add_parser("runs", help="a table of the runs in a folder, the best first")
     runs.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path("runs"), help="runs by default")
     diff = verbs.add_parser("diff", help="how two runs differ: recipe lines and metrics")
@@ -130,7 +137,7 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     diff.add_argument("second", metavar="RUN", type=Path, help="another")
     predict = verbs.add_parser("predict", help="answer rows with a finished run, as JSON lines")
     predict.add_argument("--run", required=True, type=Path, help="the run folder")
-    predict.add_argument("--task", required=True, help="a task of the run")
+    predict.add_argument("--task", help="a task of the run; without it each row's is guessed, or told not to be clear")
     predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
     predict.add_argument("--backbone", help="where the backbone is, when not where it was")
     add = verbs.add_parser("add-task", help="train a new task beside a finished run's, which stay as they are")
@@ -224,7 +231,12 @@ def _init(options: argparse.Namespace) -> None:
 def _test(options: argparse.Namespace) -> None:
     from alter import run
 
-    run.measure(options.run, split=options.split)
+    if options.no_task_id:
+        from alter.unnamed import measure_unnamed
+
+        measure_unnamed(options.run, *run.ready(options.run), options.split)
+    else:
+        run.measure(options.run, split=options.split)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -271,13 +283,35 @@ def _predict(options: argparse.Namespace) -> None:
     from alter.predict import load
 
     predictor = load(options.run, options.backbone)
-    predictor.task(options.task)
+    named = options.task or (predictor.tasks[0] if len(predictor.tasks) == 1 else None)
+    if named:
+        predictor.task(named)
     with _open(options.input) as stream:
-        for answer in predictor.stream(options.task, _rows(stream, options.input)):
-            line: dict[str, Any] = {"answer": answer.text}
-            if answer.probabilities is not None:
-                line["probabilities"] = {label: round(p, 6) for label, p in answer.probabilities.items()}
+        rows = _rows(stream, options.input)
+        if named:
+            lines = (_line(answer) for answer in predictor.stream(named, rows))
+        else:
+            lines = (_guessed_line(found, answer) for found, answer in predictor.stream_unnamed(rows))
+        for line in lines:
             print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _line(answer: Answer) -> dict[str, Any]:
+    line: dict[str, Any] = {"answer": answer.text}
+    if answer.probabilities is not None:
+        line["probabilities"] = {label: round(p, 6) for label, p in answer.probabilities.items()}
+    return line
+
+
+def _guessed_line(found: Guess, answer: Answer | None) -> dict[str, Any]:
+    told = {
+        "task": found.task,
+        "task_probability": round(found.probability, 6),
+        "task_typical": round(found.typical, 6),
+    }
+    if answer is None:
+        return {"answer": None, **told, "low_confidence": f"which task it is for is not clear: {found}"}
+    return {**_line(answer), **told}
 
 
 def _open(name: str) -> TextIO:

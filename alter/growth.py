@@ -16,6 +16,7 @@ from alter.calibrate import calibrate
 from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import evaluate
+from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel, read_config
@@ -90,6 +91,7 @@ def add_task(
     if task.choices:
         _add_to(run / "model" / CALIBRATION_FILE, calibrate(predictor, data, [task.name]))
         predictor = load(run)
+    add_to_run(run, predictor, data, task.name)
     results = evaluate(predictor, data, tasks=[task.name])
     _keep_results(run, results)
     trained = records(folder)["added"]
@@ -127,6 +129,8 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
     model.save_pretrained(beside, content["backbone"])
     _carry_on(run / "model", beside)
     _drop_from(beside / CALIBRATION_FILE, name)
+    if known := read_task_predictor(beside):
+        known.without(name).save(beside / TASK_PREDICTOR_FILE)
     publish(beside, run / "model")
     shutil.rmtree(beside)
     left = [task for task in content["data"]["tasks"] if task["name"] != name]
@@ -281,8 +285,9 @@ def _borrowers(model: MTAModel, name: str) -> list[str]:
 
 def _carry_on(source: Path, target: Path) -> None:
     """Takes what belongs to a model folder beside weights and description along."""
-    if (source / CALIBRATION_FILE).is_file():
-        shutil.copy(source / CALIBRATION_FILE, target / CALIBRATION_FILE)
+    for name in (CALIBRATION_FILE, TASK_PREDICTOR_FILE):
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
 
 
 def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alter.data import Collator, Task, encode_choices, encode_prompt
-from alter.data.encode import target_ids
+from alter.data.encode import prompt_ids, target_ids
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
+from alter.guess import Guess, guess, read_task_predictor
 from alter.nn.backbone import load_tokenizer, resolve_backbone
 from alter.nn.decoding import (
     Generation,
@@ -27,6 +29,7 @@ from alter.nn.decoding import (
 )
 from alter.nn.gates import mean_gates
 from alter.nn.model import CONFIG_FILE, MTAModel, read_config
+from alter.nn.task_predictor import TaskPredictor
 
 MAX_BATCH_TOKENS = 2048
 CALIBRATION_FILE = "calibration.json"
@@ -54,6 +57,8 @@ class Predictor:
     Attributes:
         temperatures: of each calibrated classification task; the log-likelihoods of its choices are divided by it.
         folder: the model folder that it was loaded from; None for a model made in memory.
+        task_predictor: says which task an input is for that comes without its name; None for a model of one task, or one that
+            has not been tested.
 
     Args:
         model: the MTA model.
@@ -71,6 +76,7 @@ class Predictor:
         self.collator = Collator(tokenizer.pad_token_id, model.is_seq2seq)
         self.temperatures: dict[str, float] = {}
         self.folder: Path | None = None
+        self.task_predictor: TaskPredictor | None = None
         self._tasks = {task.name: task for task in tasks}
         self._choices: dict[str, list[list[int]]] = {}
 
@@ -103,11 +109,11 @@ class Predictor:
 
         Args:
             texts: the inputs.
-            task: of all, or of each; may be left out where the model has one task.
+            task: of all, or of each; where it is left out, each input's is guessed.
             max_new_tokens: the longest answer; by default each task's ``max_target_tokens``.
 
         Raises:
-            AlterError: a task is unknown or missing, or an input does not fit its task.
+            AlterError: a task is unknown, an input does not fit its task, or which task it is for is not clear.
         """
         tasks, prompts = self._read(texts, task)
         return [answer.text for answer in self._generated(tasks, prompts, max_new_tokens)]
@@ -119,14 +125,15 @@ class Predictor:
 
         Args:
             texts: the inputs.
-            task: of all, or of each; may be left out where the model has one task.
+            task: of all, or of each; where it is left out, each input's is guessed.
             return_probs: whether to tell the calibrated probability of every choice too.
 
         Returns:
             the likeliest choices; with ``return_probs`` each with the probabilities.
 
         Raises:
-            AlterError: a task is unknown, missing or has no choices, or an input does not fit its task.
+            AlterError: a task is unknown or has no choices, an input does not fit its task, or which task it is for is not
+                clear.
         """
         tasks, prompts = self._read(texts, task)
         for found in tasks:
@@ -134,6 +141,20 @@ class Predictor:
                 raise AlterError(f"classify: task '{found.name}' has no choices; call generate instead.")
         answers = self._answered(tasks, prompts, return_probs)
         return answers if return_probs else [answer.text for answer in answers]
+
+    def guess(self, texts: Text | Sequence[Text]) -> list[Guess]:
+        """Says which task each input is for, or that it is not clear.
+
+        A text may be a whole prompt, in whatever words are like those of a task's template, or the value of the one field of a
+        task; a mapping is for a task that reads its fields.
+
+        Args:
+            texts: the inputs.
+
+        Raises:
+            AlterError: the model has no task predictor.
+        """
+        return guess(self, [texts] if isinstance(texts, (str, Mapping)) else list(texts))
 
     def routing(
         self,
@@ -147,7 +168,7 @@ class Predictor:
 
         Args:
             texts: the inputs.
-            task: of all, or of each; may be left out where the model has one task.
+            task: of all, or of each; where it is left out, each input's is guessed.
             answers: to each input, where they are known; by default the model's own.
 
         Returns:
@@ -259,13 +280,23 @@ class Predictor:
         if chunk:
             yield from self.answer(name, chunk)
 
+    def stream_unnamed(self, rows: Iterable[Text], size: int = 32) -> Iterator[tuple[Guess, Answer | None]]:
+        """Answers inputs without a task's name, ``size`` at a time, in order; None where their task is not clear."""
+        for chunk in batched(rows, size):
+            guesses = self.guess(chunk)
+            clear = [(text, found) for text, found in zip(chunk, guesses, strict=True) if found.task is not None]
+            prompts = [self.guessed_prompt(text, found, "input") for text, found in clear]
+            answers = iter(self._answered([self.task(str(found.task)) for _, found in clear], prompts, True))
+            yield from ((found, None if found.task is None else next(answers)) for found in guesses)
+
     def _read(
         self, texts: Text | Sequence[Text], task: str | Sequence[str] | None
     ) -> tuple[list[Task], list[list[int]]]:
         """The task and the tokenised prompt of every input."""
         texts = [texts] if isinstance(texts, (str, Mapping)) else list(texts)
-        if task is None:
-            task = self._only_task("task")
+        if task is None and len(self._tasks) > 1:
+            return self._read_guessed(texts)
+        task = next(iter(self._tasks)) if task is None else task
         names = [task] * len(texts) if isinstance(task, str) else list(task)
         if len(names) != len(texts):
             raise AlterError(f"task: {len(names)} tasks for {len(texts)} inputs; give one for all, or one for each.")
@@ -276,6 +307,37 @@ class Predictor:
             row = found.as_row(text, place)
             prompts.append(encode_prompt(found, row, self.tokenizer, self.model.is_seq2seq, place))
         return tasks, prompts
+
+    def _read_guessed(self, texts: Sequence[Text]) -> tuple[list[Task], list[list[int]]]:
+        guesses = self.guess(texts)
+        if unclear := [f"input {n}: {found}" for n, found in enumerate(guesses, 1) if found.task is None]:
+            raise AlterError(
+                f"task: which task they are for is not clear ({'; '.join(unclear[:5])}{' and more' if len(unclear) > 5 else ''}); "
+                f"name one of {', '.join(self._tasks)}."
+            )
+        tasks = [self.task(str(found.task)) for found in guesses]
+        prompts = [
+            self.guessed_prompt(text, found, f"input {n}")
+            for n, (text, found) in enumerate(zip(texts, guesses, strict=True), 1)
+        ]
+        return tasks, prompts
+
+    def guessed_prompt(self, text: Text, found: Guess, place: str) -> list[int]:
+        """Token ids of the prompt of an input whose task was guessed; a whole prompt stays as it is.
+
+        Raises:
+            AlterError: it does not fit its task.
+        """
+        task = self.task(str(found.task))
+        if isinstance(text, str) and found.is_prompt:
+            ids = prompt_ids([text.rstrip()], self.tokenizer, self.model.is_seq2seq)[0]
+            if len(ids) > task.max_prompt_tokens:
+                raise AlterError(
+                    f"{place}: the prompt has {len(ids)} tokens, more than max_prompt_tokens {task.max_prompt_tokens} of task "
+                    f"'{task.name}'; shorten it."
+                )
+            return ids
+        return encode_prompt(task, task.as_row(text, place), self.tokenizer, self.model.is_seq2seq, place)
 
     def _only_task(self, key: str) -> str:
         if len(self._tasks) > 1:
@@ -376,6 +438,13 @@ def expert_names(model: MTAModel) -> list[str]:
     return [*own, *added]
 
 
+def batched(rows: Iterable[Text], size: int) -> Iterator[list[Text]]:
+    """Lists of up to ``size`` rows."""
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
 def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
     """What rows must have in common to be answered in one batch."""
     if not task.choices:
@@ -416,6 +485,7 @@ def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MT
     )
     found.folder = Path(run)
     found.temperatures = read_temperatures(folder)
+    found.task_predictor = read_task_predictor(folder)
     return found
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from alter.card import model_card
 from alter.errors import AlterError
+from alter.guess import TASK_PREDICTOR_FILE
 from alter.nn.model import CONFIG_FILE, WEIGHTS_FILE
 from alter.predict import CALIBRATION_FILE, model_folder, read_recipe
 
@@ -41,7 +42,7 @@ def publish(run: Path, out: Path) -> None:
     """
     new_folder(out)
     content = read_recipe(run)
-    for name in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, TASK_PREDICTOR_FILE):
         if (model_folder(run) / name).is_file():
             shutil.copy(model_folder(run) / name, out / name)
     if (run / "results.json").is_file():

@@ -34,8 +34,9 @@ from alter.callbacks import MetricsCSV, Throughput
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import evaluate
+from alter.guess import fit_run
 from alter.nn.backbone import is_seq2seq, resolve_backbone
-from alter.predict import load
+from alter.predict import Predictor, load
 from alter.recipe import STAGES, Recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
 from alter.stages import StageModule
@@ -131,16 +132,7 @@ def fit(recipe: Recipe) -> None:
 def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
     """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
     started = time.perf_counter()
-    quiet()
-    predictor = load(run)
-    if data is None:
-        arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
-        data = MultiTaskDataModule(
-            **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
-        )
-        data.prepare_data()
-        data.setup()
-    calibrate_run(run, predictor, data)
+    predictor, data = ready(run, data)
     answers: dict[str, list[str]] = {}
     tasks = evaluate(predictor, data, split, keep=answers.__setitem__)
     seconds = {name: known["seconds"] for name, known in records(run).items()}
@@ -164,6 +156,22 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
         f"\nWritten to {run / name}; answer new rows with: alter predict --run {run} --task {predictor.tasks[0]} --input FILE"
     )
     return results
+
+
+def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor, MultiTaskDataModule]:
+    """Loads a finished run with its data; calibrates it and fits its task predictor where that has not been done."""
+    quiet()
+    predictor = load(run)
+    if data is None:
+        arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
+        data = MultiTaskDataModule(
+            **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
+        )
+        data.prepare_data()
+        data.setup()
+    calibrate_run(run, predictor, data)
+    fit_run(run, predictor, data)
+    return predictor, data
 
 
 def quiet() -> None:

@@ -33,6 +33,8 @@ def make_run(folder, words, family="llama", expert=None, router=None, shared="ga
     """A finished run of both stages, or without ``shared`` of stage 1 alone; returns its folder."""
     backbone = tiny_model(family)
     backbone.resize_token_embeddings(510)
+    torch.manual_seed(2)
+    backbone.get_input_embeddings().weight.data.normal_(std=0.02)  # resizing makes new words all alike
     backbone.save_pretrained(folder / "backbone")
     AutoTokenizer.from_pretrained(words).save_pretrained(folder / "backbone")
     content = {

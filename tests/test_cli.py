@@ -82,7 +82,8 @@ def test_fit_runs_both_stages_tests_and_leaves_the_run_folder(project, capsys):
     out = capsys.readouterr().out
     run = project / "run"
     assert {p.name for p in run.iterdir()} >= {"recipe.yaml", "env.txt", "stage1", "stage2", "model", "results.json"}
-    assert {p.name for p in (run / "model").iterdir()} == {"adapters.safetensors", "alter.json", "calibration.json"}
+    files = {"adapters.safetensors", "alter.json", "calibration.json", "task_predictor.safetensors"}
+    assert {p.name for p in (run / "model").iterdir()} == files
     for stage in ("stage1", "stage2"):
         assert list((run / stage).glob("events.out.tfevents*"))
         lines = (run / stage / "metrics.csv").read_text().splitlines()

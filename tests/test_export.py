@@ -146,6 +146,7 @@ def test_the_hub_folder_loads_and_its_card_tells_tasks_licences_metrics_and_limi
     main(["test", "--run", "run"])
     main(["export", "--run", "run", "--format", "alter", "--out", "hub"])
     names = {"README.md", "adapters.safetensors", "alter.json", "calibration.json", "recipe.yaml", "results.json"}
+    names |= {"task_predictor.safetensors"}
     assert {p.name for p in Path("hub").iterdir()} == names
     assert str(tmp_path) not in Path("hub/README.md").read_text()
     whole, copy = alter.load(run), alter.load("hub")

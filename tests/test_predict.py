@@ -74,7 +74,7 @@ def test_probabilities_of_a_mixed_batch_are_the_softmax_of_likelihoods_over_the_
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_what_does_not_fit_is_refused_in_one_sentence(model):
     for call, message in [
-        (lambda: model.generate(["w1"]), "several tasks; name one of sort, pick, echo, pair"),
+        (lambda: model.generate(["w1"]), "no task predictor, so name one of sort, pick, echo, pair"),
         (lambda: model.generate(["w1"], task="eco"), "there is no task 'eco'.*Did you mean 'echo'"),
         (lambda: model.generate(["w1", "w2"], task=["echo"]), "1 tasks for 2 inputs"),
         (

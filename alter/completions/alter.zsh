@@ -1816,7 +1816,7 @@ _shtab_alter_ls_defaults_added=0
 _shtab_alter_predict_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[the run folder]:run:_files"
-  "--task[a task of the run]:task:"
+  "--task[a task of the run\; without it each row\'s is guessed, or told not to be clear]:task:"
   "--input[JSON lines with the task\'s fields\; - for standard input]:input:"
   "--backbone[where the backbone is, when not where it was]:backbone:"
   "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
@@ -1848,6 +1848,7 @@ _shtab_alter_test_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[the run folder]:run:_files"
   "--split[validation while tuning]:split:(test validation)"
+  "--no-task-id[with and without the tasks\' names\: what guessing them costs]"
   "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
 )
 

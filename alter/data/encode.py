@@ -18,7 +18,7 @@ from alter.data.sources import SPLITS, Fields, Row, stable_fraction
 from alter.data.task import Task
 from alter.errors import AlterError
 
-VERSION = 1  # raise whenever the same task would be encoded differently
+VERSION = 2  # raise whenever the same task would be encoded differently
 CHUNK = 1000
 MAX_MESSAGES = 5
 
@@ -66,6 +66,7 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
             "target_ids": datasets.List(datasets.Value("int32")),
             "choice": datasets.Value("int32"),
             "prompt": datasets.Value("string"),
+            "input": datasets.Value("string"),  # the row's part that the prompt names, as JSON
             "target": datasets.Value("string"),
         }
     )
@@ -135,6 +136,7 @@ class _Encoder:
                 "target_ids": target_ids,
                 "choice": self.task.choices.index(target) if self.task.choices else -1,
                 "prompt": prompt,
+                "input": json.dumps(self.task.inputs(row), ensure_ascii=False, default=str),
                 "target": target,
             }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -109,8 +109,15 @@ class Task:
 
     @cached_property
     def fields(self) -> list[str]:
-        """The fields of a row that the prompt names."""
-        return sorted(meta.find_undeclared_variables(_TEMPLATES.parse(self.prompt)))
+        """The fields of a row that the prompt names, also as ``row['a name']``."""
+        template = _TEMPLATES.parse(self.prompt)
+        keys = [item.arg for item in template.find_all(nodes.Getitem) if getattr(item.node, "name", "") == "row"]
+        named = {key.value for key in keys if isinstance(key, nodes.Const)}
+        return sorted(meta.find_undeclared_variables(template) - {"row"} | named)
+
+    def inputs(self, row: Fields) -> Fields:
+        """The part of a row that the prompt names."""
+        return {name: row[name] for name in self.fields if name in row}
 
     def as_row(self, text: str | Fields, place: str) -> Fields:
         """A row of the task's fields: a mapping as it is, a text as the one field that the prompt names.

@@ -1,0 +1,240 @@
+"""What waits is answered in batches of mixed tasks, by one thread that alone touches the model.
+
+A batch is formed from what waits when the one before has ended. Rows of it end one by one, each told at once; new rows do not
+join while it runs. Joining would need a decoding loop of our own beside transformers' ``generate``: caches of sliding windows,
+encoder-decoders and routers that keep a position's gates each need their own way to be padded and merged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from alter.data import Task
+from alter.predict import MAX_BATCH_TOKENS, Answer, Predictor
+from alter.serve.metrics import Metrics
+
+GATHER_SECONDS = 0.01  # clients that were answered together come back together, but not in the same millisecond
+log = logging.getLogger("alter.serve")
+
+
+class QueueFull(Exception):
+    """There is no room for these jobs; they may come again later."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """All tokens of an answer so far."""
+
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of an answer.
+
+    Attributes:
+        answer: what the model says.
+        tokens: how many it wrote; 0 for a classification, which is scored.
+        cut: whether it was ended by its limit.
+    """
+
+    answer: Answer
+    tokens: int = 0
+    cut: bool = False
+
+
+@dataclass(eq=False)
+class Job:
+    """One input that waits for its answer; made within a running event loop.
+
+    Attributes:
+        task: that it is for.
+        prompt: token ids.
+        limit: the most tokens of a generated answer.
+        probabilities: whether those of all choices are wanted.
+        streams: whether the tokens are wanted as they come.
+        abandoned: nobody waits for it any more.
+    """
+
+    task: Task
+    prompt: list[int]
+    limit: int
+    probabilities: bool = False
+    streams: bool = False
+    abandoned: bool = False
+    ended: bool = False
+    since: float = field(default_factory=time.perf_counter)
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _events: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    @property
+    def size(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.prompt) + (0 if self.task.choices else self.limit)
+
+    def tell(self, event: Piece | Done | Exception) -> None:
+        """Hands an event to whoever waits, from any thread."""
+        self.ended = self.ended or not isinstance(event, Piece)
+        with suppress(RuntimeError):  # the event loop has closed
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def next(self) -> Piece | Done:
+        """Waits for the next event.
+
+        Raises:
+            Exception: the batch failed.
+        """
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def done(self) -> Done:
+        """Waits for the end."""
+        while not isinstance(event := await self.next(), Done):
+            pass
+        return event
+
+
+@dataclass(eq=False)
+class RoutingJob(Job):
+    """One input whose gates are asked for; its ``Done`` holds them in place of the answer."""
+
+    row: Any = None
+    given: str | None = None
+
+
+class Batcher:
+    """The queue and its worker.
+
+    Args:
+        predictor: answers; nobody else may use its model.
+        metrics: are told of every batch.
+        max_batch: the most inputs of a batch.
+        max_waiting: the most inputs that wait.
+    """
+
+    def __init__(self, predictor: Predictor, metrics: Metrics, max_batch: int, max_waiting: int) -> None:
+        self.predictor, self.metrics = predictor, metrics
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="alter-batches", daemon=True)
+
+    def start(self) -> None:
+        """Starts the worker."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answers what waits, and ends the worker."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queues the jobs, all or none.
+
+        Raises:
+            QueueFull: there is no room for all.
+        """
+        with self._changed:
+            self._forget()
+            if len(self._waiting) + len(jobs) > self.max_waiting:
+                raise QueueFull
+            self._waiting.extend(jobs)
+            self._note_waiting()
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            try:
+                self._answer(jobs)
+            except Exception as error:  # the next batch must be answered all the same
+                log.exception("A batch of %d failed", len(jobs))
+                for job in jobs:
+                    if not job.ended:
+                        job.tell(error)
+
+    def _take(self) -> list[Job]:
+        """Waits for jobs and takes the oldest that fit one batch; none when it is closed."""
+        with self._changed:
+            while not self._waiting:
+                if self._closed:
+                    return []
+                self._changed.wait()
+                if not self._closed:
+                    self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch, GATHER_SECONDS)
+                self._forget()
+            taken: list[Job] = []
+            longest = {True: 0, False: 0}  # of classifications and of generations, which run as batches of their own
+            while self._waiting and len(taken) < self.max_batch:
+                kind = bool(self._waiting[0].task.choices)
+                most = max(longest[kind], self._waiting[0].size)
+                rows = 1 + sum(bool(job.task.choices) is kind for job in taken)
+                if rows > 1 and rows * most > MAX_BATCH_TOKENS:
+                    break
+                longest[kind] = most
+                taken.append(self._waiting.popleft())
+            self._note_waiting()
+            return taken
+
+    def _forget(self) -> None:
+        """Drops what nobody waits for."""
+        if any(job.abandoned for job in self._waiting):
+            self._waiting = deque(job for job in self._waiting if not job.abandoned)
+
+    def _note_waiting(self) -> None:
+        self.metrics.waiting.set(len(self._waiting))
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.metrics.waited.observe(time.perf_counter() - job.since)
+        answering = [job for job in jobs if not isinstance(job, RoutingJob)]
+        if answering:
+            self._answer_batch(answering)
+        for job in jobs:
+            if isinstance(job, RoutingJob) and not job.abandoned:
+                given = None if job.given is None else [job.given]
+                (gates,) = self.predictor.routing([job.row], job.task.name, given)
+                job.tell(Done(gates))
+
+    def _answer_batch(self, jobs: Sequence[Job]) -> None:
+        def watch(row: int, tokens: list[int], ended: bool) -> bool:
+            job = jobs[row]
+            if ended:
+                self._end(job, Answer(self.predictor.decode(tokens), None), tokens)
+            elif job.streams and not job.abandoned:
+                job.tell(Piece(list(tokens)))
+            return not job.abandoned
+
+        self.metrics.batch_inputs.observe(len(jobs))
+        self.metrics.batch_tasks.observe(len({job.task.name for job in jobs}))
+        answers = self.predictor.answer_mixed(
+            [job.task.name for job in jobs],
+            [job.prompt for job in jobs],
+            [job.probabilities for job in jobs],
+            [job.limit for job in jobs],
+            watch,
+        )
+        for job, answer in zip(jobs, answers, strict=True):
+            if not job.ended:
+                self._end(job, answer, None)
+
+    def _end(self, job: Job, answer: Answer, tokens: list[int] | None) -> None:
+        """Tells a job its answer; where it was searched by beams its tokens are counted from the text."""
+        if tokens is None:
+            ids = [] if job.task.choices else self.predictor.tokenizer(answer.text, add_special_tokens=False).input_ids
+            tokens = ids[: job.limit]
+        self.metrics.prompt_tokens.labels(job.task.name).inc(len(job.prompt))
+        self.metrics.answer_tokens.labels(job.task.name).inc(len(tokens))
+        job.tell(Done(answer, len(tokens), not job.task.choices and len(tokens) >= job.limit))

@@ -35,8 +35,11 @@ def serve(
         raise AlterError(
             f"alter serve: the package '{error.name}' is missing; pip install \"alter-mta[serve]\"."
         ) from error
+    from transformers.utils.logging import disable_progress_bar
+
     from alter.predict import load
 
+    disable_progress_bar()
     taken, key = Limits(**limits), read_key(api_key_file)
     listening = bind(host, port)
     predictor = load(run, backbone)

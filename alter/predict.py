@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from alter.nn.decoding import (
 )
 from alter.nn.gates import mean_gates
 from alter.nn.model import CONFIG_FILE, MTAModel, read_config
+from alter.nn.stepping import StepDecoder
 
 MAX_BATCH_TOKENS = 2048
 CALIBRATION_FILE = "calibration.json"
@@ -260,6 +261,30 @@ class Predictor:
                 where beams are searched.
         """
         return self._answered([self.task(name) for name in names], prompts, probabilities, limits, watch)
+
+    def step_decoder(self, watch: Callable[[Any, list[int], bool], bool]) -> StepDecoder | None:
+        """Decodes rows that come and go, with answers as ``generate`` has them; None where the model or beams need all at once.
+
+        Args:
+            watch: see `alter.nn.stepping.StepDecoder`.
+        """
+        if self.generation.num_beams > 1 or not StepDecoder.fits(self.model):
+            return None
+        return StepDecoder(self.model, line_ends(self.tokenizer), watch)
+
+    def join(
+        self,
+        decoder: StepDecoder,
+        keys: Sequence[Any],
+        names: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+    ) -> None:
+        """Lets tokenised prompts of generation tasks, each with its key and limit, join a ``step_decoder``."""
+        batch = self.collator.prompts(prompts, [self.tasks.index(name) for name in names])
+        device = self._device()
+        with self._announced():
+            decoder.join(keys, {key: value.to(device) for key, value in batch.items()}, limits)
 
     def encode(self, text: Text, task: str, place: str = "the input") -> list[int]:
         """Token ids of a task's prompt for an input, shortened where it is too long.

@@ -128,17 +128,25 @@ def measure(run, args):
         )
         rates = [args.requests / taken for taken in seconds["together"]]
         print(f"{statistics.median(rates):.1f} requests/s at {args.clients} clients", flush=True)
-        rows = [common.row(f"{what}: throughput over one at a time", common.ratios(seconds["alone"], seconds["together"]), 2)]
+        rows = [
+            common.row(
+                f"{what}: throughput over one at a time", common.ratios(seconds["alone"], seconds["together"]), 2
+            )
+        ]
         load.answered = 0
         memory = load.endure(args.clients, 60 * args.minutes)
     quarter = len(memory) // 4
     settled = statistics.median(memory[quarter : 2 * quarter])
-    print(f"{load.answered} answered in {args.minutes:g} minutes, {len(load.failed)} failed {load.failed[:3]}", flush=True)
+    print(
+        f"{load.answered} answered in {args.minutes:g} minutes, {len(load.failed)} failed {load.failed[:3]}", flush=True
+    )
     print(f"resident: {settled / 2**20:.0f} MiB, at the end {memory[-1] / 2**20:.0f} MiB", flush=True)
     share = len(load.failed) / max(1, len(load.failed) + load.answered)
     rows.append(common.row(f"{what}, {args.minutes:g} minutes: share of requests that failed", [share], 0, True))
     late = [sample / settled for sample in memory[-quarter:]]
-    rows.append(common.row(f"{what}, {args.minutes:g} minutes: memory of the last quarter over the second", late, 1.02, True))
+    rows.append(
+        common.row(f"{what}, {args.minutes:g} minutes: memory of the last quarter over the second", late, 1.02, True)
+    )
     return rows
 
 

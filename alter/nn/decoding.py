@@ -68,9 +68,7 @@ def generate(
         for each prompt the answer's token ids, without the end-of-sequence token and padding.
     """
     model.set_examples(prompts)
-    config = model.backbone.generation_config
-    end = config.eos_token_id if config.eos_token_id is not None else model.backbone.config.eos_token_id
-    ends = {*(end if isinstance(end, list) else [end]), *stop_tokens}
+    config, ends = model.backbone.generation_config, end_tokens(model, stop_tokens)
     pad = config.pad_token_id if config.pad_token_id is not None else min(ends)
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": pad, "eos_token_id": sorted(ends), **options}
     rows = len(prompts["input_ids"])
@@ -86,6 +84,13 @@ def generate(
     )
     start = 1 if model.is_seq2seq else prompts["input_ids"].shape[1]
     return [_until(row[:limit], ends) for row, limit in zip(output[:, start:].tolist(), limits, strict=True)]
+
+
+def end_tokens(model: MTAModel, stop_tokens: Sequence[int]) -> set[int]:
+    """The tokens that end an answer: the backbone's own and ``stop_tokens``."""
+    config = model.backbone.generation_config
+    end = config.eos_token_id if config.eos_token_id is not None else model.backbone.config.eos_token_id
+    return {*(end if isinstance(end, list) else [end]), *stop_tokens}
 
 
 class _Watched(StoppingCriteria):
@@ -193,8 +198,8 @@ def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequen
     return torch.cat(found)
 
 
-def _read(model: MTAModel, prompts: Mapping[str, Tensor]) -> _CausalPrompts | _Seq2seqPrompts:
-    return _Seq2seqPrompts(model, prompts) if model.is_seq2seq else _CausalPrompts(model, prompts)
+def _read(model: MTAModel, prompts: Mapping[str, Tensor]) -> CausalPrompts | _Seq2seqPrompts:
+    return _Seq2seqPrompts(model, prompts) if model.is_seq2seq else CausalPrompts(model, prompts)
 
 
 def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -214,7 +219,7 @@ def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tenso
         yield {name: value[start : start + size] for name, value in prompts.items()}
 
 
-class _CausalPrompts:
+class CausalPrompts:
     """Prompts that have been read once, to score choices behind them."""
 
     def __init__(self, model: MTAModel, prompts: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,7 @@
 """What waits is answered in batches of mixed tasks, by one thread that alone touches the model.
 
-A batch is formed from what waits when the one before has ended. Rows of it end one by one, each told at once; new rows do not
-join while it runs. Joining would need a decoding loop of our own beside transformers' ``generate``: caches of sliding windows,
-encoder-decoders and routers that keep a position's gates each need their own way to be padded and merged.
+Where the model allows it (`alter.nn.stepping`), an input joins the answers that are being written and leaves at its own end.
+Elsewhere a batch is formed from what waits when the one before has ended; its rows end one by one, each told at once.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ from alter.predict import MAX_BATCH_TOKENS, Answer, Predictor
 from alter.serve.metrics import Metrics
 
 GATHER_SECONDS = 0.01  # clients that were answered together come back together, but not in the same millisecond
+STEPS = (
+    4  # tokens written between two looks at the queue: reading one prompt costs about as much as a token of all rows
+)
 log = logging.getLogger("alter.serve")
 
 
@@ -128,6 +130,7 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._decoder = predictor.step_decoder(self._watch)
         self._thread = threading.Thread(target=self._work, name="alter-batches", daemon=True)
 
     def start(self) -> None:
@@ -155,38 +158,51 @@ class Batcher:
             self._note_waiting()
             self._changed.notify()
 
+    @property
+    def _writing(self) -> list[Job]:
+        """Whose answers are being written, and may be joined."""
+        return [row.key for row in self._decoder.rows] if self._decoder else []
+
     def _work(self) -> None:
-        while jobs := self._take():
+        while (jobs := self._take()) is not None:
+            concerned = [*jobs, *self._writing]
             try:
-                self._answer(jobs)
+                self._start(jobs)
+                for _ in range(STEPS if self._decoder else 0):
+                    self._decoder.step()
             except Exception as error:  # the next batch must be answered all the same
-                log.exception("A batch of %d failed", len(jobs))
-                for job in jobs:
+                log.exception("A batch of %d failed", len(concerned))
+                self._decoder = self.predictor.step_decoder(self._watch)
+                for job in concerned:
                     if not job.ended:
                         job.tell(error)
 
-    def _take(self) -> list[Job]:
-        """Waits for jobs and takes the oldest that fit one batch; none when it is closed."""
+    def _take(self) -> list[Job] | None:
+        """Takes the oldest jobs that fit beside what is being written; waits only where that is nothing.
+
+        Returns:
+            the jobs, perhaps none; None once it is closed and all is answered.
+        """
+        writing = self._writing
         with self._changed:
-            while not self._waiting:
+            while not self._waiting and not writing:
                 if self._closed:
-                    return []
+                    return None
                 self._changed.wait()
                 if not self._closed:
                     self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch, GATHER_SECONDS)
                 self._forget()
             taken: list[Job] = []
-            longest = {True: 0, False: 0}  # of classifications and of generations, which run as batches of their own
-            while self._waiting and len(taken) < self.max_batch:
-                kind = bool(self._waiting[0].task.choices)
-                most = max(longest[kind], self._waiting[0].size)
-                rows = 1 + sum(bool(job.task.choices) is kind for job in taken)
-                if rows > 1 and rows * most > MAX_BATCH_TOKENS:
+            # classifications and generations run as batches of their own
+            together = {True: [], False: [job.size for job in writing]}
+            while self._waiting and len(writing) + len(taken) < self.max_batch:
+                sizes = together[bool(self._waiting[0].task.choices)]
+                sizes.append(self._waiting[0].size)
+                if len(sizes) > 1 and len(sizes) * max(sizes) > MAX_BATCH_TOKENS:
                     break
-                longest[kind] = most
                 taken.append(self._waiting.popleft())
             self._note_waiting()
-            return taken
+            return [job for job in taken if not job.abandoned]
 
     def _forget(self) -> None:
         """Drops what nobody waits for."""
@@ -196,39 +212,49 @@ class Batcher:
     def _note_waiting(self) -> None:
         self.metrics.waiting.set(len(self._waiting))
 
-    def _answer(self, jobs: Sequence[Job]) -> None:
+    def _start(self, jobs: Sequence[Job]) -> None:
+        """Answers what takes one pass, and begins to write what takes many."""
         for job in jobs:
             self.metrics.waited.observe(time.perf_counter() - job.since)
-        answering = [job for job in jobs if not isinstance(job, RoutingJob)]
-        if answering:
-            self._answer_batch(answering)
+        plain = [job for job in jobs if not isinstance(job, RoutingJob)]
+        joining = [job for job in plain if self._decoder and not job.task.choices]
+        whole = [job for job in plain if job not in joining]
+        if whole:
+            self._answer(whole)
         for job in jobs:
-            if isinstance(job, RoutingJob) and not job.abandoned:
+            if isinstance(job, RoutingJob):
                 given = None if job.given is None else [job.given]
                 (gates,) = self.predictor.routing([job.row], job.task.name, given)
                 job.tell(Done(gates))
+        if joining:
+            self._count([*self._writing, *joining])
+            names, prompts = [job.task.name for job in joining], [job.prompt for job in joining]
+            self.predictor.join(self._decoder, joining, names, prompts, [job.limit for job in joining])
 
-    def _answer_batch(self, jobs: Sequence[Job]) -> None:
-        def watch(row: int, tokens: list[int], ended: bool) -> bool:
-            job = jobs[row]
-            if ended:
-                self._end(job, Answer(self.predictor.decode(tokens), None), tokens)
-            elif job.streams and not job.abandoned:
-                job.tell(Piece(list(tokens)))
-            return not job.abandoned
-
-        self.metrics.batch_inputs.observe(len(jobs))
-        self.metrics.batch_tasks.observe(len({job.task.name for job in jobs}))
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        self._count(jobs)
         answers = self.predictor.answer_mixed(
             [job.task.name for job in jobs],
             [job.prompt for job in jobs],
             [job.probabilities for job in jobs],
             [job.limit for job in jobs],
-            watch,
+            lambda row, tokens, ended: self._watch(jobs[row], tokens, ended),
         )
         for job, answer in zip(jobs, answers, strict=True):
             if not job.ended:
                 self._end(job, answer, None)
+
+    def _count(self, jobs: Sequence[Job]) -> None:
+        self.metrics.batch_inputs.observe(len(jobs))
+        self.metrics.batch_tasks.observe(len({job.task.name for job in jobs}))
+
+    def _watch(self, job: Job, tokens: list[int], ended: bool) -> bool:
+        """Hands on what has been written; whether to go on."""
+        if ended:
+            self._end(job, Answer(self.predictor.decode(tokens), None), tokens)
+        elif job.streams and not job.abandoned:
+            job.tell(Piece(list(tokens)))
+        return not job.abandoned
 
     def _end(self, job: Job, answer: Answer, tokens: list[int] | None) -> None:
         """Tells a job its answer; where it was searched by beams its tokens are counted from the text."""

@@ -36,6 +36,7 @@ EPILOG = """examples:
   alter compare --config recipes/medical.yaml --seeds 3  against full fine-tuning, LoRA and others
   alter predict --run runs/medical --task hpo_system --input rows.jsonl
   alter export --run runs/medical --stage stage1        a plain Hugging Face checkpoint a task
+  alter serve --run runs/medical                        a page, and endpoints for OpenAI's clients
 """
 
 
@@ -165,9 +166,25 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     export.add_argument("--stage", choices=("stage1", "stage2"), help="whose model; default the last stage's")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the plain checkpoint")
     export.add_argument("--backbone", help="where the backbone is, when not where it was")
+    serve = verbs.add_parser("serve", help="answer over HTTP: a page, and endpoints for OpenAI's clients")
+    serve.add_argument("--run", required=True, type=Path, help="the run folder")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen; 127.0.0.1, this machine alone, by default")
+    serve.add_argument("--port", type=int, default=8000, help="8000 by default; 0 takes a free one")
+    serve.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="a file with the key to ask for; default the variable ALTER_API_KEY, else none",
+    )
+    serve.add_argument("--max-batch", type=int, default=32, help="the most inputs answered at once; 32 by default")
+    serve.add_argument(
+        "--queue", type=int, default=128, help="the most inputs that wait, further get 429; 128 by default"
+    )
+    serve.add_argument("--timeout", type=float, default=60, help="seconds until a request is given up; 60 by default")
+    serve.add_argument("--max-bytes", type=int, default=65536, help="the largest request; 65536 by default")
+    serve.add_argument("--backbone", help="where the backbone is, when not where it was")
     completion = verbs.add_parser("completion", help="print the script that completes alter's commands in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
-    for verb in (test, predict, add, remove, export):
+    for verb in (test, predict, add, remove, export, serve):
         verb.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
             help="import a module of your own first, where the run uses a router or expert from it",
@@ -261,6 +278,18 @@ def _remove_task(options: argparse.Namespace) -> None:
     remove_task(options.run, options.task, options.consolidate)
 
 
+def _serve(options: argparse.Namespace) -> None:
+    from alter.serve.main import serve
+
+    limits = {
+        "max_batch": options.max_batch,
+        "max_waiting": options.queue,
+        "timeout": options.timeout,
+        "max_bytes": options.max_bytes,
+    }
+    serve(options.run, options.backbone, options.host, options.port, options.api_key_file, limits)
+
+
 def _runs(options: argparse.Namespace) -> None:
     from alter.runs import runs_table
 
@@ -351,5 +380,6 @@ VERBS = {
     "add-task": _add_task,
     "remove-task": _remove_task,
     "export": _export,
+    "serve": _serve,
     "completion": _completion,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,9 @@ from alter.errors import AlterError, did_you_mean
 from alter.guess import Guess, guess, read_task_predictor
 from alter.nn.backbone import load_tokenizer, resolve_backbone
 from alter.nn.decoding import (
+    SCORED_FIRST,
     Generation,
+    Watch,
     best_choices,
     choice_log_likelihoods,
     generate,
@@ -29,6 +31,7 @@ from alter.nn.decoding import (
 )
 from alter.nn.gates import mean_gates
 from alter.nn.model import CONFIG_FILE, MTAModel, read_config
+from alter.nn.stepping import StepDecoder
 from alter.nn.task_predictor import TaskPredictor
 
 MAX_BATCH_TOKENS = 2048
@@ -41,7 +44,8 @@ class Answer(NamedTuple):
 
     Attributes:
         text: the generated answer, or the likeliest choice.
-        probabilities: of each choice, for a classification task; None for a generation task.
+        probabilities: of each choice, for a classification task; None for a generation task, and where they were not asked for
+            and many choices were not scored.
     """
 
     text: str
@@ -116,7 +120,8 @@ class Predictor:
             AlterError: a task is unknown, an input does not fit its task, or which task it is for is not clear.
         """
         tasks, prompts = self._read(texts, task)
-        return [answer.text for answer in self._generated(tasks, prompts, max_new_tokens)]
+        limits = [max_new_tokens or found.max_target_tokens for found in tasks]
+        return [answer.text for answer in self._generated(tasks, prompts, limits)]
 
     def classify(
         self, texts: Text | Sequence[Text], task: str | Sequence[str] | None = None, return_probs: bool = False
@@ -259,6 +264,63 @@ class Predictor:
         """
         return self._answered([self.task(name)] * len(prompts), prompts, probabilities)
 
+    def answer_mixed(
+        self,
+        names: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        probabilities: Sequence[bool],
+        limits: Sequence[int],
+        watch: Watch | None = None,
+    ) -> list[Answer]:
+        """Answers tokenised prompts of several tasks in shared batches, in the order given.
+
+        Args:
+            names: of each prompt's task.
+            prompts: token ids.
+            probabilities: whether to tell those of each classification.
+            limits: the most tokens of each generated answer.
+            watch: see `alter.nn.decoding.generate`; rows are counted as given here. It is not called for a classification, nor
+                where beams are searched.
+        """
+        return self._answered([self.task(name) for name in names], prompts, probabilities, limits, watch)
+
+    def step_decoder(self, watch: Callable[[Any, list[int], bool], bool]) -> StepDecoder | None:
+        """Decodes rows that come and go, with answers as ``generate`` has them; None where the model or beams need all at once.
+
+        Args:
+            watch: see `alter.nn.stepping.StepDecoder`.
+        """
+        if self.generation.num_beams > 1 or not StepDecoder.fits(self.model):
+            return None
+        return StepDecoder(self.model, line_ends(self.tokenizer), watch)
+
+    def join(
+        self,
+        decoder: StepDecoder,
+        keys: Sequence[Any],
+        names: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+    ) -> None:
+        """Lets tokenised prompts of generation tasks, each with its key and limit, join a ``step_decoder``."""
+        batch = self.collator.prompts(prompts, [self._id(name) for name in names])
+        device = self._device()
+        with self._announced():
+            decoder.join(keys, {key: value.to(device) for key, value in batch.items()}, limits)
+
+    def encode(self, text: Text, task: str, place: str = "the input") -> list[int]:
+        """Token ids of a task's prompt for an input, shortened where it is too long.
+
+        Raises:
+            AlterError: there is no such task, or the input does not fit it.
+        """
+        found = self.task(task)
+        return encode_prompt(found, found.as_row(text, place), self.tokenizer, self.model.is_seq2seq, place)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The answer that tokens spell."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
     def choice_scores(self, name: str, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The log-likelihood of every choice of a task, [prompts, choices], before calibration."""
         task = self.task(name)
@@ -301,12 +363,8 @@ class Predictor:
         if len(names) != len(texts):
             raise AlterError(f"task: {len(names)} tasks for {len(texts)} inputs; give one for all, or one for each.")
         tasks = [self.task(name) for name in names]
-        prompts = []
-        for number, (text, found) in enumerate(zip(texts, tasks, strict=True), 1):
-            place = f"input {number}"
-            row = found.as_row(text, place)
-            prompts.append(encode_prompt(found, row, self.tokenizer, self.model.is_seq2seq, place))
-        return tasks, prompts
+        inputs = enumerate(zip(texts, names, strict=True), 1)
+        return tasks, [self.encode(text, name, f"input {number}") for number, (text, name) in inputs]
 
     def _read_guessed(self, texts: Sequence[Text]) -> tuple[list[Task], list[list[int]]]:
         guesses = self.guess(texts)
@@ -344,15 +402,26 @@ class Predictor:
             raise AlterError(f"{key}: the model has several tasks; name one of {', '.join(self._tasks)}.")
         return next(iter(self._tasks))
 
-    def _answered(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], probabilities: bool) -> list[Answer]:
+    def _answered(
+        self,
+        tasks: Sequence[Task],
+        prompts: Sequence[Sequence[int]],
+        probabilities: bool | Sequence[bool],
+        limits: Sequence[int] | None = None,
+        watch: Watch | None = None,
+    ) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(prompts)
+        wanted = [probabilities] * len(prompts) if isinstance(probabilities, bool) else probabilities
         groups: dict[tuple[str, Any], list[int]] = {}
         for row, task in enumerate(tasks):
-            groups.setdefault(_together(task, probabilities), []).append(row)
-        for (how, _), rows in groups.items():
+            groups.setdefault(_together(task, wanted[row]), []).append(row)
+        for (how, _), rows in sorted(
+            groups.items(), key=lambda group: group[0][0] == "generate"
+        ):  # the short work first
             own, given = [tasks[row] for row in rows], [prompts[row] for row in rows]
             if how == "generate":
-                found = self._generated(own, given)
+                longest = [limits[row] for row in rows] if limits else [task.max_target_tokens for task in own]
+                found = self._generated(own, given, longest, watch and _renumbered(watch, rows))
             elif how == "score":
                 found = self._scored(own, given)
             else:
@@ -362,20 +431,28 @@ class Predictor:
         return answers  # type: ignore[return-value]
 
     def _generated(
-        self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], longest: int | None = None
+        self,
+        tasks: Sequence[Task],
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        watch: Watch | None = None,
     ) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(prompts)
-        limits = [longest or task.max_target_tokens for task in tasks]
+        beams = self.generation.num_beams > 1
         # A greedy answer cut short is the short greedy answer, so tasks of different limits share batches; beams differ.
-        for limit in set(limits) if self.generation.num_beams > 1 else (None,):
+        for limit in set(limits) if beams else (None,):
             rows = [row for row, own in enumerate(limits) if limit in (None, own)]
             part = [tasks[r] for r in rows], [prompts[r] for r in rows], [limits[r] for r in rows]
             for places, batch in self._batches(*part):
-                most = max(limits[rows[place]] for place in places)
+                own = [limits[rows[place]] for place in places]
+                see = None if beams or watch is None else _renumbered(watch, [rows[place] for place in places])
                 with self._announced():
-                    tokens = generate(self.model, batch, most, line_ends(self.tokenizer), **self.generation.options())
-                cut = [row[: limits[rows[place]]] for place, row in zip(places, tokens, strict=True)]
-                for place, text in zip(places, self.tokenizer.batch_decode(cut, skip_special_tokens=True), strict=True):
+                    tokens = generate(
+                        self.model, batch, own, line_ends(self.tokenizer), see, **self.generation.options()
+                    )
+                for place, text in zip(
+                    places, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+                ):
                     answers[rows[place]] = Answer(text.strip(), None)
         return answers  # type: ignore[return-value]
 
@@ -445,15 +522,19 @@ def batched(rows: Iterable[Text], size: int) -> Iterator[list[Text]]:
         yield chunk
 
 
+def _renumbered(watch: Watch, rows: Sequence[int]) -> Watch:
+    """The same for a part of the rows."""
+    return lambda row, tokens, ended: watch(rows[row], tokens, ended)
+
+
 def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
     """What rows must have in common to be answered in one batch."""
     if not task.choices:
         return "generate", None
-    if not probabilities:
+    if not probabilities and len(task.choices) > SCORED_FIRST:
         return "choose", task.name
-    return "score", (
-        len(task.choices) - 1
-    ).bit_length()  # rows are filled up to the most choices, to twice their own at most
+    # rows are filled up to the most choices, to twice their own at most
+    return "score", (len(task.choices) - 1).bit_length()
 
 
 def line_ends(tokenizer: Any) -> list[int]:

@@ -272,10 +272,15 @@ class MTAModel(nn.Module):
         """
         self.routing.task_ids = batch["task_ids"]
         self.routing.positions, self.routing.masks = None, {}
-        if any(router.reads_prompt for router in self._routers()):
+        if any(router.reads_prompt for router in self.routers()):
             self.routing.prompt = self._pooled_prompt(batch)
+        else:  # the last batch's would have as many rows as that
+            self.routing.prompt = self.routing.prompt.new_zeros(
+                1, self.routing.prompt.shape[-1], device=batch["task_ids"].device
+            )
 
-    def _routers(self) -> Iterator[Router]:
+    def routers(self) -> Iterator[Router]:
+        """The routers of all layers."""
         for layer in self.layers.values():
             yield from (router for router in (layer.router, layer.shared_router) if router is not None)
 
@@ -290,7 +295,7 @@ class MTAModel(nn.Module):
 
     def _note_start(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a stack runs, tells the routers whether it goes on from a cache, and where its rows start."""
-        if self.standing is None and not any(router.reads_sequence for router in self._routers()):
+        if self.standing is None and not any(router.reads_sequence for router in self.routers()):
             return  # nobody asks, and an exporter's trace would take the cache's length for a constant
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.routing.cached = 0 if cache is None else int(cache.get_seq_length())

@@ -334,7 +334,7 @@ LOSSES = [TopK(k=2, noise=0.5), ModSquad(k=2, noise=0.5), Description(supervisio
 
 def gates_of(model, run):
     """The gates of every call of every router, in order."""
-    found, routers = [], list(model._routers())
+    found, routers = [], list(model.routers())
     hooks = [router.register_forward_hook(lambda _, __, gates: found.append(gates.detach())) for router in routers]
     result = run()
     for hook in hooks:
@@ -364,7 +364,7 @@ def test_a_description_gates_alike_in_training_decoding_beams_and_scoring(family
         "task_ids": asked["task_ids"],
     }
     trained, _ = gates_of(model, lambda: model(train))
-    expected = trained[: len(list(model._routers()))]
+    expected = trained[: len(list(model.routers()))]
     assert len({tuple(row) for row in expected[0].squeeze(1).tolist()}) == 3  # prompts are told apart
     runs = {
         "greedy": lambda: generate(model, asked, 4),
@@ -431,7 +431,7 @@ def test_routers_losses_are_added_over_layers_and_stages_and_absent_in_evaluatio
     assert model(batch).auxiliary == 0
     model.train()
     collected = []
-    for r in model._routers():
+    for r in model.routers():
         r.forward = counting(r.forward, model.routing, collected)
     total = model(batch).auxiliary
     assert len(collected) == len(model.layers) * 2

@@ -1,0 +1,34 @@
+"""The text of an answer while it is being written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alter.predict import Predictor
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # the bytes so far end within a character
+
+
+class Unfolding:
+    """Tells what is new in a growing answer, so that the pieces make up the whole.
+
+    Args:
+        predictor: whose tokens they are.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor, self.told = predictor, ""
+        # such a tokenizer mends the text when more comes, so nothing is sure before the end
+        self.mends = bool(getattr(predictor.tokenizer, "clean_up_tokenization_spaces", False))
+
+    def more(self, tokens: Sequence[int]) -> str:
+        """What all tokens so far add to what has been told."""
+        text = "" if self.mends else self.predictor.decode(tokens)
+        if text.endswith(UNFINISHED) or not text.startswith(self.told):
+            return ""
+        new, self.told = text[len(self.told) :], text
+        return new
+
+    def rest(self, answer: str) -> str:
+        """What the whole answer adds."""
+        return answer[len(self.told) :]

@@ -1,0 +1,300 @@
+"""The server as its clients use it: OpenAI's own client, and plain HTTP."""
+
+import http.client
+import json
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+import alter
+from alter.errors import AlterError
+from alter.serve.app import Limits
+from tests.runs import make_run
+from tests.serve.conftest import serving
+from tests.test_unnamed import PAIR, SORT
+from tests.test_unnamed import run as unnamed_run  # noqa: F401 (a fixture)
+
+TEXTS = ["w5 w9", "w7", "w12 w3 w4", "w1 w2 w3 w8", "w33"]
+
+
+def client(address, key="none"):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+
+
+def said(model, task, text):
+    """What the model itself answers."""
+    return model.answer(task, [model.encode(text, task)])[0].text
+
+
+def ask(address, method, path, body=None, headers=None):
+    """One plain request; its status and what came back."""
+    place = urlsplit(address)
+    connection = http.client.HTTPConnection(place.hostname, place.port, timeout=30)
+    content = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+    try:
+        connection.request(method, path, content, {"content-type": "application/json", **(headers or {})})
+        reply = connection.getresponse()
+        return reply.status, reply.read(), reply.headers
+    finally:
+        connection.close()
+
+
+def post(address, path, body, **headers):
+    status, content, _ = ask(address, "POST", path, body, headers)
+    return status, json.loads(content)
+
+
+def test_openais_client_gets_what_the_model_says(predictor, alone):
+    with serving(predictor) as address:
+        server = client(address)
+        assert [model.id for model in server.models.list()] == alone.tasks
+        assert server.models.retrieve("echo").owned_by == "alter"
+        whole = server.completions.create(model="echo", prompt=TEXTS)
+        expected = alone.generate(TEXTS, task="echo")
+        assert [choice.text for choice in whole.choices] == expected
+        assert whole.model == "echo"
+        assert {choice.finish_reason for choice in whole.choices} <= {"stop", "length"}
+        assert whole.usage.prompt_tokens == sum(len(alone.encode(text, "echo")) for text in TEXTS)
+        assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+        row = {"text": "w4 w6", "label": "w2"}
+        chat = server.chat.completions.create(
+            model="pair", messages=[{"role": "system", "content": "w1"}, {"role": "user", "content": json.dumps(row)}]
+        )
+        assert chat.choices[0].message.content == alone.generate([row], task="pair")[0]
+        assert chat.choices[0].message.role == "assistant"
+        chosen = server.completions.create(model="sort", prompt=TEXTS[0], temperature=0.7)
+        assert chosen.choices[0].text == alone.classify(TEXTS[:1], task="sort")[0]
+        short = server.completions.create(model="echo", prompt=TEXTS[2], max_tokens=1)
+        assert short.choices[0].text == alone.generate(TEXTS[2:3], task="echo", max_new_tokens=1)[0]
+
+
+def test_streams_add_up_to_the_whole_answer(predictor, alone):
+    with serving(predictor) as address:
+        server = client(address)
+        for task, text in (("echo", TEXTS[0]), ("sort", TEXTS[1])):
+            chunks = list(server.completions.create(model=task, prompt=text, stream=True))
+            assert "".join(chunk.choices[0].text for chunk in chunks) == said(alone, task, text)
+            assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("stop", "length")
+        messages = [{"role": "user", "content": TEXTS[2]}]
+        chunks = list(
+            server.chat.completions.create(
+                model="echo", messages=messages, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == said(alone, "echo", TEXTS[2])
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert chunks[-1].usage.prompt_tokens == len(alone.encode(TEXTS[2], "echo"))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_mixed_company_changes_no_answer(tmp_path, words, family):
+    run = make_run(tmp_path, words, family)
+    alone, wanted = alter.load(run), []
+    for n in range(40):
+        task, text = ("echo", "sort", "pick", "pair")[n % 4], TEXTS[n % 5]
+        wanted.append((task, text if task != "pair" else json.dumps({"text": text, "label": "w2"})))
+    with serving(alter.load(run)) as address, ThreadPoolExecutor(16) as clients:
+        server = client(address)
+
+        def asked(given):
+            return server.completions.create(model=given[0], prompt=given[1]).choices[0].text
+
+        answers = list(clients.map(asked, wanted))
+        _, text, _ = ask(address, "GET", "/metrics")
+    for (task, text_given), answer in zip(wanted, answers, strict=True):
+        row = json.loads(text_given) if task == "pair" else text_given
+        assert answer == said(alone, task, row)
+    found = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+    assert found["alter_batch_inputs_sum"] > found["alter_batch_inputs_count"]  # they shared batches
+
+
+def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):
+    with serving(predictor) as address:
+        status, told = post(address, "/v1/classify", {"model": "sort", "input": TEXTS})
+        expected = alone.classify(TEXTS, task="sort", return_probs=True)
+        assert status == 200
+        assert [row["label"] for row in told["data"]] == [answer.text for answer in expected]
+        for row, answer in zip(told["data"], expected, strict=True):
+            assert row["probabilities"] == pytest.approx(answer.probabilities, abs=1e-5)
+        status, told = post(address, "/v1/routing", {"model": "echo", "input": TEXTS[0], "answer": "w3"})
+        routing = alone.routing(TEXTS[:1], task="echo", answers=["w3"])[0]
+        for kind, layers in routing.items():
+            for layer, gates in layers.items():
+                assert told[kind][layer] == pytest.approx(gates, abs=1e-5)
+
+
+def test_the_model_auto_guesses_each_inputs_task_or_says_that_it_is_not_clear(unnamed_run):  # noqa: F811
+    with serving(alter.load(unnamed_run)) as address:
+        server = client(address)
+        assert "auto" in [model.id for model in server.models.list()]
+        assert server.completions.create(model="auto", prompt=SORT).model == "sort"
+        both = server.completions.create(model="auto", prompt=[SORT, json.dumps({"text": PAIR, "note": "w3"})])
+        assert both.model == "auto"
+        with pytest.raises(openai.UnprocessableEntityError, match="is not clear") as refused:
+            server.completions.create(model="auto", prompt="w450 w470 w480 w490")
+        assert refused.value.code == "low_confidence"
+        status, told = post(address, "/v1/classify", {"model": "auto", "input": [SORT]})
+        assert (status, told["data"][0]["model"]) == (200, "sort")
+
+
+def test_mistakes_are_told_as_openai_tells_them(predictor):
+    with serving(predictor, Limits(max_bytes=2000, max_waiting=4)) as address:
+        server = client(address)
+        with pytest.raises(openai.NotFoundError, match=r"one of sort, pick, echo, pair\. Did you mean 'sort'\?"):
+            server.completions.create(model="sorte", prompt="w1")
+        with pytest.raises(openai.BadRequestError, match="'n' is not supported") as refused:
+            server.completions.create(model="echo", prompt="w1", n=2)
+        assert refused.value.param == "n"
+        with pytest.raises(openai.BadRequestError, match="must be the user's"):
+            server.chat.completions.create(model="echo", messages=[{"role": "assistant", "content": "w1"}])
+        with pytest.raises(openai.BadRequestError, match="send them as an object in JSON"):
+            server.completions.create(model="pair", prompt="w1")
+        with pytest.raises(openai.BadRequestError, match="Give 1 to 4 inputs"):
+            server.completions.create(model="echo", prompt=["w1"] * 5)
+        for path, body, status, words in [
+            ("/v1/classify", {"model": "echo", "input": "w1"}, 400, "has no choices"),
+            ("/v1/classify", {"model": "sort"}, 400, "input"),
+            ("/v1/completions", b"{not json", 400, "JSON"),
+            ("/v1/completions", b"[" * 1500, 400, ""),
+            ("/v1/completions", {"model": "echo", "prompt": "w1 " * 900}, 413, "larger than 2000 bytes"),
+            ("/v1/elsewhere", {}, 404, "Not Found"),
+        ]:
+            found, told = post(address, path, body)
+            assert found == status, (path, told)
+            assert words in told["error"]["message"]
+            assert told["error"].keys() == {"message", "type", "param", "code"}
+        assert ask(address, "GET", "/v1/models", headers={"host": "elsewhere.example"})[0] == 400
+        assert server.completions.create(model="echo", prompt="w1").choices
+
+
+def test_a_key_is_asked_for_where_there_is_one(predictor):
+    with serving(predictor, api_key="right") as address:
+        assert client(address, "right").models.list().data
+        for key in ("wrong", "right2", "rig"):
+            with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+                client(address, key).models.list()
+        assert ask(address, "GET", "/metrics")[0] == 401
+        status, _, headers = ask(address, "GET", "/health")
+        assert (status, headers["x-content-type-options"]) == (200, "nosniff")
+
+
+@pytest.fixture
+def held(predictor, monkeypatch):
+    """A predictor that answers when it is let."""
+    go, answer = threading.Event(), predictor.answer_mixed
+
+    def waits(*args, **kwargs):
+        go.wait(20)
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(predictor, "answer_mixed", waits)
+    yield predictor, go
+    go.set()
+
+
+def test_a_full_queue_is_429_and_too_long_is_504(held):
+    predictor, go = held
+    with serving(predictor, Limits(max_waiting=2, max_batch=1, timeout=2)) as address, ThreadPoolExecutor(8) as pool:
+        body = {"model": "sort", "input": "w1"}
+        waiting = [pool.submit(post, address, "/v1/classify", body) for _ in range(3)]
+        time.sleep(0.5)  # one is being answered, two wait
+        status, told = post(address, "/v1/classify", body)
+        assert (status, told["error"]["type"]) == (429, "rate_limit_error")
+        assert [answer.result()[0] for answer in waiting] == [504] * 3
+        go.set()
+        time.sleep(0.2)
+        assert post(address, "/v1/classify", body)[0] == 200  # what nobody waits for any more is not in the way
+
+
+def test_a_batch_that_fails_is_500_and_the_next_is_answered(predictor, monkeypatch):
+    answer, failed = predictor.answer_mixed, []
+
+    def fails_once(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("w1 is what somebody wrote")
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(predictor, "answer_mixed", fails_once)
+    with serving(predictor) as address:
+        status, told = post(address, "/v1/classify", {"model": "sort", "input": "w1"})
+        assert (status, told["error"]["type"]) == (500, "server_error")
+        assert "somebody" not in told["error"]["message"]
+        assert post(address, "/v1/classify", {"model": "sort", "input": "w1"})[0] == 200
+
+
+def test_nothing_that_a_client_wrote_is_logged_and_every_request_is(predictor, caplog):
+    caplog.set_level(logging.DEBUG)
+    with serving(predictor) as address:
+        post(address, "/v1/completions", {"model": "echo", "prompt": "w77 w78"})
+        post(address, "/v1/secret-w79", {"model": "w80"})
+        ask(address, "GET", "/v1/models/w81?key=w82")
+    ours = [record for record in caplog.records if record.name.startswith(("alter", "uvicorn"))]
+    assert not any(
+        word in record.getMessage() for record in ours for word in ("w77", "w78", "w79", "w80", "w81", "w82")
+    )
+    assert any(record.getMessage().startswith("POST /v1/completions 200 ") for record in ours)
+
+
+def test_metrics_count_requests_tokens_and_batches(predictor, alone):
+    with serving(predictor) as address:
+        used = client(address).completions.create(model="echo", prompt=TEXTS).usage
+        post(address, "/v1/classify", {"model": "none", "input": "w1"})
+        _, text, _ = ask(address, "GET", "/metrics")
+    found = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+    }
+    assert found["alter_requests_total", "/v1/completions", "200"] == 1
+    assert found["alter_requests_total", "/v1/classify", "404"] == 1
+    assert found["alter_prompt_tokens_total", "echo"] == used.prompt_tokens
+    assert found["alter_answer_tokens_total", "echo"] == used.completion_tokens
+    assert found["process_resident_memory_bytes",] > 1e7
+
+
+def test_limits_that_make_no_sense_are_told():
+    with pytest.raises(AlterError, match="--queue: 0 is not a number above 0") as refused:
+        Limits(max_waiting=0, timeout=float("inf"))
+    assert len(refused.value.messages) == 2
+
+
+def test_a_task_that_joined_later_is_served_beside_the_others(run, alone):
+    import yaml
+
+    from tests.data.conftest import task_dict
+
+    alone.model.add_newcomer("new")
+    torch.manual_seed(3)
+    for name, parameters in alone.model.part_parameters().items():
+        if name.startswith("newcomers"):
+            for parameter in parameters:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+    alone.model.save_pretrained(run / "model", str(run.parent / "backbone"))
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    content["data"]["tasks"].append(
+        task_dict(run.parent, "new", choices=None, prompt="w9 {{ text }} :", max_target_tokens=4)
+    )
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+    again = alter.load(run)
+    with serving(alter.load(run)) as address, ThreadPoolExecutor(8) as pool:
+        server = client(address)
+        wanted = [(("new", "echo")[n % 2], TEXTS[n % 5]) for n in range(16)]
+        answers = pool.map(
+            lambda given: server.completions.create(model=given[0], prompt=given[1]).choices[0].text, wanted
+        )
+        for (task, text), answer in zip(wanted, answers, strict=True):
+            assert answer == again.generate([text], task=task)[0]

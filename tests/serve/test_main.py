@@ -1,0 +1,160 @@
+"""`alter serve` as it is started and stopped, and its page in a browser."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import alter
+from alter.cli import main
+from alter.errors import AlterError
+from alter.serve.main import bind, is_loopback, read_key
+from tests.serve.conftest import serving
+from tests.serve.test_app import ask, post
+from tests.test_cli import refused
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def started(run):
+    """The command in a process of its own; its process and address."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "alter", "serve", "--run", str(run), "--port", "0", "--timeout", "20"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "ALTER_API_KEY": "key"},
+    )  # fmt: skip
+    try:
+        line = server.stdout.readline()
+        assert "4 tasks" in line, server.stderr.read()
+        yield server, re.search(r"http://\S+", line)[0]
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_at_sigterm_what_was_asked_is_answered_and_nothing_more_is_taken(started, run):
+    server, address = started
+    answers, key = [], {"authorization": "Bearer key"}
+    body = {"model": "echo", "prompt": ["w1 w2 w3"] * 100}
+    assert ask(address, "GET", "/v1/models")[0] == 401
+    clients = [threading.Thread(target=lambda: answers.append(post(address, "/v1/completions", body, **key)))]
+    for client in clients:
+        client.start()
+    time.sleep(0.15)
+    server.send_signal(signal.SIGTERM)
+    for client in clients:
+        client.join(20)
+    assert server.wait(20) == 0
+    expected = alter.load(run).generate(["w1 w2 w3"], task="echo")[0]
+    ((status, told),) = answers
+    assert status == 200
+    assert [choice["text"] for choice in told["choices"]] == [expected] * 100
+    with pytest.raises(OSError, match="refused"):
+        ask(address, "GET", "/health")
+    log = server.stderr.read()
+    assert "POST /v1/completions 200" in log
+    assert "w1" not in log
+
+
+def test_what_is_wrong_with_its_options_is_one_sentence(run, capsys, tmp_path, monkeypatch):
+    (tmp_path / "key").write_text("two words\n")
+    taken = bind("127.0.0.1", 0)
+    port = str(taken.getsockname()[1])
+    taken.listen()
+    for flags, message in [
+        (["--port", port], f"cannot listen at 127.0.0.1 port {port}"),
+        (["--port", "99999"], "cannot listen"),
+        (["--host", "no.such.host.invalid"], "cannot listen"),
+        (["--queue", "0"], "--queue: 0 is not a number above 0"),
+        (["--api-key-file", str(tmp_path / "key")], "has blanks"),
+        (["--api-key-file", str(tmp_path / "none")], "cannot be read"),
+    ]:
+        (sentence,) = refused(capsys, "serve", "--run", str(run), *flags)
+        assert message in sentence
+    taken.close()
+    (sentence,) = refused(capsys, "serve", "--run", str(tmp_path / "no run"), "--port", "0")
+    assert "no model here" in sentence or "no run here" in sentence
+    monkeypatch.setenv("ALTER_API_KEY", "  ")
+    with pytest.raises(AlterError, match="ALTER_API_KEY: the key is empty"):
+        read_key(None)
+    with pytest.raises(SystemExit):
+        main(["serve"])
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("x", False)]
+)
+def test_loopback_is_told_from_what_others_reach(host, local):
+    assert is_loopback(host) == local
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, headless."""
+    api = pytest.importorskip("playwright.sync_api")
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no chromium on this machine; Debian's package chromium brings it")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_answers_shows_probabilities_and_who_answered(browser, predictor, alone, width):
+    with serving(predictor, api_key="key") as address:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        errors, asked = [], []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "console",
+            lambda told: errors.append(told.text) if told.type == "error" and "401" not in told.text else None,
+        )
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.get_by_label("API key").fill("key")  # asked for, since the server wants one
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_function("document.querySelectorAll('#task option').length === 4")
+
+        page.select_option("#task", "sort")
+        page.locator("#fields textarea").fill("w5 w9")
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_selector("#who svg")
+        answer = alone.classify("w5 w9", task="sort", return_probs=True)[0]
+        assert page.inner_text("#answer") == answer.text
+        label = page.get_attribute("#bars svg", "aria-label")
+        for name, share in answer.probabilities.items():
+            assert f"{name} {100 * share:.1f}%" in label
+        squares = page.locator("#who svg .cell")
+        routing = alone.routing("w5 w9", task="sort", answers=[answer.text])[0]
+        assert squares.count() == sum(len(gates) for layers in routing.values() for gates in layers.values())
+
+        page.select_option("#task", "pair")
+        boxes = page.locator("#fields textarea")
+        assert boxes.count() == 2
+        by_name = {"text": "w4 w6", "label": "w2"}
+        for name, text in by_name.items():
+            page.locator(f"#fields textarea[name={name}]").fill(text)
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_selector("#who svg")
+        assert page.inner_text("#answer") == alone.generate([by_name], task="pair")[0]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
+        assert not errors
+        assert all(url.startswith(address) for url in asked)  # it loads nothing from elsewhere
+        page.close()
+
+
+def test_the_page_tells_what_goes_wrong(run):
+    html = (ROOT / "alter" / "serve" / "page.html").read_text()
+    assert json.dumps(html).count("http://") == 1  # SVG's namespace, which is no address

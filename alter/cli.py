@@ -6,7 +6,6 @@ Heavy imports wait until a verb needs them, so that help is there at once.
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from alter import __version__
-from alter.errors import AlterError
+from alter.errors import AlterError, disk_is_full
 
 if TYPE_CHECKING:
     from alter.guess import Guess
@@ -64,21 +63,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _explanation(error: Exception) -> str | None:
     """What to tell of another library's error that a recipe or a machine, not the code, is to blame for."""
-    if _disk_is_full(error):
+    if disk_is_full(error):
         return "The disk is full; free some space and run the same command, it goes on from the last checkpoint."
     if type(error).__name__ == "MisconfigurationException":  # Lightning's, by name: its import takes seconds
         return f"trainer: {error}"
     return None
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _stop(error: BaseException, messages: Sequence[str], debug: bool) -> None:
@@ -198,10 +187,17 @@ def _import(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
+            _trust(module)
         except ImportError as error:
             raise AlterError(
                 f"--import: '{module}' cannot be imported from here ({error}); correct the name."
             ) from error
+
+
+def _trust(module: str) -> None:
+    from alter.schema import TRUSTED
+
+    TRUSTED.add(module)
 
 
 def _fit(arguments: list[str]) -> None:

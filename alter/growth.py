@@ -68,16 +68,11 @@ def add_task(
             return borrowed(load(run).model, task.name)
         raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
     backbone = resolve_backbone(content["backbone"])
-    settings = {**content["data"], "tasks": [task], "shots": shots}
-    settings["examples_per_epoch"] = draws or _mean_draws(content)
-    data = _data(settings, backbone)
+    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(content, draws)}, backbone)
     say(data.summary())
     if "added" not in records(folder):
         say(f"\n{task.name}: trains in {folder}")
-        init_args = {"expert": None, "optimizer": _optimizer(content, "stage1", lr)}
-        arguments = _arguments(content, "AddTaskModule", [task.name], run, backbone, init_args)
-        epochs = {} if draws is None and content["data"]["examples_per_epoch"] is None else {"max_epochs": 1}
-        arguments["trainer"] |= {**epochs, "val_check_interval": CHECKS}
+        arguments = newcomer_arguments(run, content, task.name, backbone, draws, lr)
         facts, cli = train(folder, arguments, data, content["backbone"])
         if not cli.trainer.is_global_zero:
             return {}
@@ -104,6 +99,19 @@ def add_task(
     else:
         print(f"\nThe other tasks answer as before. Next: alter predict --run {run} --task {task.name} --input FILE")
     return found
+
+
+def newcomer_arguments(
+    run: Path, content: Mapping[str, Any], task: str, backbone: Path, draws: int | None, lr: float | None
+) -> dict[str, Any]:
+    """What ``alter.run.train`` takes to train a newcomer beside a run's model; its arguments as for ``add_task``."""
+    optimizer = copy.deepcopy(content["stage1"]["model"]["init_args"]["optimizer"])
+    if lr is not None:
+        optimizer["init_args"]["lr"] = lr
+    arguments = _arguments(content, "AddTaskModule", [task], run, backbone, {"expert": None, "optimizer": optimizer})
+    epochs = {} if _drawn(content, draws)["examples_per_epoch"] is None else {"max_epochs": 1}
+    arguments["trainer"] |= {**epochs, "val_check_interval": CHECKS}
+    return arguments
 
 
 def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
@@ -224,10 +232,11 @@ def _require_stage2(run: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _mean_draws(content: Mapping[str, Any]) -> int | None:
-    """Training examples that each of the run's tasks had on average; None where the recipe leaves it to their sizes."""
+def _drawn(content: Mapping[str, Any], draws: int | None) -> dict[str, int | None]:
+    """Training examples: by default as many as each of the run's tasks had, None where its recipe leaves it to their sizes."""
     data, epochs = content["data"], content["trainer"]["max_epochs"] or 1
-    return data["examples_per_epoch"] and -(-data["examples_per_epoch"] * epochs // len(data["tasks"]))
+    mean = data["examples_per_epoch"] and -(-data["examples_per_epoch"] * epochs // len(data["tasks"]))
+    return {"examples_per_epoch": draws or mean}
 
 
 def _data(settings: Mapping[str, Any], backbone: Path) -> MultiTaskDataModule:
@@ -235,13 +244,6 @@ def _data(settings: Mapping[str, Any], backbone: Path) -> MultiTaskDataModule:
     data.prepare_data()
     data.setup()
     return data
-
-
-def _optimizer(content: Mapping[str, Any], stage: str, lr: float | None) -> dict[str, Any]:
-    optimizer = copy.deepcopy(content[stage]["model"]["init_args"]["optimizer"])
-    if lr is not None:
-        optimizer["init_args"]["lr"] = lr
-    return optimizer
 
 
 def _arguments(

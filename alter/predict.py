@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,6 +32,7 @@ from alter.nn.gates import mean_gates
 from alter.nn.model import CONFIG_FILE, MTAModel, read_config
 from alter.nn.stepping import StepDecoder
 from alter.nn.task_predictor import TaskPredictor
+from alter.yaml_file import read_yaml
 
 MAX_BATCH_TOKENS = 2048
 CALIBRATION_FILE = "calibration.json"
@@ -584,7 +584,10 @@ def read_recipe(run: Path) -> dict[str, Any]:
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         raise AlterError(f"{run}: no run here, recipe.yaml is missing; name a folder that `alter fit` has written.")
-    return yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content = read_yaml(recipe)
+    if not (isinstance(content, dict) and isinstance(content.get("data"), dict) and "precision" in content):
+        raise AlterError(f"{recipe}: not the recipe of a run; copy or train it again.")
+    return content
 
 
 def read_temperatures(folder: Path) -> dict[str, float]:

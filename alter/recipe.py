@@ -22,6 +22,7 @@ from alter.schema import check, check_class
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
+from alter.yaml_file import read_yaml
 
 STAGES: dict[str, type[StageModule]] = {"stage1": Stage1Module, "stage2": Stage2Module}
 DEFAULTS = {  # named here too, so that their arguments are flags even where a recipe leaves the class out
@@ -35,6 +36,7 @@ SET_BY_RUN = {
     "trunk_cache",
     "start_from",
 }  # stage arguments that the recipe's own keys fill
+SECTIONS = ("trunk_cache", "generation", "data", "trainer", *STAGES)
 TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary"}
 DATA_SKIP = {"tokenizer", "seq2seq"}
 
@@ -131,7 +133,7 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
     for folder in {Path(), *(file.parent for file in files)}:
         if str(folder.resolve()) not in sys.path:
             sys.path.append(str(folder.resolve()))  # so that a recipe can name a class in a file beside it
-    problems = [problem for file in files for problem in check_file(file)]
+    problems = _file_problems(files)
     parser = recipe_parser()
     config: Namespace | None = None
     tasks: list[Task] = []
@@ -142,6 +144,11 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
     except Exception as error:
         if not problems:  # what the files have right may still be wrong on the command line
             problems.append(_one_sentence(error, parser, files))
+    if config is not None and not all(isinstance(config.get(key), Namespace) for key in SECTIONS):
+        # Of a section that is empty or no mapping nothing else can be said.
+        raise AlterError(
+            *(problems or [f"the recipe: each of {', '.join(SECTIONS)} is a mapping of settings; write them so."])
+        )
     try:
         root = config.data.root if config is not None else None
         tasks = load_tasks(_task_entries(config, files, arguments), files[0].parent if files else Path(), root)
@@ -152,6 +159,19 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
     if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
     return _complete(parser, config, tasks)
+
+
+def _file_problems(files: Sequence[Path]) -> list[str]:
+    problems: list[str] = []
+    unreadable: list[str] = []
+    for file in files:
+        try:
+            problems += check_file(file)
+        except AlterError as error:
+            unreadable += error.messages
+    if unreadable:  # the parser would read it all the same, and some files are made to keep it at that
+        raise AlterError(*problems, *unreadable)
+    return problems
 
 
 def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> Recipe:
@@ -195,7 +215,7 @@ def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Se
     # From the files themselves: jsonargparse takes a label such as "yes" for true. A recipe with mistakes still has its
     # tasks checked.
     for file in reversed(files):
-        data = _read_yaml(file)[0].get("data")
+        data = _read_yaml(file).get("data")
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
             return data["tasks"]
     return []
@@ -236,27 +256,22 @@ def _one_sentence(error: Exception, parser: ArgumentParser, files: Sequence[Path
 # -- checking one file -----------------------------------------------------------------------------------------------
 
 
-def _read_yaml(file: Path) -> tuple[dict[str, Any], list[str]]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"{file}: cannot be read ({error}); name a YAML recipe."]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        return {}, [
-            f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend the indentation or quotes."
-        ]
+def _read_yaml(file: Path) -> dict[str, Any]:
+    content = read_yaml(file) or {}
     if not isinstance(content, dict):
-        return {}, [
+        raise AlterError(
             f"{file}: a recipe is a mapping of sections such as data and stage1, this is {type(content).__name__}."
-        ]
-    return content, []
+        )
+    return content
 
 
 def check_file(file: Path) -> list[str]:
-    """Finds all misspelt keys and misfit values of a recipe file."""
-    content, problems = _read_yaml(file)
+    """Finds all misspelt keys and misfit values of a recipe file.
+
+    Raises:
+        AlterError: it is no recipe at all, so that nothing else can be said.
+    """
+    content, problems = _read_yaml(file), list[str]()
     plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
     sections = {
         "trunk_cache": (TrunkCache, set()),

@@ -16,12 +16,12 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -31,15 +31,18 @@ import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
 from alter import report
 from alter.calibrate import calibrate_run
 from alter.callbacks import MetricsCSV, Throughput
+from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.nn.backbone import is_seq2seq, resolve_backbone
-from alter.predict import Predictor, load
+from alter.predict import Predictor, load, read_recipe
 from alter.recipe import STAGES, Recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
+from alter.schema import TRUSTED
 from alter.stages import StageModule
+from alter.yaml_file import read_yaml
 
 say = rank_zero_only(print)
 # Keys that may differ between two calls for one run folder, since they do not change what is computed.
@@ -83,6 +86,8 @@ class StageCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         own = [self.throughput, *self._checkpoints(config.get("callbacks") or [])]
+        plugins = config.get("plugins") or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
         return super()._instantiate_trainer(config, [*callbacks, *own])
 
     def _checkpoints(self, given: list[Callback]) -> list[Callback]:
@@ -163,7 +168,8 @@ def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor
     quiet()
     predictor = load(run)
     if data is None:
-        arguments = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["data"]
+        arguments = read_recipe(run)["data"]
+        _refuse_foreign_code(arguments["tasks"], run / "recipe.yaml")
         data = MultiTaskDataModule(
             **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
         )
@@ -172,6 +178,18 @@ def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor
     calibrate_run(run, predictor, data)
     fit_run(run, predictor, data)
     return predictor, data
+
+
+def _refuse_foreign_code(tasks: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """A run folder may come from elsewhere, so the sources that it names are ALTER's own, or the user has named their module."""
+    for task in tasks:
+        class_path = str(task["source"].get("class_path", ""))
+        module = class_path.rpartition(".")[0]
+        if module and module.split(".")[:2] != ["alter", "data"] and module not in TRUSTED:
+            raise AlterError(
+                f"{file}: task '{task['name']}' reads its rows by '{class_path}', which is not part of ALTER; import its module "
+                f"first if you trust it (on the command line: --import {module})."
+            )
 
 
 def quiet() -> None:
@@ -195,7 +213,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
         (run / stage / "checkpoints").is_dir() for stage in STAGES
     )  # else there is nothing to lose or to mix up
     if file.is_file() and begun:
-        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+        before = read_yaml(file)
         changed = [key for key in _differences(before, recipe.config) if not UNCOMPARED.fullmatch(key)]
         if changed:
             raise AlterError(
@@ -258,11 +276,11 @@ def train(
     """
     started = time.perf_counter()
     cli = StageCLI(folder, arguments)
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
+    last = last_whole(folder / "checkpoints", say)
+    if last is not None:
         say(f"{folder.name}: goes on from {last}.")
         cli.metrics.forget_after(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
-    cli.trainer.fit(cli.model, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     _keep_best(cli.trainer, cli.model)
@@ -283,6 +301,10 @@ def train(
 def _keep_best(trainer: Any, module: StageModule) -> None:
     """Loads the weights of the best checkpoint: by default the one with the lowest validation loss."""
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best and not is_whole(Path(best)):
+        raise AlterError(
+            f"{best}: damaged, it is not what was written; remove {Path(best).parent} to train this stage again."
+        )
     if best:
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
         module.model.load_trained_state(state, best)

@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from alter.errors import AlterError
+from alter.yaml_file import read_yaml
 
 Metrics = Mapping[str, Mapping[str, Any]]
 SHORT = 60  # characters of a value
@@ -56,10 +55,10 @@ def read_run(folder: Path) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise AlterError(f"{folder}: no run here, recipe.yaml is missing; name a folder that `alter fit` has written.")
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        recipe = read_yaml(folder / "recipe.yaml")
         found = [_json(folder / name) for name in ("progress.json", "results.json")]
         return Run(folder, dict(recipe), found[0] or {}, found[1])
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AlterError) as error:
         raise AlterError(f"{folder}: a file of this run is damaged ({error}); run it again, or remove it.") from error
 
 

@@ -110,6 +110,9 @@ def check_class(
     return problems + check(cls, arguments, where, skip, required=False)
 
 
+TRUSTED: set[str] = set()  # modules that the user has named on the command line
+
+
 def import_name(path: str, where: str, base: type | None = None) -> Any:
     """Imports what a dotted ``class_path`` names; a name without dots is looked for beside ``base``.
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
+from alter.yaml_file import read_yaml
 
 Config = dict[str, Any]
 Runner = Literal["alter", "adapter_fusion"]
@@ -241,7 +240,7 @@ def find_method(name: str) -> tuple[str, Method]:
             f"--methods: '{name}' is neither a method nor a YAML file to lay over the recipe; the methods are "
             f"{', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
-    overlay = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    overlay = read_yaml(file) or {}
 
     def plan(config: Config, budget: Budget) -> list[Run]:
         return [Run(_laid_over(copy.deepcopy(config), overlay))]

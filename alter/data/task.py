@@ -11,20 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta, nodes
+from jinja2 import TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import SandboxedEnvironment
 
-from alter.data import sources
+from alter.data import sources, template
 from alter.data.sources import SPLITS, Fields, Files, Function, Source
 from alter.errors import AlterError, did_you_mean
 from alter.metrics import recalled_choice
 from alter.schema import check, import_name
+from alter.yaml_file import read_yaml
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
 GENERATION_METRICS = ("exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "span_f1")
-_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+_TEMPLATES = template.environment()
 
 
 @dataclass
@@ -75,7 +74,10 @@ class Task:
         where = f"{self.where}: task '{self.name}'"
         for key in ("prompt", "target"):
             try:
-                _TEMPLATES.parse(getattr(self, key))
+                for problem in dict.fromkeys(template.problems(_TEMPLATES.parse(getattr(self, key)))):
+                    yield f"{where}, key '{key}': {problem}; write the template without it."
+            except RecursionError:
+                yield f"{where}, key '{key}': the template is nested too deeply; write it flatter."
             except TemplateSyntaxError as error:
                 yield f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it."
         known = (*CLASSIFICATION_METRICS, *GENERATION_METRICS, "recall[CHOICE]") if self.choices else GENERATION_METRICS
@@ -110,10 +112,10 @@ class Task:
     @cached_property
     def fields(self) -> list[str]:
         """The fields of a row that the prompt names, also as ``row['a name']``."""
-        template = _TEMPLATES.parse(self.prompt)
-        keys = [item.arg for item in template.find_all(nodes.Getitem) if getattr(item.node, "name", "") == "row"]
+        parsed = _TEMPLATES.parse(self.prompt)
+        keys = [item.arg for item in parsed.find_all(nodes.Getitem) if getattr(item.node, "name", "") == "row"]
         named = {key.value for key in keys if isinstance(key, nodes.Const)}
-        return sorted(meta.find_undeclared_variables(template) - {"row"} | named)
+        return sorted(meta.find_undeclared_variables(parsed) - {"row"} | named)
 
     def inputs(self, row: Fields) -> Fields:
         """The part of a row that the prompt names."""
@@ -226,7 +228,8 @@ class Task:
         """
         if not isinstance(mapping, Mapping):
             raise AlterError(f"{where}: a task is a mapping with name, source, prompt and target, not {mapping!r}.")
-        mapping = {"where": where, **copy.deepcopy(dict(mapping))}
+        given = {key: value for key, value in mapping.items() if value is not None}  # an empty key is the default
+        mapping = {"where": where, **copy.deepcopy(given)}
         # a choice such as `yes` or `1` is no string to YAML
         if isinstance(mapping.get("choices"), list):
             names = {True: "yes", False: "no"}
@@ -238,6 +241,10 @@ class Task:
         source = mapping.get("source")
         if isinstance(source, dict) and source.get("class_path") in ("Files", "alter.data.Files"):
             arguments = source.get("init_args") or {}
+            if not isinstance(arguments, dict):
+                raise AlterError(
+                    *problems, f"{label}, key 'source': init_args is a mapping of arguments, not {arguments!r}."
+                )
             if folder is not None:
                 arguments = {"folder": str(folder.resolve()), **arguments}
             if root is not None:
@@ -266,15 +273,7 @@ class Task:
         Raises:
             AlterError: it cannot be read, or has mistakes.
         """
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise AlterError(f"{file}: cannot be read ({error}); name a YAML file.") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f", line {mark.line + 1}" if mark else ""
-            raise AlterError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)}); mend it.") from error
-        return cls.from_dict(content, str(file), file.parent, root)
+        return cls.from_dict(read_yaml(file), str(file), file.parent, root)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``from_dict`` takes back."""

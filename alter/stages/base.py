@@ -5,20 +5,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
+from alter.nn.body import IGNORED
 from alter.nn.model import MTAModel
 from alter.nn.sharding import local_numel, shard
 from alter.nn.trunk_cache import TrunkCache
+from alter.results import write_json
 
 
 class StageModule(LightningModule):
@@ -32,6 +37,8 @@ class StageModule(LightningModule):
             long its answer).
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
         trunk_cache: how the states below the first adapter are kept; None for not at all.
+        skip_bad_batches: how many batches may be left out whose loss is not finite, and steps whose gradient is not, over all
+            processes; the next one stops the run.
     """
 
     model: MTAModel  # None until configure_model
@@ -46,6 +53,7 @@ class StageModule(LightningModule):
         loss_average: Literal["token", "example"],
         gradient_checkpointing: bool,
         trunk_cache: TrunkCache | None,
+        skip_bad_batches: int = 0,
     ) -> None:
         super().__init__()
         self.model = None  # type: ignore[assignment]
@@ -56,6 +64,9 @@ class StageModule(LightningModule):
         self.loss_average = loss_average
         self.gradient_checkpointing = gradient_checkpointing
         self.trunk_cache = trunk_cache
+        self.skip_bad_batches = skip_bad_batches
+        self.skipped = 0
+        self._bad: str | None = None  # what was wrong since the last step
 
     @abstractmethod
     def make_model(self) -> MTAModel:
@@ -158,25 +169,93 @@ class StageModule(LightningModule):
         losses, rows, auxiliary = self.model(batch)
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
         loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
-        self._check_finite(loss + auxiliary, batch)
+        if not torch.isfinite(loss + auxiliary):
+            self._note_bad(float(loss + auxiliary), batch, batch_idx)
+            return sum((p * 0.0).sum() for p in self.parameters() if p.requires_grad)  # type: ignore[return-value]
         counted = batch.get("counts", 1.0)
-        self._window += counted * torch.stack([loss.detach(), auxiliary.detach(), torch.ones_like(loss)])
+        self._window[:3] += counted * torch.stack([loss.detach(), auxiliary.detach(), torch.ones_like(loss)])
         self._task_window += counted * torch.stack(self._per_task(sums.detach(), counts, batch["task_ids"]))
         return (loss + auxiliary) * counted
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Logs the step's loss, over all and per task: of all batches that it takes, on all processes."""
-        loss, auxiliary, batches = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        """Logs the step's loss, over all and per task, and the gradient's norm: of all batches that it takes, on all processes.
+
+        Raises:
+            AlterError: on every process, where more batches are bad than may be left out.
+        """
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).detach()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # cut over processes
+        loss, auxiliary, batches, bad = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        if not torch.isfinite(norm):
+            bad = bad + 1
+            self._bad = (
+                self._bad or f"The gradient's norm is {norm.item()} at step {self.global_step} of {type(self).__name__}"
+            )
+        if bad:
+            self._skip(int(bad))
+            if not torch.isfinite(norm):
+                optimizer.zero_grad(set_to_none=True)  # what has no gradient takes no step
         sums, counts = self.trainer.strategy.reduce(self._task_window, reduce_op="sum")
-        self.log("train/loss", loss / batches, prog_bar=True)
+        if batches:
+            self.log("train/loss", loss / batches, prog_bar=True)
         present = (counts > 0).nonzero().flatten().tolist()
         self.log_dict({f"train/loss/{self.model.tasks[t]}": sums[t] / counts[t] for t in present})
         if auxiliary:
             self.log("train/auxiliary", auxiliary / batches)
+        if torch.isfinite(norm):
+            self.log("train/gradient_norm", norm)
         self._start_window()
 
+    def _note_bad(self, loss: float, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        tasks = sorted({self.model.tasks[i] for i in batch["task_ids"].tolist()})
+        file = Path(self.trainer.default_root_dir) / f"bad_batch.{self.global_rank}.json"
+        write_json(
+            file,
+            {
+                "loss": str(loss),
+                "step": self.global_step,
+                "epoch": self.current_epoch,
+                "batch": batch_idx,
+                "examples": [
+                    {
+                        "task": self.model.tasks[task],
+                        "input_ids": ids[mask.bool()].tolist(),
+                        "labels": labels[labels != IGNORED].tolist(),
+                    }
+                    for task, ids, mask, labels in zip(
+                        batch["task_ids"].tolist(),
+                        batch["input_ids"],
+                        batch["attention_mask"],
+                        batch["labels"],
+                        strict=True,
+                    )
+                ],
+            },
+        )
+        self._bad = (
+            f"The loss is {loss} at step {self.global_step} of {type(self).__name__}, batch {batch_idx} (tasks in the batch: "
+            f"{', '.join(tasks)}; the batch is in {file})"
+        )
+        self._window[3] += 1
+
+    def _skip(self, bad: int) -> None:
+        self.skipped += bad
+        told = (
+            self._bad
+            or f"The loss of another process is not finite at step {self.global_step} of {type(self).__name__}"
+        )
+        self._bad = None
+        if self.skipped > self.skip_bad_batches:
+            raise AlterError(
+                f"{told}; lower its optimizer.init_args.lr or set trainer.gradient_clip_val in the recipe, mend the data, or allow "
+                f"for some by skip_bad_batches (now {self.skip_bad_batches}), and run again: checkpoints written before this step are "
+                "kept."
+            )
+        rank_zero_warn(f"{told}; left out, {self.skipped} of {self.skip_bad_batches}.")
+
     def _start_window(self) -> None:
-        self._window = torch.zeros(3, device=self.device)
+        self._window = torch.zeros(4, device=self.device)  # loss, routers' losses, batches, bad batches
         self._task_window = torch.zeros(2, len(self.model.tasks), device=self.device)
 
     def on_validation_epoch_start(self) -> None:
@@ -199,16 +278,6 @@ class StageModule(LightningModule):
     def _per_task(self, sums: Tensor, counts: Tensor, task_ids: Tensor) -> tuple[Tensor, Tensor]:
         zeros = torch.zeros(len(self.model.tasks), device=sums.device)
         return zeros.index_add(0, task_ids, sums), zeros.index_add(0, task_ids, counts)
-
-    def _check_finite(self, loss: Tensor, batch: Mapping[str, Tensor]) -> None:
-        if torch.isfinite(loss):
-            return
-        tasks = ", ".join(sorted({self.model.tasks[i] for i in batch["task_ids"].tolist()}))
-        raise AlterError(
-            f"The loss is {loss.item()} at step {self.global_step} of {type(self).__name__} (tasks in the batch: {tasks}); "
-            "lower its optimizer.init_args.lr or set trainer.gradient_clip_val in the recipe, and run again: checkpoints "
-            "written before this step are kept."
-        )
 
     # -- optimisation -----------------------------------------------------------------------------------------------
 
@@ -236,11 +305,13 @@ class StageModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the adapters alone where the backbone does not change."""
         checkpoint["state_dict"] = self.model.trained_state()
+        checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads what trains and checks that every key matched, which ``strict_loading=False`` would not."""
         self.configure_model()
         self.model.load_trained_state(checkpoint["state_dict"], "the checkpoint")
+        self.skipped = checkpoint.get("skipped", 0)
 
 
 def _per_example(losses: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ class GrowthModule(StageModule):
         loss_average: over target tokens, or over examples.
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
         trunk_cache: how the states below the first adapter are kept.
+        skip_bad_batches: how many batches may be left out whose loss is not finite, and steps whose gradient is not; the
+            next one stops the run.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class GrowthModule(StageModule):
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,
         trunk_cache: TrunkCache | None = None,
+        skip_bad_batches: int = 0,
     ) -> None:
-        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing, trunk_cache)
+        super().__init__(
+            optimizer, schedule, warmup, loss_average, gradient_checkpointing, trunk_cache, skip_bad_batches
+        )
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

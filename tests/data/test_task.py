@@ -160,9 +160,8 @@ def test_a_label_outside_the_choices_is_named_with_its_row(tmp_path):
     ],
 )
 def test_a_template_cannot_leave_the_sandbox(tmp_path, template):
-    task = make(tmp_path, prompt=template)
     with pytest.raises(AlterError):
-        task.render_prompt({"text": "a"})
+        make(tmp_path, prompt=template).render_prompt({"text": "a"})
 
 
 @given(

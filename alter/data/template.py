@@ -1,0 +1,78 @@
+"""Prompt and target templates: the part of Jinja that cannot hang, fill the memory or leave its row.
+
+Tasks come with downloaded models too, so a template is code of somebody else's. The sandbox keeps it from Python; what is left out here
+(assignments, macros, ranges, powers, padding) keeps its work and its output in proportion to itself and its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import StrictUndefined, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_LOOPS = 2  # within one another
+MAX_CHARACTERS = 10_000_000  # of what a replacement makes
+NODES = (
+    nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.Getattr, nodes.Getitem, nodes.Slice,
+    nodes.Filter, nodes.Test, nodes.CondExpr, nodes.If, nodes.For, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not,
+    nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair, nodes.Concat, nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv,
+    nodes.Mod, nodes.Neg, nodes.Pos, nodes.Call, nodes.Keyword, nodes.Continue, nodes.Break,
+)  # fmt: skip
+FILTERS = (
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int", "items",
+    "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe",
+    "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "wordcount",
+)  # fmt: skip
+METHODS = (
+    "capitalize", "count", "endswith", "find", "get", "index", "isalpha", "isdigit", "isnumeric", "items", "join", "keys", "lower",
+    "lstrip", "removeprefix", "removesuffix", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper", "values",
+)  # fmt: skip
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if not all(isinstance(side, (int, float)) for side in (left, right)):
+            raise SecurityError(f"'{operator}' is for numbers alone")
+        return super().call_binop(context, operator, left, right)
+
+
+def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
+    text, old, new = str(text), str(old), str(new)
+    if len(text) + (text.count(old) * len(new) if old else (len(text) + 1) * len(new)) > MAX_CHARACTERS:
+        raise SecurityError(f"replace would make more than {MAX_CHARACTERS} characters")
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def environment() -> _Environment:
+    """The environment of all templates."""
+    made = _Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    made.globals.clear()
+    made.filters = {name: made.filters[name] for name in FILTERS}
+    made.filters["replace"] = _replace
+    return made
+
+
+def problems(template: nodes.Template) -> Iterator[str]:
+    """What a parsed template does that templates here may not."""
+    yield from _problems(template, 0)
+
+
+def _problems(node: nodes.Node, loops: int) -> Iterator[str]:
+    name = type(node).__name__.lower()
+    if not isinstance(node, NODES):
+        yield f"'{name}' is not part of a template here"
+    if isinstance(node, nodes.For):
+        loops += 1
+        if loops > MAX_LOOPS or node.recursive:
+            yield f"more than {MAX_LOOPS} loops within one another, or a recursive one"
+    if isinstance(node, nodes.Call) and not (isinstance(node.node, nodes.Getattr) and node.node.attr in METHODS):
+        yield f"a call that is not one of the methods {', '.join(METHODS)}"
+    if isinstance(node, nodes.Filter) and node.name not in FILTERS:
+        yield f"the filter '{node.name}' is not one of {', '.join(FILTERS)}"
+    for child in node.iter_child_nodes():
+        yield from _problems(child, loops)

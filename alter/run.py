@@ -277,9 +277,11 @@ def train(
     started = time.perf_counter()
     cli = StageCLI(folder, arguments)
     last = last_whole(folder / "checkpoints", say)
+    done = 0
     if last is not None:
         say(f"{folder.name}: goes on from {last}.")
-        cli.metrics.forget_after(torch.load(last, map_location="cpu", weights_only=True)["global_step"])
+        done = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
+    cli.metrics.forget_after(done)
     cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+HEADER = ["step", "metric", "value"]
+
 
 class MetricsCSV(Logger):
     """Appends a row ``step,metric,value`` for every value logged.
@@ -45,7 +47,7 @@ class MetricsCSV(Logger):
         with self.file.open("a", newline="") as stream:
             writer = csv.writer(stream)
             if new:
-                writer.writerow(["step", "metric", "value"])
+                writer.writerow(HEADER)
             writer.writerows([step, name, value] for name, value in metrics.items() if name != "epoch")
 
     @rank_zero_only
@@ -54,9 +56,9 @@ class MetricsCSV(Logger):
         if not self.file.exists():
             return
         with self.file.open(newline="") as stream:
-            header, *rows = csv.reader(stream)
+            rows = list(csv.reader(stream))
         kept = [row for row in rows if len(row) == 3 and row[0].isdigit() and int(row[0]) < step]
         beside = self.file.with_suffix(".csv.new")
         with beside.open("w", newline="") as stream:
-            csv.writer(stream).writerows([header, *kept])
+            csv.writer(stream).writerows([HEADER, *kept])
         beside.replace(self.file)

@@ -23,6 +23,7 @@ _shtab_alter_commands() {
     predict:'answer rows with a finished run, as JSON lines'
     remove-task:'take a task out of a finished run; the others stay as they are'
     runs:'a table of the runs in a folder, the best first'
+    serve:'answer over HTTP: a page, and endpoints for OpenAI'"'"'s clients'
     test:'measure a finished run beside its references'
   )
   _describe 'alter commands' _commands
@@ -541,6 +542,7 @@ _shtab_alter_compare_options=(
   "--stage1.model.warmup[stage1.model.warmup]:stage1.model.warmup:"
   "--stage1.model.loss_average[stage1.model.loss_average]:stage1.model.loss_average:(token example)"
   "--stage1.model.gradient_checkpointing[stage1.model.gradient_checkpointing]:stage1.model.gradient_checkpointing:(true false)"
+  "--stage1.model.skip_bad_batches[stage1.model.skip_bad_batches]:stage1.model.skip_bad_batches:"
   "--stage1.model.keep[stage1.model.keep]:stage1.model.keep:"
   "--stage1.model.rates_lr[stage1.model.rates_lr]:stage1.model.rates_lr:"
   "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
@@ -608,6 +610,7 @@ _shtab_alter_compare_options=(
   "--stage2.model.warmup[stage2.model.warmup]:stage2.model.warmup:"
   "--stage2.model.loss_average[stage2.model.loss_average]:stage2.model.loss_average:(token example)"
   "--stage2.model.gradient_checkpointing[stage2.model.gradient_checkpointing]:stage2.model.gradient_checkpointing:(true false)"
+  "--stage2.model.skip_bad_batches[stage2.model.skip_bad_batches]:stage2.model.skip_bad_batches:"
   "--stage2.model.own[stage2.model.own]:stage2.model.own:"
   "--stage2.model.rates_lr[stage2.model.rates_lr]:stage2.model.rates_lr:"
   "--stage2.model.layers[stage2.model.layers]:stage2.model.layers:"
@@ -1135,6 +1138,7 @@ _shtab_alter_doctor_options=(
   "--stage1.model.warmup[stage1.model.warmup]:stage1.model.warmup:"
   "--stage1.model.loss_average[stage1.model.loss_average]:stage1.model.loss_average:(token example)"
   "--stage1.model.gradient_checkpointing[stage1.model.gradient_checkpointing]:stage1.model.gradient_checkpointing:(true false)"
+  "--stage1.model.skip_bad_batches[stage1.model.skip_bad_batches]:stage1.model.skip_bad_batches:"
   "--stage1.model.keep[stage1.model.keep]:stage1.model.keep:"
   "--stage1.model.rates_lr[stage1.model.rates_lr]:stage1.model.rates_lr:"
   "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
@@ -1202,6 +1206,7 @@ _shtab_alter_doctor_options=(
   "--stage2.model.warmup[stage2.model.warmup]:stage2.model.warmup:"
   "--stage2.model.loss_average[stage2.model.loss_average]:stage2.model.loss_average:(token example)"
   "--stage2.model.gradient_checkpointing[stage2.model.gradient_checkpointing]:stage2.model.gradient_checkpointing:(true false)"
+  "--stage2.model.skip_bad_batches[stage2.model.skip_bad_batches]:stage2.model.skip_bad_batches:"
   "--stage2.model.own[stage2.model.own]:stage2.model.own:"
   "--stage2.model.rates_lr[stage2.model.rates_lr]:stage2.model.rates_lr:"
   "--stage2.model.layers[stage2.model.layers]:stage2.model.layers:"
@@ -1718,6 +1723,7 @@ _shtab_alter_fit_options=(
   "--stage1.model.warmup[stage1.model.warmup]:stage1.model.warmup:"
   "--stage1.model.loss_average[stage1.model.loss_average]:stage1.model.loss_average:(token example)"
   "--stage1.model.gradient_checkpointing[stage1.model.gradient_checkpointing]:stage1.model.gradient_checkpointing:(true false)"
+  "--stage1.model.skip_bad_batches[stage1.model.skip_bad_batches]:stage1.model.skip_bad_batches:"
   "--stage1.model.keep[stage1.model.keep]:stage1.model.keep:"
   "--stage1.model.rates_lr[stage1.model.rates_lr]:stage1.model.rates_lr:"
   "--stage1.model.num_shared[stage1.model.num_shared]:stage1.model.num_shared:"
@@ -1785,6 +1791,7 @@ _shtab_alter_fit_options=(
   "--stage2.model.warmup[stage2.model.warmup]:stage2.model.warmup:"
   "--stage2.model.loss_average[stage2.model.loss_average]:stage2.model.loss_average:(token example)"
   "--stage2.model.gradient_checkpointing[stage2.model.gradient_checkpointing]:stage2.model.gradient_checkpointing:(true false)"
+  "--stage2.model.skip_bad_batches[stage2.model.skip_bad_batches]:stage2.model.skip_bad_batches:"
   "--stage2.model.own[stage2.model.own]:stage2.model.own:"
   "--stage2.model.rates_lr[stage2.model.rates_lr]:stage2.model.rates_lr:"
   "--stage2.model.layers[stage2.model.layers]:stage2.model.layers:"
@@ -1844,6 +1851,23 @@ _shtab_alter_runs_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_alter_runs_defaults_added=0
 
+_shtab_alter_serve_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--run[the run folder]:run:_files"
+  "--host[where to listen\; 127.0.0.1, this machine alone, by default]:host:"
+  "--port[8000 by default\; 0 takes a free one]:port:"
+  "--api-key-file[a file with the key to ask for\; default the variable ALTER_API_KEY, else none]:api_key_file:_files"
+  "--max-batch[the most inputs answered at once\; 32 by default]:max_batch:"
+  "--queue[the most inputs that wait, further get 429\; 128 by default]:queue:"
+  "--timeout[seconds until a request is given up\; 60 by default]:timeout:"
+  "--max-bytes[the largest request\; 65536 by default]:max_bytes:"
+  "--backbone[where the backbone is, when not where it was]:backbone:"
+  "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_alter_serve_defaults_added=0
+
 _shtab_alter_test_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[the run folder]:run:_files"
@@ -1887,6 +1911,7 @@ _shtab_alter() {
         predict) _arguments -C -s $_shtab_alter_predict_options ;;
         remove-task) _arguments -C -s $_shtab_alter_remove_task_options ;;
         runs) _arguments -C -s $_shtab_alter_runs_options ;;
+        serve) _arguments -C -s $_shtab_alter_serve_options ;;
         test) _arguments -C -s $_shtab_alter_test_options ;;
       esac
   esac

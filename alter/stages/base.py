@@ -44,6 +44,7 @@ class StageModule(LightningModule):
     model: MTAModel  # None until configure_model
     backbone: str
     precision: str
+    backbone_lr: float = 0.0
 
     def __init__(
         self,
@@ -89,13 +90,10 @@ class StageModule(LightningModule):
         """
         if self.model is not None:
             return
+        self._require_fp32(self.backbone_lr)  # before anything is loaded
         self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
         rates = self.learning_rates()
-        if rates.get("backbone", 0.0) > 0 and self.precision != "fp32":
-            raise AlterError(
-                f"precision: the backbone trains (backbone_lr {rates['backbone']:g}) and needs fp32, not {self.precision}; "
-                "write precision: fp32, with trainer.precision: bf16-mixed for speed, or backbone_lr: 0."
-            )
+        self._require_fp32(rates.get("backbone", 0.0))
         if rates.get("backbone", 0.0) > 0:
             self.model.train_backbone()
         for part, parameters in self.model.part_parameters().items():
@@ -115,6 +113,13 @@ class StageModule(LightningModule):
         if mesh is not None:
             shard(self.model, mesh["data_parallel"])
         self._start_window()
+
+    def _require_fp32(self, backbone_lr: float) -> None:
+        if backbone_lr > 0 and self.precision != "fp32":
+            raise AlterError(
+                f"precision: the backbone trains (backbone_lr {backbone_lr:g}) and needs fp32, not {self.precision}; write "
+                "precision: fp32, with trainer.precision: bf16-mixed for speed, or backbone_lr: 0."
+            )
 
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""

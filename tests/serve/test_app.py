@@ -207,16 +207,44 @@ def held(predictor, monkeypatch):
 
 def test_a_full_queue_is_429_and_too_long_is_504(held):
     predictor, go = held
-    with serving(predictor, Limits(max_waiting=2, max_batch=1, timeout=2)) as address, ThreadPoolExecutor(8) as pool:
+    with serving(predictor, Limits(max_waiting=2, max_batch=1, timeout=10)) as address, ThreadPoolExecutor(8) as pool:
         body = {"model": "sort", "input": "w1"}
-        waiting = [pool.submit(post, address, "/v1/classify", body) for _ in range(3)]
-        time.sleep(0.5)  # one is being answered, two wait
+        waiting = [pool.submit(post, address, "/v1/classify", body)]
+        until(lambda: waits(address) == 0 and in_flight(address) >= 1)
+        time.sleep(0.5)  # the one is being answered
+        waiting += [pool.submit(post, address, "/v1/classify", body) for _ in range(2)]
+        until(lambda: waits(address) == 2)
         status, told = post(address, "/v1/classify", body)
         assert (status, told["error"]["type"]) == (429, "rate_limit_error")
         assert [answer.result()[0] for answer in waiting] == [504] * 3
         go.set()
-        time.sleep(0.2)
-        assert post(address, "/v1/classify", body)[0] == 200  # what nobody waits for any more is not in the way
+        until(lambda: post(address, "/v1/classify", body)[0] == 200)  # what nobody waits for is not in the way
+
+
+def gauge(address, name):
+    _, text, _ = ask(address, "GET", "/metrics")
+    return next(
+        sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+        if sample.name == name
+    )
+
+
+def waits(address):
+    return gauge(address, "alter_inputs_waiting")
+
+
+def in_flight(address):
+    return gauge(address, "alter_requests_in_flight") - 1  # the question itself
+
+
+def until(holds):
+    for _ in range(80):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came to that")
 
 
 def test_a_batch_that_fails_is_500_and_the_next_is_answered(predictor, monkeypatch):

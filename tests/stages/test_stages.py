@@ -133,7 +133,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_tasks_and_the_remedy(
     module = Stage1Module(
         str(tmp_path / "backbone"), TASKS, optimizer=lambda groups: torch.optim.SGD(groups, lr=1e30), warmup=0.0
     )
-    with pytest.raises(AlterError, match=r"step \d+ of Stage1Module \(tasks in the batch: a, b\); lower its optimizer"):
+    with pytest.raises(
+        AlterError,
+        match=r"step \d+ of Stage1Module, batch \d+ \(tasks in the batch: a, b; the batch is in .*\); lower its optimizer",
+    ):
         fit(module, False, tmp_path)
 
 

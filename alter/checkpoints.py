@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,11 @@ def is_whole(file: Path) -> bool:
     return True
 
 
-def last_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: the last, or the one before where the last is damaged.
+def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: the newest that is whole, those of weights alone left out.
 
     Args:
-        folder: of the checkpoints.
+        folders: of the checkpoints.
         say: told of what is damaged.
 
     Returns:
@@ -87,11 +87,16 @@ def last_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     Raises:
         AlterError: there are some, and all are damaged.
     """
-    written = [file for file in (folder / LAST, folder / PREVIOUS) if file.is_file()]
-    for file in written:
-        if is_whole(file):
+    damaged = None
+    files = [file for folder in folders for file in folder.glob("*.ckpt")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        if not is_whole(file):
+            say(f"{file}: damaged, it is not what was written.")
+            damaged = file.parent
+        elif "optimizer_states" in torch.load(file, map_location="cpu", weights_only=True):
             return file
-        say(f"{file}: damaged, it is not what was written.")
-    if written:
-        raise AlterError(f"{folder}: every checkpoint is damaged; remove {folder} to train this stage from its start.")
+    if damaged:
+        raise AlterError(
+            f"{damaged}: every checkpoint is damaged; remove {damaged} to train this stage from its start."
+        )
     return None

@@ -43,6 +43,16 @@ def save(figure: Figure, file: Path) -> None:
         figure.savefig(file, dpi=150, facecolor="white", bbox_inches="tight")
 
 
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure on white, [height, width, 3] in bytes."""
+    with rc_context(STYLE):
+        canvas: Any = FigureCanvasAgg(figure)
+        figure.set_facecolor("white")
+        figure.set_dpi(150)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def svg(figure: Figure) -> str:
     """A figure as an SVG element whose text has the colour of the page around it."""
     stream = io.StringIO()

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
 from alter import report
 from alter.calibrate import calibrate_run
-from alter.callbacks import MetricsCSV, Throughput
+from alter.callbacks import ExactResume, Inside, KeepLog, MetricsCSV, StageProgress, Throughput
 from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
@@ -54,9 +54,10 @@ UNCOMPARED = re.compile(
 class StageCLI(LightningCLI):
     """One stage: instantiates trainer and module from the recipe's values."""
 
-    def __init__(self, folder: Path, arguments: dict[str, Any]) -> None:
-        """Args: folder: of the stage. arguments: what ``Recipe.stage_args`` returned."""
+    def __init__(self, folder: Path, arguments: dict[str, Any], first_step: int = 0) -> None:
+        """Args: folder: of the stage. arguments: what ``Recipe.stage_args`` returned. first_step: that will be logged."""
         self.folder = folder
+        self.first_step = first_step
         self.metrics = MetricsCSV(folder / "metrics.csv")
         self.throughput = Throughput()
         super().__init__(
@@ -75,9 +76,14 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Adds what every stage has: fixed folders, so that the same command finds its checkpoint, and logs."""
-        loggers = [TensorBoardLogger(self.folder.parent, name=self.folder.name, version=""), self.metrics]
+        events = TensorBoardLogger(
+            self.folder.parent,
+            name=self.folder.name,
+            version="",
+            purge_step=self.first_step,  # TensorBoard leaves out what a killed run wrote from there on
+        )
         return super().instantiate_trainer(
-            logger=loggers,
+            logger=[events, self.metrics],
             default_root_dir=self.folder,
             use_distributed_sampler=False,
             enable_model_summary=False,
@@ -85,7 +91,10 @@ class StageCLI(LightningCLI):
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        own = [self.throughput, *self._checkpoints(config.get("callbacks") or [])]
+        own: list[Callback] = [self.throughput, KeepLog(self.metrics), ExactResume(), Inside()]
+        if config.get("enable_progress_bar") is not False:
+            own.append(StageProgress(self.folder.name, self.throughput))
+        own += self._checkpoints(config.get("callbacks") or [])
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
         return super()._instantiate_trainer(config, [*callbacks, *own])
@@ -127,7 +136,7 @@ def fit(recipe: Recipe) -> None:
     if not recipe.config["test"] or not _is_first():
         return
     results = run / "results.json"
-    if results.is_file() and not any(trained):
+    if results.is_file() and (run / report.REPORT).is_file() and not any(trained):  # the report is written last
         say(f"test: finished before ({results}), skipped; `alter test --run {run}` tests again.\n")
         print(render_table(json.loads(results.read_text())))
     else:
@@ -202,6 +211,7 @@ def quiet() -> None:
     # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # of a resumed run
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
@@ -254,6 +264,8 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
     data.first_epoch = recipe.epochs_before(stage)
     facts, cli = train(folder, recipe.stage_args(stage, backbone), data, recipe.config["backbone"])
     if cli.trainer.is_global_zero:
+        for outdated in ("results.json", report.REPORT):  # of an earlier stage
+            (recipe.run / outdated).unlink(missing_ok=True)
         publish(folder / "model", recipe.run / "model")
         record(recipe.run, stage, **facts)
     cli.trainer.strategy.barrier()
@@ -275,20 +287,28 @@ def train(
         what is known of it (seconds, trainable parameters and so on), and the trainer with its module.
     """
     started = time.perf_counter()
-    cli = StageCLI(folder, arguments)
-    last = last_whole(folder / "checkpoints", say)
+    folders = _checkpoint_folders(folder, arguments["trainer"])
+    last = last_whole(folders, say)
     done = 0
     if last is not None:
         say(f"{folder.name}: goes on from {last}.")
         done = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
-    cli.metrics.forget_after(done)
-    cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
+    cli = StageCLI(folder, arguments, done)
+    if last is None:
+        cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
+    try:
+        cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
+    except SystemExit:  # how Lightning ends at Ctrl+C
+        if not cli.trainer.interrupted:
+            raise
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     _keep_best(cli.trainer, cli.model)
     trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
         cli.model.model.save_pretrained(folder / "model", backbone, trained)
+        for half in [file for each in folders for file in each.glob(".*.part")]:  # of a killed run
+            half.unlink()
     facts = {
         "seconds": time.perf_counter() - started,
         "trainable_parameters": cli.model.trainable_parameters(),
@@ -298,6 +318,15 @@ def train(
         "validation_loss": _best_score(cli.trainer),
     }
     return facts, cli
+
+
+def _checkpoint_folders(folder: Path, trainer: Mapping[str, Any]) -> list[Path]:
+    """The stage's own, and those that the recipe's callbacks name."""
+    given = trainer.get("callbacks") or []
+    named = [
+        (callback.get("init_args") or {}).get("dirpath") for callback in (given if isinstance(given, list) else [given])
+    ]
+    return [folder / "checkpoints", *(Path(path).expanduser() for path in named if path)]
 
 
 def _keep_best(trainer: Any, module: StageModule) -> None:

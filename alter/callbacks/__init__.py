@@ -1,7 +1,10 @@
 """Loggers and callbacks of a run."""
 
-from alter.callbacks.metrics_csv import MetricsCSV
+from alter.callbacks.exact_resume import ExactResume
+from alter.callbacks.inside import Inside
+from alter.callbacks.metrics_csv import KeepLog, MetricsCSV
+from alter.callbacks.progress import StageProgress
 from alter.callbacks.task_metrics import TaskMetrics
 from alter.callbacks.throughput import Throughput
 
-__all__ = ["MetricsCSV", "TaskMetrics", "Throughput"]
+__all__ = ["ExactResume", "Inside", "KeepLog", "MetricsCSV", "StageProgress", "TaskMetrics", "Throughput"]

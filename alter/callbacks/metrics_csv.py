@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -50,15 +52,38 @@ class MetricsCSV(Logger):
                 writer.writerow(HEADER)
             writer.writerows([step, name, value] for name, value in metrics.items() if name != "epoch")
 
-    @rank_zero_only
-    def forget_after(self, step: int) -> None:
-        """Drops the rows that a killed run wrote after its last checkpoint, since they will be written again."""
+    @property
+    def size(self) -> int:
+        """Bytes that are in the file, which are on the disk when this returns."""
         if not self.file.exists():
-            return
-        with self.file.open(newline="") as stream:
-            rows = list(csv.reader(stream))
-        kept = [row for row in rows if len(row) == 3 and row[0].isdigit() and int(row[0]) < step]
-        beside = self.file.with_suffix(".csv.new")
-        with beside.open("w", newline="") as stream:
-            csv.writer(stream).writerows([HEADER, *kept])
-        beside.replace(self.file)
+            return 0
+        with self.file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+            return os.fstat(stream.fileno()).st_size
+
+    @rank_zero_only
+    def cut(self, size: int) -> None:
+        """Drops what a killed run wrote after its first ``size`` bytes, since it will be written again."""
+        if size == 0:
+            self.file.unlink(missing_ok=True)
+        elif self.file.exists() and self.file.stat().st_size > size:
+            os.truncate(self.file, size)
+
+
+class KeepLog(Callback):
+    """Notes in every checkpoint how far the log goes, and goes on writing there: no row is missing or doubled.
+
+    Args:
+        metrics: of this stage.
+    """
+
+    def __init__(self, metrics: MetricsCSV) -> None:
+        self.metrics = metrics
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"size": self.metrics.size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Drops what was written after the checkpoint."""
+        self.metrics.cut(state_dict["size"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
@@ -46,7 +45,7 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "stats.json").is_file():
-            beside = cache / f".{folder.name}.{os.getpid()}"
+            beside = cache / f".{folder.name}.part"  # one writer at a time, by the lock
             shutil.rmtree(beside, ignore_errors=True)
             try:
                 _encode(task, tokenizer, seq2seq, beside, seed, shots)

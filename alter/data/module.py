@@ -214,8 +214,10 @@ class MultiTaskDataModule(LightningDataModule):
         """Where a checkpoint stands in the data. Lightning's own counts come back only after it has made the loader."""
         assert self.trainer is not None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        taken = progress.current.processed
-        return {"epoch": self.trainer.current_epoch, "taken": taken * self.trainer.world_size}
+        epoch, taken = self.trainer.current_epoch, progress.current.processed
+        if taken >= self.trainer.num_training_batches:  # which a limit may have lowered, so that the sampler has more
+            epoch, taken = epoch + 1, 0
+        return {"epoch": epoch, "taken": taken * self.trainer.world_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Lets the next training loader go on there, also on another number of processes."""

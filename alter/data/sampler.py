@@ -19,11 +19,15 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
     one ended. Nothing is remembered: what earlier epochs drew is computed again from the seed, so a resumed run and every
     rank see the same plan.
 
+    Every epoch has as many batches as the first: a trainer counts them once, and plans its validations and its learning
+    rate by that count. Where the drawn examples would fill fewer, the largest batches are halved; where they would fill
+    more, the budget grows by percents until they fit.
+
     Args:
         lengths: for each task the tokens of its examples, as ``eval_batches`` takes them.
         rates: for each task its share of the draws.
         examples_per_epoch: draws an epoch.
-        max_tokens: of a batch, padding counted; a longer example makes a batch by itself.
+        max_tokens: of a batch, padding counted; a longer example makes a batch by itself. Kept exactly in the first epoch.
         seed: of the draws.
         rank: this process; it takes every ``world_size``-th batch, see ``share_out``.
         world_size: number of processes.
@@ -54,6 +58,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         self.epoch = self.first_epoch = first_epoch
         self._resumed = (first_epoch, 0)  # epoch, batches of it that were taken before
         self._planned: tuple[int, list[list[Pair]]] | None = None
+        self._number: int | None = None  # of batches an epoch, over all ranks
 
     @property
     def sampler(self) -> MixtureBatchSampler:
@@ -114,6 +119,25 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         return self._planned[1]
 
     def _batches(self, epoch: int) -> list[list[Pair]]:
+        if self._number is None:
+            self._number = max(len(self._packed(self.first_epoch, self.max_tokens)), self._fewest())
+        budget = self.max_tokens
+        while len(batches := self._packed(epoch, budget)) > self._number:
+            budget += max(1, budget // 100)
+        while len(batches) < self._number:
+            largest = max(range(len(batches)), key=lambda i: len(batches[i]))
+            half = len(batches[largest]) // 2
+            batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
+        return [batches[i] for i in self._rng(epoch, "batches").permutation(len(batches))]
+
+    def _fewest(self) -> int:
+        """Batches that no budget could bring an epoch below, for a task may get one draw more than in the first."""
+        if self.mixed:
+            return 1
+        most = np.floor(self.rates * self.examples_per_epoch) + 1
+        return min(self.examples_per_epoch, int(np.ceil(most / WINDOW).sum()))
+
+    def _packed(self, epoch: int, max_tokens: int) -> list[list[Pair]]:
         draws = self.draws(epoch)
         groups = [draws] if self.mixed else [[p for p in draws if p[0] == task] for task in range(len(self.rates))]
         batches = []
@@ -121,8 +145,8 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
             for start in range(0, len(group), WINDOW):
                 window = group[start : start + WINDOW]
                 lengths = np.array([self.lengths[task][example] for task, example in window])
-                batches += [[window[i] for i in rows] for rows in eval_batches(lengths, self.max_tokens)]
-        return [batches[i] for i in self._rng(epoch, "batches").permutation(len(batches))]
+                batches += [[window[i] for i in rows] for rows in eval_batches(lengths, max_tokens)]
+        return batches
 
     def _rng(self, *key: int | str) -> np.random.Generator:
         numbers = [part if isinstance(part, int) else int.from_bytes(part.encode(), "big") for part in key]

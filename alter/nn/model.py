@@ -406,10 +406,10 @@ class MTAModel(nn.Module):
             "own_backbone": self.has_own_backbone,
         }
         state = {key: value.detach().cpu().contiguous() for key, value in (trained or self.trained_state()).items()}
-        temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+        temporary = folder / f".{WEIGHTS_FILE}.part"
         save_file(state, temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / WEIGHTS_FILE)
-        temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary = folder / f".{CONFIG_FILE}.part"
         temporary.write_text(json.dumps(config, indent=2) + "\n")
         os.replace(temporary, folder / CONFIG_FILE)
 

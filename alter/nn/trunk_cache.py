@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -88,15 +88,34 @@ class CachedTrunk:
         """
         found = {row: states for row, key in enumerate(keys) if (states := self.store.get(key)) is not None}
         if missing := [row for row in range(len(keys)) if row not in found]:
-            computed = self.trunk.states(**{name: value[missing] for name, value in inputs.items()})
-            for row, states in zip(missing, computed.to(self.store.dtype), strict=True):
-                found[row] = states[: lengths[row]]
+            for row, states in self._compute(missing, lengths, inputs):
+                found[row] = states.to(self.store.dtype)
                 self.store.put(keys[row], found[row])
         batch, seq = inputs["input_ids"].shape
         states = torch.zeros(batch, seq, self.store.width, dtype=self.dtype, device=inputs["input_ids"].device)
         for row, stored in found.items():
             states[row, : len(stored)] = stored
         return states
+
+    def _compute(
+        self, rows: Sequence[int], lengths: Sequence[int], inputs: Mapping[str, Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields each row with its states, [tokens, d].
+
+        On a CPU each example is computed alone and without padding. A product's last bits depend on the rows beside it, so
+        what is stored would else depend on which batch, which process or which interrupted run came first.
+        """
+        if inputs["input_ids"].device.type != "cpu":
+            computed = self.trunk.states(**{name: value[list(rows)] for name, value in inputs.items()})
+            yield from ((row, states[: lengths[row]]) for row, states in zip(rows, computed, strict=True))
+            return
+        for row in rows:
+            read = inputs["encoder_attention_mask"][row].sum() if "encoder_attention_mask" in inputs else 0
+            alone = {
+                name: value[row : row + 1, : read if name.startswith("encoder") else lengths[row]]
+                for name, value in inputs.items()
+            }
+            yield row, self.trunk.states(**alone)[0]
 
 
 def example_keys(*parts: tuple[Tensor, Tensor]) -> tuple[list[bytes], list[int]]:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -21,7 +22,8 @@ from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.body import IGNORED
 from alter.nn.model import MTAModel
-from alter.nn.sharding import local_numel, shard
+from alter.nn.processes import gather_objects, world_size
+from alter.nn.sharding import gather, local_numel, shard, slice_like
 from alter.nn.trunk_cache import TrunkCache
 from alter.results import write_json
 
@@ -68,6 +70,7 @@ class StageModule(LightningModule):
         self.skip_bad_batches = skip_bad_batches
         self.skipped = 0
         self._bad: str | None = None  # what was wrong since the last step
+        self._unfinished: dict[str, Any] | None = None  # what a checkpoint held of a step in parts
 
     @abstractmethod
     def make_model(self) -> MTAModel:
@@ -139,6 +142,7 @@ class StageModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Prints what trains, what of it a process holds, and what is kept on disk."""
+        self._seed = torch.initial_seed()
         self.print(self.parts_table())
         if self.device_mesh is not None:
             whole = sum(p.numel() for p in self.parameters())
@@ -166,11 +170,24 @@ class StageModule(LightningModule):
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Starts the sums of the first step."""
+        """Starts the sums of the first step, or goes on with those of one that a checkpoint interrupted."""
         self._start_window()
+        if self._unfinished is not None:
+            self._window, self._task_window = (self._unfinished[name].to(self.device) for name in ("sums", "task_sums"))
+            self._taken, gradients = self._unfinished["taken"], self._unfinished["gradients"]
+            for name, parameter in self.model.named_parameters():
+                if name in gradients:
+                    parameter.grad = slice_like(gradients[name].to(self.device), parameter)
+            self._unfinished = None
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Makes the random numbers of a batch (a router's noise) depend on its place alone, not on what was before it."""
+        place = [self._seed % 2**64, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the batch's loss; one that only keeps other processes company has none."""
+        self._taken += 1
         losses, rows, auxiliary = self.model(batch)
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
         loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
@@ -202,15 +219,24 @@ class StageModule(LightningModule):
             if not torch.isfinite(norm):
                 optimizer.zero_grad(set_to_none=True)  # what has no gradient takes no step
         sums, counts = self.trainer.strategy.reduce(self._task_window, reduce_op="sum")
-        if batches:
-            self.log("train/loss", loss / batches, prog_bar=True)
         present = (counts > 0).nonzero().flatten().tolist()
-        self.log_dict({f"train/loss/{self.model.tasks[t]}": sums[t] / counts[t] for t in present})
+        values = {f"train/loss/{self.model.tasks[t]}": sums[t] / counts[t] for t in present}
+        if batches:
+            values["train/loss"] = loss / batches
         if auxiliary:
-            self.log("train/auxiliary", auxiliary / batches)
+            values["train/auxiliary"] = auxiliary / batches
         if torch.isfinite(norm):
-            self.log("train/gradient_norm", norm)
+            values["train/gradient_norm"] = norm
+        self._log_step({**values, **{f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}})
         self._start_window()
+
+    def _log_step(self, values: Mapping[str, Tensor | float]) -> None:
+        """Writes at once what Lightning would write after a checkpoint at the end of the batch, which a resume would lose."""
+        self.log_dict(dict(values), logger=False)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by its logger connector
+            numbers = {name: float(value) for name, value in values.items()}
+            for logger in self.loggers:
+                logger.log_metrics({**numbers, "epoch": self.current_epoch}, step=self.global_step)
 
     def _note_bad(self, loss: float, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         tasks = sorted({self.model.tasks[i] for i in batch["task_ids"].tolist()})
@@ -260,6 +286,7 @@ class StageModule(LightningModule):
         rank_zero_warn(f"{told}; left out, {self.skipped} of {self.skip_bad_batches}.")
 
     def _start_window(self) -> None:
+        self._taken = 0  # batches of the step
         self._window = torch.zeros(4, device=self.device)  # loss, routers' losses, batches, bad batches
         self._task_window = torch.zeros(2, len(self.model.tasks), device=self.device)
 
@@ -308,15 +335,30 @@ class StageModule(LightningModule):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the adapters alone where the backbone does not change."""
+        """Keeps the adapters alone where the backbone does not change, and what a step has gathered that is not over."""
         checkpoint["state_dict"] = self.model.trained_state()
         checkpoint["skipped"] = self.skipped
+        if self._taken:  # validation and checkpoints may come between the batches of a step
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            own = {
+                "gradients": {name: value.cpu() for name, value in gather(gradients).items()},
+                "sums": self._window.cpu(),
+                "task_sums": self._task_window.cpu(),
+                "taken": self._taken,
+            }
+            checkpoint["unfinished_step"] = gather_objects(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Loads what trains and checks that every key matched, which ``strict_loading=False`` would not."""
+        """Loads what trains and checks that every key matched, which ``strict_loading=False`` would not.
+
+        What belongs to an unfinished step is of use to as many processes as before alone.
+        """
         self.configure_model()
         self.model.load_trained_state(checkpoint["state_dict"], "the checkpoint")
         self.skipped = checkpoint.get("skipped", 0)
+        everyones = checkpoint.get("unfinished_step", [])
+        if len(everyones) == world_size():
+            self._unfinished = everyones[self.global_rank]
 
 
 def _per_example(losses: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,70 @@
+"""What a stage tells while it runs, in a terminal and elsewhere."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from alter.callbacks import progress
+from alter.cli import main
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.test_cli import change, project  # noqa: F401 (a fixture)
+
+FLAGS = [
+    "--stages",
+    "[stage1]",
+    "--test",
+    "false",
+    "--trainer.max_epochs",
+    "1",
+    "--trainer.enable_progress_bar",
+    "true",
+]
+LINE = (
+    r"stage1: step (\d+) of (\d+) \((\d+)%\), \d+\.\d min left, loss \d+\.\d{3} \((.*)\), [\d,]+ tokens/s, \d+\.\d GiB"
+)
+
+
+def test_elsewhere_it_is_plain_lines(project, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    main(["fit", "--config", "recipe.yaml", *FLAGS])
+    error = capsys.readouterr().err
+    lines = re.findall(LINE, error)
+    steps = [int(line[0]) for line in lines]
+    assert steps == sorted(steps)
+    assert lines[-1][0] == lines[-1][1]
+    assert lines[-1][2] == "100"
+    assert re.search(r"(echo|sort) \d+\.\d{3}", lines[0][3])
+    assert re.search(r"stage1: step \d+, validation loss \d\.\d{3} \(echo \d\.\d{3}, sort \d\.\d{3}\)", error)
+    assert "\x1b" not in error  # no control characters
+
+
+def test_in_a_terminal_it_is_a_bar(project, monkeypatch):  # noqa: F811
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, force_terminal=True, width=200))
+    main(["fit", "--config", "recipe.yaml", *FLAGS])
+    text = stream.getvalue()
+    assert "━" in text
+    assert "stage1" in text
+    assert "100%" in text
+    assert "tokens/s" in text
+    assert "left" in text
+
+
+def test_it_can_be_left_out(project, capsys):  # noqa: F811
+    change(project, trainer__enable_progress_bar=False)
+    main(["fit", "--config", "recipe.yaml", "--stages", "[stage1]", "--test", "false"])
+    assert "tokens/s" not in capsys.readouterr().err
+
+
+def test_the_bar_ends_where_training_is_stopped(project, capsys, monkeypatch):  # noqa: F811
+    from alter.stages import Stage1Module
+
+    def stopped(self, batch, index):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stage1Module, "training_step", stopped)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "recipe.yaml", *FLAGS])
+    assert "stopped; the same command goes on" in capsys.readouterr().err

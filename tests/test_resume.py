@@ -1,0 +1,100 @@
+"""A run that is stopped anywhere and started again ends as one that was not: adapters and logs bit for bit."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from alter.checkpoints import CheckedCheckpoints
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.test_cli import change, fit, project, refused, template  # noqa: F401 (a fixture)
+
+KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+def adapters(run):
+    return (run / "model" / "adapters.safetensors").read_bytes()
+
+
+def logs(run):
+    return {file.parent.name: file.read_text() for file in sorted(run.glob("stage*/metrics.csv"))}
+
+
+def ends_as(run, whole):
+    """Asserts that two runs have the same adapters, logs and counts of tokens."""
+    assert logs(run) == logs(whole)
+    theirs, ours = (load_file(r / "model" / "adapters.safetensors") for r in (whole, run))
+    assert {key: value.tolist() for key, value in ours.items()} == {
+        key: value.tolist() for key, value in theirs.items()
+    }
+    assert adapters(run) == adapters(whole)
+    counted = [
+        {
+            stage: (facts["tokens"], facts["validation_loss"])
+            for stage, facts in json.loads(text).items()
+            if "tokens" in facts
+        }
+        for text in ((r / "progress.json").read_text() for r in (run, whole))
+    ]
+    assert counted[0] == counted[1]
+
+
+SETTINGS = {
+    "a step in parts, validated between them": {
+        "trainer__accumulate_grad_batches": 2,
+        "trainer__val_check_interval": 3,
+    },
+    "workers, and epochs that are cut": {
+        "data__num_workers": 2,
+        "stage1__trainer": {"limit_train_batches": 0.5},
+        "trainer__max_epochs": 3,
+    },
+    "a router with noise, validated by the clock's epochs": {
+        "stage1__model__init_args__router": template("TopK", k=1, noise=0.5, load_balance=0.1),
+    },
+    "a checkpoint every other step, of the user's own": {
+        "trainer__callbacks": [
+            {"class_path": KEEPER, "init_args": {"every_n_train_steps": 3, "save_top_k": -1, "save_last": True}},
+        ],
+        "trainer__accumulate_grad_batches": 2,
+        "trainer__val_check_interval": 6,
+    },
+    "checkpoints that are nowhere called last, in a folder of the user's": {
+        "trainer__callbacks": [
+            {"class_path": KEEPER, "init_args": {"dirpath": "kept", "filename": "{epoch}-{step}", "save_top_k": -1}},
+            {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 2}},
+        ],
+        "trainer__val_check_interval": 2,
+        "trainer__accumulate_grad_batches": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_left_before_each_checkpoint_is_written_goes_on_to_the_same_end(project, monkeypatch, name):  # noqa: F811
+    change(project, data__examples_per_epoch=60, data__max_tokens=48, **SETTINGS[name])
+    flags = ("--run", "run", "--test", "false", "--stages", "[stage1]")
+    saved, found = CheckedCheckpoints.save_checkpoint, []
+
+    def copy_first(self, checkpoint, path, storage_options=None):
+        folder = project / "found" / str(len(found))
+        for part in ("run", "kept"):
+            if (project / part).exists():
+                shutil.copytree(project / part, folder / part)
+        found.append(folder)
+        saved(self, checkpoint, path, storage_options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckedCheckpoints, "save_checkpoint", copy_first)
+        fit(*flags)
+    assert len(found) > 3
+    (project / "run").rename(project / "whole")
+    assert len(logs(project / "whole")["stage1"].splitlines()) > 20
+    for folder in found:
+        shutil.rmtree(project / "kept", ignore_errors=True)
+        shutil.rmtree(project / "run", ignore_errors=True)
+        shutil.copytree(folder, project, dirs_exist_ok=True)
+        fit(*flags)
+        ends_as(project / "run", project / "whole")

@@ -37,6 +37,7 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.nn.backbone import is_seq2seq, resolve_backbone
+from alter.nn.decoding import Generation
 from alter.predict import Predictor, load, read_recipe
 from alter.recipe import STAGES, Recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
@@ -54,10 +55,20 @@ UNCOMPARED = re.compile(
 class StageCLI(LightningCLI):
     """One stage: instantiates trainer and module from the recipe's values."""
 
-    def __init__(self, folder: Path, arguments: dict[str, Any], first_step: int = 0) -> None:
-        """Args: folder: of the stage. arguments: what ``Recipe.stage_args`` returned. first_step: that will be logged."""
+    def __init__(
+        self, folder: Path, arguments: dict[str, Any], first_step: int = 0, generation: Generation | None = None
+    ) -> None:
+        """Makes the stage's trainer and module.
+
+        Args:
+            folder: of the stage.
+            arguments: what ``Recipe.stage_args`` returned.
+            first_step: that will be logged.
+            generation: how sample answers are decoded.
+        """
         self.folder = folder
         self.first_step = first_step
+        self.generation = generation
         self.metrics = MetricsCSV(folder / "metrics.csv")
         self.throughput = Throughput()
         super().__init__(
@@ -91,7 +102,7 @@ class StageCLI(LightningCLI):
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        own: list[Callback] = [self.throughput, KeepLog(self.metrics), ExactResume(), Inside()]
+        own: list[Callback] = [self.throughput, KeepLog(self.metrics), ExactResume(), Inside(self.generation)]
         if config.get("enable_progress_bar") is not False:
             own.append(StageProgress(self.folder.name, self.throughput))
         own += self._checkpoints(config.get("callbacks") or [])
@@ -262,7 +273,8 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
         raise AlterError(f"{recipe.run / 'stage1'}: stage2 needs a finished stage1; run with --stages [stage1,stage2].")
     say(f"\n{stage}: trains in {folder}")
     data.first_epoch = recipe.epochs_before(stage)
-    facts, cli = train(folder, recipe.stage_args(stage, backbone), data, recipe.config["backbone"])
+    generation = Generation(**recipe.config["generation"])
+    facts, cli = train(folder, recipe.stage_args(stage, backbone), data, recipe.config["backbone"], generation)
     if cli.trainer.is_global_zero:
         for outdated in ("results.json", report.REPORT):  # of an earlier stage
             (recipe.run / outdated).unlink(missing_ok=True)
@@ -273,7 +285,11 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
 
 
 def train(
-    folder: Path, arguments: dict[str, Any], data: MultiTaskDataModule, backbone: str
+    folder: Path,
+    arguments: dict[str, Any],
+    data: MultiTaskDataModule,
+    backbone: str,
+    generation: Generation | None = None,
 ) -> tuple[dict[str, Any], StageCLI]:
     """Trains a module, or goes on where it stopped, and writes its best model to ``folder/model``.
 
@@ -282,6 +298,7 @@ def train(
         arguments: ``seed_everything``, ``trainer`` and ``model``, as ``Recipe.stage_args`` gives them.
         data: set up.
         backbone: its name, for the model's description.
+        generation: how the log's sample answers are decoded; greedily by default.
 
     Returns:
         what is known of it (seconds, trainable parameters and so on), and the trainer with its module.
@@ -293,7 +310,7 @@ def train(
     if last is not None:
         say(f"{folder.name}: goes on from {last}.")
         done = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
-    cli = StageCLI(folder, arguments, done)
+    cli = StageCLI(folder, arguments, done, generation)
     if last is None:
         cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
     try:

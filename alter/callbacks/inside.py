@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from alter.inside import mean_gates
 from alter.nn.backbone import load_tokenizer
+from alter.nn.decoding import Generation
 from alter.predict import Predictor, expert_names
 from alter.stages.base import StageModule
 
@@ -27,9 +28,13 @@ class Inside(Callback):
     At most once a minute, on the first process. Entropies are in nats, of a task's gates averaged over its tokens and the
     layers; 0 is one expert alone. The load of an expert is its mean gate over the tasks; all loads of a kind sum to one.
     Models that are cut over processes show none, since one process cannot run them by itself.
+
+    Args:
+        generation: how the sample answers are decoded; greedily by default.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generation: Generation | None = None) -> None:
+        self.generation = generation
         self._last: float | None = None
 
     @torch.no_grad()
@@ -53,7 +58,7 @@ class Inside(Callback):
         from alter import pictures
 
         model = module.model
-        predictor = Predictor(model, load_tokenizer(data.tokenizer), data.tasks)
+        predictor = Predictor(model, load_tokenizer(data.tokenizer), data.tasks, self.generation)
         names = {
             "experts": expert_names(model),
             "shared": ["e", *(f"S{k + 1}" for k in range(model.num_shared))],

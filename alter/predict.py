@@ -32,6 +32,7 @@ from alter.nn.gates import mean_gates
 from alter.nn.model import CONFIG_FILE, MTAModel, read_config
 from alter.nn.stepping import StepDecoder
 from alter.nn.task_predictor import TaskPredictor
+from alter.precision import answering_precision
 from alter.yaml_file import read_yaml
 
 MAX_BATCH_TOKENS = 2048
@@ -558,7 +559,7 @@ def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MT
     folder, content = model_folder(Path(run)), read_recipe(Path(run))
     tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
-    model = kind.from_pretrained(folder, str(where), content["precision"])
+    model = kind.from_pretrained(folder, str(where), answering_precision(content["precision"]))
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
     found = Predictor(

@@ -18,6 +18,7 @@ from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
 from alter.nn import TrunkCache
 from alter.nn.decoding import Generation
+from alter.precision import check_precision, choose_precision
 from alter.schema import check, check_class
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
@@ -53,7 +54,10 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--seed_everything", type=int, default=13, help="Seed of all random numbers.")
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="A hub id, a folder or a bundled name.")
     parser.add_argument(
-        "--precision", type=str, default="fp32", help="Of the frozen backbone: fp32, bf16, int8 or nf4."
+        "--precision",
+        type=str,
+        default="fp32",
+        help="Of the frozen backbone: fp32, bf16, int8, nf4, or auto: bf16 where the machine is fast in it, else fp32.",
     )
     parser.add_class_arguments(TrunkCache, "trunk_cache", instantiate=False, fail_untyped=False)
     parser.add_class_arguments(Generation, "generation", instantiate=False, fail_untyped=False)
@@ -181,6 +185,7 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> R
     if plain["data"]["root"] is not None:  # whole, so that the run can be tested from another folder
         plain["data"]["root"] = str(Path(plain["data"]["root"]).resolve())
     plain.pop("config", None)
+    plain["precision"] = choose_precision(plain)
     return Recipe(plain, tasks, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -229,11 +234,7 @@ def _check_values(config: Namespace) -> list[str]:
     ]
     if not config.data.tasks:
         problems.append("data.tasks: the recipe names no task; list task files under it.")
-    precisions = ("fp32", "bf16", "int8", "nf4")
-    if config.precision not in precisions:
-        problems.append(
-            f"precision: '{config.precision}' is not one of {', '.join(precisions)}.{did_you_mean(config.precision, precisions)}"
-        )
+    problems += check_precision(config.precision)
     try:
         Generation(**config.generation.as_dict())
     except AlterError as error:

@@ -38,6 +38,7 @@ from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
+from alter.precision import slow_precision
 from alter.predict import Predictor, load, read_recipe
 from alter.recipe import STAGES, Recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
@@ -139,6 +140,8 @@ def fit(recipe: Recipe) -> None:
     data.prepare_data()
     data.setup()
     say(f"run folder: {run}\nbackbone: {recipe.config['backbone']} ({backbone}), {recipe.config['precision']}\n")
+    if slow := slow_precision(recipe.config["precision"], recipe.config["trainer"]["accelerator"]):
+        say(f"{slow}\n")
     say(data.summary())
     record(run, "data", time.perf_counter() - started)
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]

@@ -16,6 +16,7 @@ import numpy as np
 from alter.data import MultiTaskDataModule, Task
 from alter.data.sources import SPLITS
 from alter.errors import AlterError
+from alter.precision import slow_precision
 
 MOST_REPEATED = 0.01  # of the test prompts also in train
 MOST_TRUNCATED = 0.1  # of the prompts
@@ -169,7 +170,7 @@ def backbone(name: str, folder: Path, precision: str, arguments: dict[str, Any])
 
 
 def machine(precision: str) -> Iterator[Line]:
-    """GPU, SLURM and bitsandbytes."""
+    """GPU, SLURM, bf16 and bitsandbytes."""
     import torch
 
     if torch.cuda.is_available():
@@ -183,6 +184,8 @@ def machine(precision: str) -> Iterator[Line]:
         yield Line(True, "SLURM", f"inside job {job}, {os.environ.get('SLURM_NTASKS', '1')} tasks")
     else:
         yield Line(None, "SLURM", "sbatch is here" if shutil.which("sbatch") else "none")
+    if slow := slow_precision(precision):
+        yield Line(False, "precision", slow)
     try:
         found = version("bitsandbytes")
     except PackageNotFoundError:

@@ -203,7 +203,7 @@ RECIPE = """\
 run: {run}
 seed_everything: 13
 backbone: {backbone}   # a hub id, a folder, or the bundled name smollm2-135m
-precision: {precision}              # of the frozen backbone: fp32, bf16, int8 or nf4; {reason}
+precision: auto              # of the frozen backbone: bf16 where the machine is fast in it, else fp32; or int8, nf4
 
 data:
   tasks:
@@ -242,28 +242,16 @@ stage2:                      # inter-task: shared experts and their gate join
 
 def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> str:
     rows = sum(proposal.rows["train"] for proposal in proposals)
-    fast = _has_bf16()
     names = ", ".join(proposal.name for proposal in proposals)
     return RECIPE.format(
         about=f"One small language model for {names}; proposed by alter init.",
         file=file,
         run=_inline(f"runs/{file.resolve().parent.name}"),
         backbone=_inline(backbone),
-        precision="bf16" if fast else "fp32",
-        reason="this machine computes in bf16"
-        if fast
-        else "bf16 would be slow on this machine, which has no such instructions",
         tasks="\n".join(f"    - tasks/{proposal.name}.yaml" for proposal in proposals),
         examples=min(16_000, max(600, 3 * rows)),
         rows=f"{rows:,}",
     )
-
-
-def _has_bf16() -> bool:
-    """Whether there is a CUDA device, or a processor with bf16 instructions; without importing torch."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.is_file() else ""
-    return Path("/proc/driver/nvidia/version").exists() or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _inline(value: Any) -> str:

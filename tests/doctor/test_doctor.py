@@ -113,7 +113,7 @@ def test_the_estimated_memory_of_smollm2_is_within_a_fifth_of_the_measured(proje
         "--trainer.max_epochs",
         "1",
         "--precision",
-        "bf16",
+        "auto",
     ]
     command = [sys.executable, "-m", "alter", "fit", "--config", "recipe.yaml", *flags]
     path = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

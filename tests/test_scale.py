@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from alter.cli import main
 from alter.recipe import read_recipe
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, fit, project, refused  # noqa: F401 (a fixture)
@@ -65,6 +66,36 @@ def test_two_processes_learn_what_one_does_on_the_same_global_batches(project, o
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         torch.testing.assert_close(theirs[key], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_adapters_learn_beside_a_quantised_backbone_and_two_processes_agree(project, precision, capsys):  # noqa: F811
+    """Rounding the backbone moves the losses a little; adapters stay fp32, and over processes nothing changes."""
+    change(
+        project,
+        data__examples_per_epoch=45,
+        trainer__max_epochs=1,
+        stage2__model__init_args__expert={"class_path": "alter.nn.LoRA", "init_args": {"rank": 4}},
+    )
+    flags = ("--trainer.accumulate_grad_batches", "2", "--test", "false")
+    fit("--run", "plain", *flags)
+    overlay = str(ROOT / f"recipes/strategies/{precision}.yaml")
+    fit("--config", overlay, "--run", "one", *flags)
+    plain, one = curve(project / "plain"), curve(project / "one")
+    assert one.keys() == plain.keys()
+    losses = [key for key in plain if key[2] == "val/loss"]
+    assert all(one[key] == pytest.approx(plain[key], rel=0.1) for key in losses)
+    assert any(one[key] != plain[key] for key in losses)  # it is not the plain one
+    first = min(key for key in one if key[0] == "stage1" and key[2] == "train/loss")
+    assert one["stage2", losses[-1][1], "val/loss"] < one[first]
+    adapters = load_file(project / "one" / "model" / "adapters.safetensors")
+    assert {tensor.dtype for tensor in adapters.values()} == {torch.float32}
+    on_processes("--run", "two", "--precision", precision, "--test", "false", overlay="int8_ddp")
+    two = curve(project / "two")
+    assert two == pytest.approx(one, abs=1e-4)
+    main(["test", "--run", "one"])
+    assert "sort" in capsys.readouterr().out
 
 
 @pytest.mark.slow

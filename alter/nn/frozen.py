@@ -33,7 +33,10 @@ class FrozenFeedForward:
 
     def linear(self, role: str, x: Tensor) -> Tensor:
         """Applies the frozen linear map of this role, in the backbone's precision."""
-        return self._linears[role](x.to(self.dtype).contiguous())  # Conv1D takes views
+        x = x.to(self.dtype).contiguous()  # Conv1D takes views
+        if x.dim() <= 3:
+            return self._linears[role](x)
+        return self._linears[role](x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # bitsandbytes takes no more dimensions
 
     def run(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Computes the block's formula with another set of linear maps.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from alter.data import load_tasks
 from alter.errors import AlterError
@@ -271,12 +272,10 @@ def check_points(config: Config, points: Sequence[Point], base: Path) -> list[Co
     parser = recipe_parser()
     for part in _parts(points):
         where = "--set " + " ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in part.items())
-        problems += _told(lambda part=part: _check_part(config, part, "--set")) or _told(
-            lambda part=part, where=where: check_config(lay_over(config, part, base), parser, where)
-        )
+        problems += _told(_check_part, config, part, "--set") or _told(_check_whole, config, part, base, parser, where)
     if not problems:
         for i, point in enumerate(points):
-            problems += _told(lambda point=point: _check_part(config, point, "--set"))
+            problems += _told(_check_part, config, point, "--set")
             if points.index(point) != i:
                 problems.append(f"point {i + 1}: the same as point {points.index(point) + 1}; leave one out.")
     if problems:
@@ -284,11 +283,15 @@ def check_points(config: Config, points: Sequence[Point], base: Path) -> list[Co
     return [lay_over(config, point, base) for point in points]
 
 
-def _told(check: Callable[[], list[str]]) -> list[str]:
+def _told(check: Callable[..., list[str]], *arguments: Any) -> list[str]:
     try:
-        return check()
+        return check(*arguments)
     except AlterError as error:
         return list(error.messages)
+
+
+def _check_whole(config: Config, point: Point, base: Path, parser: ArgumentParser, where: str) -> list[str]:
+    return check_config(lay_over(config, point, base), parser, where)
 
 
 def _parts(points: Sequence[Point]) -> Iterator[Point]:

@@ -33,6 +33,8 @@ EPILOG = """examples:
   alter test --run runs/medical                         test again
   alter runs runs                                       a table of your runs, the best first
   alter compare --config recipes/medical.yaml --seeds 3  against full fine-tuning, LoRA and others
+  alter sweep --config recipes/medical.yaml --set data.temperature=1,2,5   the best by validation
+  alter submit --config recipes/medical.yaml --nodes 2 --time 8:00:00   as a job on SLURM
   alter predict --run runs/medical --task hpo_system --input rows.jsonl
   alter export --run runs/medical --stage stage1        a plain Hugging Face checkpoint a task
   alter serve --run runs/medical                        a page, and endpoints for OpenAI's clients
@@ -83,6 +85,10 @@ def _run(arguments: list[str]) -> None:
         return _fit(arguments[1:])
     if arguments[:1] == ["compare"]:
         return _compare(arguments[1:])
+    if arguments[:1] == ["sweep"]:
+        return _sweep(arguments[1:])
+    if arguments[:1] == ["submit"]:
+        return _submit(arguments[1:])
     if arguments[:1] == ["doctor"]:
         return _doctor(arguments[1:])
     options = parser().parse_args(arguments)
@@ -96,6 +102,9 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     Args:
         flags: of a recipe, for shell completion; the verbs that take them parse them themselves.
     """
+    from alter.slurm import parser as submit_parser
+    from alter.sweep.main import parser as sweep_parser
+
     own: dict[str, Any] = {"add_help": False, "parents": [flags] if flags else []}
     parser = argparse.ArgumentParser(
         prog="alter", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -114,6 +123,11 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", **own)
     verbs.add_parser("fit", help="train a recipe's stages and test them", **own)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", **own)
+    for name, about, further in (
+        ("sweep", "train a recipe with some values varied, ranked by validation", sweep_parser),
+        ("submit", "train a recipe as a job on SLURM", submit_parser),
+    ):
+        verbs.add_parser(name, help=about, add_help=False, parents=[*own["parents"], further(add_help=False)])
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
@@ -204,6 +218,10 @@ def _fit(arguments: list[str]) -> None:
     if not arguments:
         arguments = ["--help"]
     arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
+    from alter.requeue import REQUEUE, leave_allocation
+
+    leave_allocation()
+    REQUEUE.listen()
     from alter import recipe, run
 
     run.fit(recipe.read_recipe(arguments))
@@ -220,6 +238,18 @@ def _compare(arguments: list[str]) -> None:
     from alter.compare.main import compare
 
     compare(arguments or ["--help"])
+
+
+def _sweep(arguments: list[str]) -> None:
+    from alter.sweep.main import sweep
+
+    sweep(arguments or ["--help"])
+
+
+def _submit(arguments: list[str]) -> None:
+    from alter.slurm import submit
+
+    submit(arguments or ["--help"])
 
 
 def _ls(options: argparse.Namespace) -> None:

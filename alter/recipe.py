@@ -186,7 +186,28 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> R
         plain["data"]["root"] = str(Path(plain["data"]["root"]).resolve())
     plain.pop("config", None)
     plain["precision"] = choose_precision(plain)
-    return Recipe(plain, tasks, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120))
+    return Recipe(plain, tasks, dump(plain))
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """A recipe's YAML."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
+
+
+def check_config(config: Mapping[str, Any], parser: ArgumentParser, where: str) -> list[str]:
+    """What is wrong with the values of a complete recipe, of which some have been changed.
+
+    Args:
+        config: plain.
+        parser: of recipes.
+        where: what every sentence begins with.
+    """
+    try:
+        parsed = parser.parse_object(copy.deepcopy(dict(config)))
+    except Exception as error:
+        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+        return [f"{where}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".strip()]
+    return [f"{where}: {problem}" for problem in _check_values(parsed)]
 
 
 def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -272,7 +293,12 @@ def check_file(file: Path) -> list[str]:
     Raises:
         AlterError: it is no recipe at all, so that nothing else can be said.
     """
-    content, problems = _read_yaml(file), list[str]()
+    return check_content(_read_yaml(file), str(file))
+
+
+def check_content(content: Mapping[str, Any], file: str) -> list[str]:
+    """The same of what has been read."""
+    problems = list[str]()
     plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
     sections = {
         "trunk_cache": (TrunkCache, set()),

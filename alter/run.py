@@ -30,7 +30,8 @@ from lightning.pytorch.utilities import rank_zero_only
 import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
 from alter import report
 from alter.calibrate import calibrate_run
-from alter.callbacks import ExactResume, Inside, KeepLog, MetricsCSV, StageProgress, Throughput
+from alter.callbacks import ExactResume, Inside, KeepLog, MetricsCSV, Preemption, StageProgress, Throughput
+from alter.callbacks.preemption import KEPT
 from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
@@ -41,6 +42,7 @@ from alter.nn.decoding import Generation
 from alter.precision import slow_precision
 from alter.predict import Predictor, load, read_recipe
 from alter.recipe import STAGES, Recipe
+from alter.requeue import REQUEUE
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
 from alter.schema import TRUSTED
 from alter.stages import StageModule
@@ -107,6 +109,7 @@ class StageCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             own.append(StageProgress(self.folder.name, self.throughput))
         own += self._checkpoints(config.get("callbacks") or [])
+        own.append(Preemption(self.folder / "checkpoints" / KEPT, REQUEUE))
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
         return super()._instantiate_trainer(config, [*callbacks, *own])
@@ -225,37 +228,44 @@ def quiet() -> None:
     # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")  # SLURM is there and not asked for
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # of a resumed run
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
     """Writes the recipe and the environment, or checks that the folder holds the same recipe."""
-    if not _is_first():
-        return
-    file = run / "recipe.yaml"
-    begun = any(
-        (run / stage / "checkpoints").is_dir() for stage in STAGES
-    )  # else there is nothing to lose or to mix up
-    if file.is_file() and begun:
-        before = read_yaml(file)
-        changed = [key for key in _differences(before, recipe.config) if not UNCOMPARED.fullmatch(key)]
-        if changed:
-            raise AlterError(
-                f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
-                f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
-            )
+    if not _is_first() or begun_with(run, recipe):
         return
     run.mkdir(parents=True, exist_ok=True)
     (run / "env.txt").write_text(_environment())
-    write_text(file, recipe.text)
+    write_text(run / "recipe.yaml", recipe.text)
 
 
-def _differences(before: Any, after: Any, key: str = "") -> list[str]:
+def begun_with(run: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds a run of this recipe that has begun; before, there is nothing to lose or to mix up.
+
+    Raises:
+        AlterError: it holds one of another recipe.
+    """
+    file = run / "recipe.yaml"
+    if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
+        return False
+    changed = [key for key in differences(read_yaml(file), recipe.config) if not UNCOMPARED.fullmatch(key)]
+    if changed:
+        raise AlterError(
+            f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
+            f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
+        )
+    return True
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """The keys in which two recipes differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = [*before, *(name for name in after if name not in before)]
-        return [d for n in names for d in _differences(before.get(n), after.get(n), f"{key}.{n}".lstrip("."))]
+        return [d for n in names for d in differences(before.get(n), after.get(n), f"{key}.{n}".lstrip("."))]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in _differences(b, a, f"{key}.{i}")]
+        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in differences(b, a, f"{key}.{i}")]
     return [] if before == after else [key]
 
 
@@ -317,7 +327,8 @@ def train(
     if last is None:
         cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
     try:
-        cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
+        with REQUEUE.held():
+            cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
     except SystemExit:  # how Lightning ends at Ctrl+C
         if not cli.trainer.interrupted:
             raise
@@ -327,8 +338,9 @@ def train(
     trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
         cli.model.model.save_pretrained(folder / "model", backbone, trained)
-        for half in [file for each in folders for file in each.glob(".*.part")]:  # of a killed run
-            half.unlink()
+        halves = [file for each in folders for file in each.glob(".*.part")]  # of a killed run
+        for file in [*halves, folders[0] / KEPT]:
+            file.unlink(missing_ok=True)
     facts = {
         "seconds": time.perf_counter() - started,
         "trainable_parameters": cli.model.trainable_parameters(),

@@ -36,8 +36,9 @@ def _run(folder, arguments, environment):
 class Runs:
     """Starts runs in a project's folder, of one or more processes, and kills them."""
 
-    def __init__(self, folder, processes=1):
+    def __init__(self, folder, processes=1, environment=None):
         self.folder = folder
+        self.environment = environment or {}
         self.flags = ["--test", "false"]
         self.processes = processes
         if processes > 1:
@@ -54,6 +55,7 @@ class Runs:
             environment = {
                 "ALTER_HOME": str(self.folder / f"home-{run}"),
                 "OMP_NUM_THREADS": "1",
+                **{name: value.format(rank=rank) for name, value in self.environment.items()},
                 **(places if self.processes > 1 else {}),
             }
             process = SERVER.Process(target=_run, args=(self.folder, ["--run", run, *self.flags], environment))

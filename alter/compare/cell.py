@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from alter import run
+from alter.cells import only_one
 from alter.compare import handover
 from alter.compare.baselines import SETTINGS, BaselineModel
 from alter.data import MultiTaskDataModule, Task
@@ -31,8 +30,6 @@ from alter.results import peak_memory_bytes, write_json
 
 PLAN = "cell.json"
 TRAINED = "trained"  # in place of a split: answers nothing
-BUSY = 75  # exit status where another process runs the cell
-
 
 Answered = list[tuple[Task, list[str], list[str]]]  # answers and targets
 
@@ -127,11 +124,9 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="until the other process has ended")
     options = parser.parse_args()
     try:
-        with FileLock(options.folder / ".lock", timeout=-1 if options.wait else 0):
+        with only_one(options.folder, options.wait):
             if not (options.folder / f"{options.split}.json").is_file():
                 run_cell(options.folder, options.split)
-    except Timeout:
-        sys.exit(BUSY)
     except AlterError as error:
         sys.exit("\n".join(error.messages))
 

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from alter.compare.cell import BUSY, PLAN, TRAINED
+from alter.cells import run_cells
+from alter.compare.cell import PLAN, TRAINED
 from alter.compare.methods import Budget, Config, Method, Run
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
@@ -24,7 +18,7 @@ from alter.nn import Expert, Router
 from alter.nn.backbone import is_seq2seq, load_backbone, resolve_backbone
 from alter.nn.model import MTAModel
 from alter.nn.template import make_template
-from alter.recipe import Recipe
+from alter.recipe import Recipe, dump
 from alter.results import write_json
 
 SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
@@ -203,7 +197,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         planner.match(run)
         for stage in run.config["stages"]:
             _scale(run.config[stage]["model"]["init_args"], factor)
-        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=120)
+        text = dump(run.config)
         file = folder / f"{run.name}.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != text:
             raise AlterError(
@@ -229,41 +223,10 @@ def _scale(arguments: dict[str, Any], factor: float) -> None:
 def _run_cells(grid: Grid, cells: Sequence[Path], split: str) -> list[str]:
     """Runs cells in processes of their own; returns a line for each that failed."""
     todo = [cell for cell in cells if not (cell / f"{split}.json").is_file()]
-    failed: list[str] = []
-    busy: list[Path] = []
     done = len(cells) - len(todo)
     print(f"{len(cells)} cells, {done} complete before" + (", learning rates" if split == TRAINED else ""), flush=True)
 
-    def run(cell: Path, wait: bool = False) -> None:
-        started = time.perf_counter()
-        status, said = _child(cell, split, wait, grid.processes)
-        name = cell.relative_to(grid.folder / "cells")
-        if status == BUSY:
-            busy.append(cell)
-            print(f"{name}: another process is running it", flush=True)
-        elif status:
-            failed.append(f"{cell / LOG}: {said}")
-            print(f"{name}: failed: {said}", flush=True)
-        else:
-            print(f"{name}: {time.perf_counter() - started:,.0f} s", flush=True)
+    def command(cell: Path) -> list[str]:
+        return ["-m", "alter.compare.cell", str(cell), split]
 
-    with ThreadPoolExecutor(grid.processes) as pool:
-        list(pool.map(run, todo))
-    for cell in list(busy):
-        run(cell, wait=True)
-    return failed
-
-
-LOG = "log.txt"
-
-
-def _child(cell: Path, split: str, wait: bool, processes: int) -> tuple[int, str]:
-    """Runs a cell; returns the exit status and the last line that it wrote."""
-    command = [sys.executable, "-m", "alter.compare.cell", str(cell), split, *(["--wait"] if wait else [])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
-    if processes > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
-    with (cell / LOG).open("a", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    lines = [line for line in (cell / LOG).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return status, lines[-1] if lines else f"no output, exit status {status}"
+    return run_cells(todo, command, lambda cell: str(cell.relative_to(grid.folder / "cells")), grid.processes)

@@ -1,0 +1,98 @@
+"""Cells of a grid: each a process of its own with its log, and run by one process at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from alter.slurm import outside
+
+BUSY = 75  # exit status where another process runs the cell
+LOG = "log.txt"
+
+
+@contextmanager
+def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Within, no other process runs the cell; where one does, waits for it or ends this one with `BUSY`."""
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        sys.exit(BUSY)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process runs the cell."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def run_cells(
+    cells: Sequence[Path], command: Callable[[Path], list[str]], name: Callable[[Path], str], processes: int
+) -> list[str]:
+    """Runs cells, some at once; one that fails is told, and the others go on.
+
+    Args:
+        cells: their folders.
+        command: what Python runs for one; it takes ``--wait`` too.
+        name: of a cell.
+        processes: cells run at once.
+
+    Returns:
+        a line for each that failed.
+    """
+    failed: list[str] = []
+    busy: list[Path] = []
+
+    def run(cell: Path, wait: bool = False) -> None:
+        started = time.perf_counter()
+        status, said = _child([*command(cell), *(["--wait"] if wait else [])], cell / LOG, processes)
+        if status == BUSY:
+            busy.append(cell)
+            print(f"{name(cell)}: another process is running it", flush=True)
+        elif status:
+            failed.append(f"{cell / LOG}: {said}")
+            print(f"{name(cell)}: failed: {said}", flush=True)
+        else:
+            print(f"{name(cell)}: {time.perf_counter() - started:,.0f} s", flush=True)
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(run, cells))
+    for cell in list(busy):
+        run(cell, wait=True)
+    return failed
+
+
+def _child(command: Sequence[str], log: Path, processes: int) -> tuple[int, str]:
+    """Runs a cell; returns the exit status and the last line that it wrote."""
+    environment = {**outside(), "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
+    if processes > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    with log.open("a", encoding="utf-8") as stream:
+        status = subprocess.run(
+            [sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    return status, last_line(log) or f"no output, exit status {status}"
+
+
+def last_line(log: Path) -> str:
+    """What a cell said last."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

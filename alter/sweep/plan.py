@@ -1,0 +1,134 @@
+"""A sweep's folder: ``sweep.json`` (what is varied, from what), and under ``cells/`` a recipe and a run folder for each point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alter.errors import AlterError
+from alter.recipe import Recipe, dump
+from alter.results import write_json
+from alter.run import differences, write_text
+from alter.sweep.points import Config, Point, check_points
+
+SWEEP, JOBS = "sweep.json", "jobs.json"
+RESULT, FAILED = "result.json", "failed.json"  # of a cell; the first says that it is done
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is swept.
+
+    Attributes:
+        folder: of the sweep.
+        points: values by key, a cell each, numbered from 1.
+        metric: by which cells are ranked: what the recipe's checkpoints are chosen by.
+        mode: ``min`` or ``max``.
+        start: the folder in which it was started, which a recipe's relative paths are from.
+        test: whether the recipe tests at its end.
+    """
+
+    folder: Path
+    points: list[Point]
+    metric: str
+    mode: str
+    start: str
+    test: bool
+
+    def cell(self, number: int) -> Path:
+        """The run folder of a cell; its recipe stands beside, as NUMBER.yaml."""
+        return self.folder / "cells" / f"{number:03d}"
+
+    def recipe(self, number: int) -> Path:
+        """The recipe of a cell."""
+        return self.cell(number).with_suffix(".yaml")
+
+    @property
+    def numbers(self) -> range:
+        """Of all cells."""
+        return range(1, len(self.points) + 1)
+
+    @property
+    def jobs(self) -> dict[str, str]:
+        """The last SLURM job of each cell that had one, by its number."""
+        file = self.folder / JOBS
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def plan(folder: Path, recipe: Recipe, points: Sequence[Point], base: Path, dry_run: bool = False) -> Sweep:
+    """Checks all points and writes their recipes; what is there has to be the same.
+
+    Args:
+        folder: of the sweep.
+        recipe: whose values are varied.
+        points: to run.
+        base: for the relative paths of task files.
+        dry_run: to write nothing.
+
+    Raises:
+        AlterError: with every mistake, or where the folder holds another sweep.
+    """
+    configs = check_points(recipe.config, points, base)
+    monitors = {_monitor(config) for config in configs}
+    if len(monitors) > 1:
+        raise AlterError(
+            f"--set: the points choose their checkpoints by different metrics ({', '.join(sorted(m for m, _ in monitors))}), so "
+            "they cannot be ranked; sweep one of them at a time."
+        )
+    ((metric, mode),) = monitors
+    # Of the recipe, what a run folder compares; where it is to run may change.
+    known = {
+        "metric": metric,
+        "mode": mode,
+        "start": str(Path.cwd()),
+        "test": recipe.config["test"],
+        "points": list(points),
+        "recipe": recipe.config,
+    }
+    file = folder / SWEEP
+    if file.is_file():
+        changed = differences(json.loads(file.read_text()), json.loads(json.dumps(known)))
+        if changed:
+            raise AlterError(
+                f"{file}: this sweep was started with other settings (it differs in {', '.join(changed[:5])}"
+                f"{' and more' if len(changed) > 5 else ''}); give a new folder with --out, or remove {folder}."
+            )
+    sweep = Sweep(folder, list(points), metric, mode, known["start"], known["test"])
+    if not dry_run and not file.is_file():
+        for number, config in zip(sweep.numbers, configs, strict=True):
+            sweep.cell(number).mkdir(parents=True, exist_ok=True)
+            write_text(sweep.recipe(number), dump(config | {"run": str(sweep.cell(number).absolute()), "test": False}))
+        write_json(file, known)  # last: it says that the recipes are there
+    return sweep
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """A sweep that was started.
+
+    Raises:
+        AlterError: the folder holds none.
+    """
+    file = folder / SWEEP
+    if not file.is_file():
+        raise AlterError(f"{folder}: no sweep is there (it has no {SWEEP}); name the folder that `alter sweep` told.")
+    known = json.loads(file.read_text())
+    return Sweep(folder, known["points"], known["metric"], known["mode"], known["start"], known["test"])
+
+
+def _monitor(config: Config) -> tuple[str, str]:
+    """What the last stage's checkpoints are chosen by, and whether less or more of it is better."""
+    trainer: dict[str, Any] = {**config["trainer"], **config[config["stages"][-1]]["trainer"]}
+    given = trainer.get("callbacks") or []
+    for callback in given if isinstance(given, list) else [given]:
+        if str(callback.get("class_path", "")).endswith("ModelCheckpoint"):
+            arguments = callback.get("init_args") or {}
+            if not arguments.get("monitor"):
+                raise AlterError(
+                    "trainer.callbacks: the recipe's ModelCheckpoint has no monitor, so a sweep has nothing to rank by; "
+                    "write monitor: val/loss, or leave the callback out."
+                )
+            return arguments["monitor"], arguments.get("mode", "min")
+    return "val/loss", "min"

@@ -1,8 +1,11 @@
-"""Puts the comparisons kept under benchmarks/results/compare/NAME.json into docs/results.md, between its markers.
+"""Keeps comparisons under benchmarks/results/compare/, and puts their tables into docs/results.md, between its markers.
 
     python benchmarks/results_page.py [runs/compare/NAME ...]
+    python benchmarks/results_page.py --restore runs/compare/NAME
 
-A folder of `alter compare` is copied there first.
+Of a folder of `alter compare`, what is complete is kept as numbers: compare.json, and of each cell what it measured. A grid
+that takes longer than a machine can be had goes on elsewhere from there: --restore puts the cells back, and the same
+command runs the others. Answers, which may hold texts of the data, stay where they were written.
 """
 
 import json
@@ -18,11 +21,36 @@ KEPT = HERE / "results" / "compare"
 PAGE = HERE.parent / "docs" / "results.md"
 
 
+NUMBERS = ("cell.json", "trained.json", "validation.json", "test.json", "validation.npz", "test.npz")  # of a cell
+
+
 def main():
-    """Copies what is named, and renders the page."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    for folder in map(Path, sys.argv[1:]):
-        shutil.copy(folder / "compare.json", KEPT / f"{folder.resolve().name}.json")
+    """Keeps or restores what is named, and renders the page."""
+    restore = sys.argv[1:2] == ["--restore"]
+    for folder in map(Path, sys.argv[2 if restore else 1 :]):
+        kept = KEPT / folder.resolve().name
+        if restore:
+            copy_cells(kept, folder)
+            continue
+        copy_cells(folder, kept)
+        if (folder / "compare.json").is_file():
+            shutil.copy(folder / "compare.json", kept.with_suffix(".json"))
+    if not restore:
+        render()
+
+
+def copy_cells(source, target):
+    """Copies the numbers of complete cells."""
+    for done in sorted(source.glob("cells/*/*/t*.json")):  # test.json or trained.json
+        cell = target / done.parent.relative_to(source)
+        cell.mkdir(parents=True, exist_ok=True)
+        for name in NUMBERS:
+            if (done.parent / name).is_file():
+                shutil.copy(done.parent / name, cell / name)
+
+
+def render():
+    """Puts every kept comparison into the page."""
     page = PAGE.read_text()
     for file in sorted(KEPT.glob("*.json")):
         marked = rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)"

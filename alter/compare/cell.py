@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from alter import run
 from alter.cells import only_one
 from alter.compare import handover
@@ -20,7 +22,7 @@ from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.inside import mean_gates
-from alter.metrics import metric
+from alter.metrics import bootstrap, metric
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
@@ -39,7 +41,8 @@ def run_cell(folder: Path, split: str) -> None:
 
     Args:
         folder: holds ``cell.json``: ``recipes`` (files in the folder), ``trains`` and ``runner``. Leaves ``SPLIT.jsonl``, a
-            line a row with task, target and answer, and ``SPLIT.json`` with what was measured.
+            line a row with task, target and answer, ``SPLIT.npz`` with each task's first metric on resampled rows, and
+            ``SPLIT.json`` with what was measured.
         split: whose rows to answer; ``trained`` is for training alone, so that trials of learning rates read no test rows.
     """
     started = time.perf_counter()
@@ -58,6 +61,9 @@ def run_cell(folder: Path, split: str) -> None:
         "tokens_per_second": found["tokens"] / seconds if seconds else None,
         "seconds": time.perf_counter() - started,  # of the last start, where there were more
     }
+    # What the comparison draws from each task's rows: numbers alone, so that cells can be kept where answers must not be.
+    draws = {t.name: bootstrap(metric(t.metrics[0], said, targets, t.choices)) for t, said, targets in answered}
+    np.savez_compressed(folder / f"{split}.npz", **draws)  # type: ignore[arg-type]  # numpy's types take names for options
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
         for task, said, targets in answered:
             for answer, target in zip(said, targets, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from alter.recipe import Recipe, dump
 from alter.results import write_json
 
 SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
+PLACES = {"run", "folder", "root", "cache_dir"}  # where things are, which changes no result
 SEEDS = (13, 21, 42, 87, 100)  # those of the few-shot literature (arXiv 2012.15723)
 
 
@@ -197,16 +199,32 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         planner.match(run)
         for stage in run.config["stages"]:
             _scale(run.config[stage]["model"]["init_args"], factor)
-        text = dump(run.config)
-        file = folder / f"{run.name}.yaml"
-        if file.is_file() and file.read_text(encoding="utf-8") != text:
-            raise AlterError(
-                f"{file}: this cell was started with other settings; give a new folder with --out, or remove {folder}."
-            )
-        file.write_text(text, encoding="utf-8")
-    recipes = [f"{run.name}.yaml" for run in runs]
-    write_json(folder / PLAN, {"recipes": recipes, "trains": method.trains, "runner": runs[0].runner})
+    plan = {
+        "recipes": [f"{run.name}.yaml" for run in runs],
+        "trains": method.trains,
+        "runner": runs[0].runner,
+        "settings": _digest([run.config for run in runs]),
+    }
+    file = folder / PLAN
+    if file.is_file() and json.loads(file.read_text()) != plan:
+        raise AlterError(
+            f"{file}: this cell was started with other settings; give a new folder with --out, or remove {folder}."
+        )
+    for run in runs:
+        (folder / f"{run.name}.yaml").write_text(dump(run.config), encoding="utf-8")
+    write_json(file, plan)
     return folder
+
+
+def _digest(configs: Sequence[Config]) -> str:
+    """Tells settings from others, wherever they are run."""
+
+    def placeless(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: placeless(inner) for key, inner in value.items() if key not in PLACES}
+        return [placeless(inner) for inner in value] if isinstance(value, list) else value
+
+    return hashlib.sha256(json.dumps(placeless(list(configs)), sort_keys=True).encode()).hexdigest()
 
 
 def _scale(arguments: dict[str, Any], factor: float) -> None:

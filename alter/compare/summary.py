@@ -12,7 +12,7 @@ import numpy as np
 
 from alter.compare.methods import Method
 from alter.data import Task
-from alter.metrics import LEVEL, RESAMPLES, Metric, bootstrap, metric
+from alter.metrics import LEVEL, RESAMPLES
 
 Cells = Mapping[str, Mapping[int, Path]]  # the folders by method and seed
 
@@ -27,7 +27,9 @@ class Difference(NamedTuple):
 
 
 class Answers:
-    """What every cell answered, as the first metric of every task.
+    """What every cell answered, as the first metric of every task: on all rows, and on resampled ones.
+
+    Two methods' draws are of the same rows, since these depend on the number of rows alone (`alter.metrics.bootstrap`).
 
     Args:
         cells: complete.
@@ -36,32 +38,19 @@ class Answers:
     """
 
     def __init__(self, cells: Cells, tasks: Sequence[Task], split: str) -> None:
-        self.tasks = list(tasks)
-        self._metrics: dict[tuple[str, int, str], Metric] = {}
+        self._values: dict[tuple[str, int, str], float] = {}
         self._draws: dict[tuple[str, int, str], np.ndarray] = {}
         for method, seeds in cells.items():
             for seed, folder in seeds.items():
-                self._read(method, seed, folder / f"{split}.jsonl")
-
-    def _read(self, method: str, seed: int, file: Path) -> None:
-        rows: dict[str, tuple[list[str], list[str]]] = {task.name: ([], []) for task in self.tasks}
-        with file.open(encoding="utf-8") as stream:
-            for row in map(json.loads, stream):
-                rows[row["task"]][0].append(row["answer"])
-                rows[row["task"]][1].append(row["target"])
-        for task in self.tasks:
-            answers, targets = rows[task.name]
-            self._metrics[method, seed, task.name] = metric(task.metrics[0], answers, targets, task.choices)
+                found = json.loads((folder / f"{split}.json").read_text())["tasks"]
+                with np.load(folder / f"{split}.npz") as draws:
+                    for task in tasks:
+                        self._values[method, seed, task.name] = found[task.name][task.metrics[0]]
+                        self._draws[method, seed, task.name] = draws[task.name]
 
     def value(self, method: str, seed: int, task: str) -> float:
         """The task's first metric on all rows."""
-        return self._metrics[method, seed, task].value()
-
-    def _resampled(self, method: str, seed: int, task: str) -> np.ndarray:
-        key = (method, seed, task)
-        if key not in self._draws:  # the rows drawn depend on their number alone: two methods get the same ones
-            self._draws[key] = bootstrap(self._metrics[key])
-        return self._draws[key]
+        return self._values[method, seed, task]
 
     def difference(self, first: str, second: str, seeds: Sequence[int], tasks: Sequence[str]) -> Difference:
         """The mean over tasks of one method minus another's, paired by seed and row.
@@ -71,10 +60,7 @@ class Answers:
         pairs = [[(seed, task) for task in tasks] for seed in seeds]
         value = fmean(fmean(self.value(first, *p) - self.value(second, *p) for p in by_task) for by_task in pairs)
         by_seed = np.stack(
-            [
-                np.mean([self._resampled(first, *p) - self._resampled(second, *p) for p in by_task], axis=0)
-                for by_task in pairs
-            ]
+            [np.mean([self._draws[first, *p] - self._draws[second, *p] for p in by_task], axis=0) for by_task in pairs]
         )
         drawn = np.random.default_rng(len(seeds)).integers(len(seeds), size=(len(seeds), RESAMPLES))
         differences = by_seed[drawn, np.arange(RESAMPLES)].mean(0)

@@ -24,12 +24,15 @@ def write(folder, right, seed=0, rows=(40, 25), **facts):
     """A cell whose answers are right with some probability."""
     g = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    tasks, lines = {}, []
+    tasks, lines, draws = {}, [], {}
     for task, count in zip(TASKS, rows, strict=True):
         hits = g.random(count) < right
         lines += [{"task": task.name, "target": "a", "answer": "a" if hit else "b"} for hit in hits]
+        same = np.random.default_rng(len(hits))  # two methods' draws are of the same rows
+        draws[task.name] = [hits[same.integers(count, size=count)].mean() for _ in range(RESAMPLES)]
         tasks[task.name] = {name: float(hits.mean()) for name in task.metrics}
     (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    np.savez(folder / "test.npz", **draws)
     found = {
         "tasks": tasks,
         "trainable_parameters": 10,

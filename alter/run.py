@@ -176,10 +176,9 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     print(render_table(results))
     if split == "test":
         report.look_inside(run, predictor, data, answers)
-        print(f"\nReport: {report.write_report(run)}")
-    print(
-        f"\nWritten to {run / name}; answer new rows with: alter predict --run {run} --task {predictor.tasks[0]} --input FILE"
-    )
+        print(f"\nReport:  {report.write_report(run)}")
+    print(f"Results: {run / name}")
+    print(f"Next:    alter predict --run {run} --task {predictor.tasks[0]} --input FILE")
     return results
 
 
@@ -222,6 +221,7 @@ def quiet() -> None:
     # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # one process may well be what is wanted
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # of a resumed run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from alter.errors import AlterError
+from alter.terminal import columns
 from alter.yaml_file import read_yaml
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -106,33 +107,23 @@ def runs_table(folder: Path) -> str:
             ]
         )
     text = (
-        _columns(lines, right=range(2, 7)) + "\n\nmean: over the tasks, of each task's first metric on the test split."
+        columns(lines, right=range(2, 7)) + "\n\nmean: over the tasks, of each task's first metric on the test split."
     )
     if len({tuple(sorted(run.results["tasks"])) for run in runs if run.results}) > 1:
         text += " These runs have different tasks, so their means do not compare."
     return text
 
 
-def _columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{c:>{w}}" if i in right else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
 def diff(first: Path, second: Path) -> str:
     """The recipe's lines in which two runs differ, and how each metric changes from the first to the second."""
     one, other = read_run(first), read_run(second)
     lines = [["recipe", str(first), str(second)], *_recipe_changes(one.recipe, other.recipe)]
-    text = _columns(lines) if len(lines) > 1 else "The recipes are the same, but for the run folder."
+    text = columns(lines) if len(lines) > 1 else "The recipes are the same, but for the run folder."
     if one.results is None or other.results is None:
         missing = first if one.results is None else second
         return f"{text}\n\n{missing}: no results yet, so no metrics to compare."
     table = [["metric", str(first), str(second), "change", ""], *_metric_changes(one.results, other.results)]
-    return f"{text}\n\n{_columns(table, right=(3,))}"
+    return f"{text}\n\n{columns(table, right=(3,))}"
 
 
 def _recipe_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -52,7 +52,7 @@ class Page(HTMLParser):
 def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: F811
     fit()
     run = project / "run"
-    assert "Report: run/report.html" in capsys.readouterr().out
+    assert "Report:  run/report.html" in capsys.readouterr().out
     text = (run / "report.html").read_text()
     page = Page(text)
     assert page.sections == SECTIONS

@@ -21,8 +21,8 @@ from alter.errors import AlterError
 from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone
 from alter.recipe import Recipe, read_recipe
 from alter.run import quiet
+from alter.terminal import width
 
-WIDTH = 110
 COLOURS = {True: "\033[32m", False: "\033[31m", None: "\033[2m"}
 
 
@@ -146,7 +146,7 @@ def _shown(line: Line) -> str:
     mark = {True: "ok" if plain else "✓", False: "NO" if plain else "✗", None: "-" if plain else "·"}[line.good]
     first = f"{mark} {line.topic:<13}"
     text = textwrap.fill(
-        line.text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
+        line.text, width(), initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )
     text += "".join(f"\n{' ' * len(first)}{part}" for part in line.detail)
     if plain:

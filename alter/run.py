@@ -36,6 +36,7 @@ from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
+from alter.hardware import SLOW_BF16, computes_bf16
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.predict import Predictor, load, read_recipe
@@ -138,7 +139,10 @@ def fit(recipe: Recipe) -> None:
     data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
     data.prepare_data()
     data.setup()
-    say(f"run folder: {run}\nbackbone: {recipe.config['backbone']} ({backbone}), {recipe.config['precision']}\n")
+    precision = recipe.config["precision"]
+    say(f"run folder: {run}\nbackbone:   {recipe.config['backbone']} ({backbone}), {precision}\n")
+    if precision == "bf16" and computes_bf16() is False:
+        say(f"precision: {SLOW_BF16}.\n")
     say(data.summary())
     record(run, "data", time.perf_counter() - started)
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
@@ -218,10 +222,11 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
+    # Lightning's own use of a torch function; one process where SLURM is, which may well be meant; and a resume that our
+    # sampler makes exact, though Lightning cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # one process may well be what is wanted
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # of a resumed run
 
 

@@ -13,7 +13,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def build(source, target, out):
-    run([sys.executable, "-m", "hatchling", "build", "-t", target, "-d", out], cwd=source, check=True, capture_output=True)
+    run(
+        [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", out],
+        cwd=source,
+        check=True,
+        capture_output=True,
+    )
     (made,) = out.glob("*.whl" if target == "wheel" else "*.tar.gz")
     return made
 

@@ -91,9 +91,10 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
     model = recipe.config["stage1"]["model"].get("init_args") or {}
     found = checks.backbone(recipe.config["backbone"], folder, recipe.config["precision"], model)
     yield found
-    yield from checks.machine(recipe.config["precision"])
-    if bad or not found.good:
-        yield Line(None, "memory", "not tried, since there is a cross above")
+    machine = list(checks.machine(recipe.config["precision"]))
+    yield from machine
+    if bad or not all(line.good is not False for line in [found, *machine]):
+        yield Line(None, "trial", "of memory and time: not made, since there is a cross above")
     elif with_trial:
         yield from _trial(arguments, recipe)
 
@@ -148,7 +149,9 @@ def _shown(line: Line) -> str:
     text = textwrap.fill(
         line.text, width(), initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )
-    text += "".join(f"\n{' ' * len(first)}{part}" for part in line.detail)
+    indent = " " * len(first)
+    for part in line.detail:
+        text += "\n" + textwrap.fill(part, width(), initial_indent=indent, subsequent_indent=f"{indent}  ")
     if plain:
         text = text.replace("█", "#")
     return f"{COLOURS[line.good]}{text[: len(mark)]}\033[0m{text[len(mark) :]}" if sys.stdout.isatty() else text

@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from alter.data.sources import SPLITS, Files, read_file
 from alter import terminal
+from alter.data.sources import SPLITS, Files, read_file
 from alter.errors import AlterError
+from alter.hardware import computes_bf16
 from alter.init.columns import read_columns
 from alter.init.guess import Guess, guess_task
 
@@ -85,8 +86,10 @@ def init(folder: Path, files: Sequence[Path], backbone: str) -> str:
     return "\n".join(
         [
             *said,
-            f"Written: {recipe} and {len(proposals)} task file{'s' if len(proposals) > 1 else ''} in {folder / 'tasks'}. "
+            f"Written: {recipe}",
+            *(f"         {file}" for file in targets[1:]),
             "Correct there what is guessed wrong.",
+            "",
             f"Next: alter doctor --config {recipe}",
             f"      alter fit --config {recipe}",
         ]
@@ -243,7 +246,7 @@ stage2:                      # inter-task: shared experts and their gate join
 
 def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> str:
     rows = sum(proposal.rows["train"] for proposal in proposals)
-    fast = _has_bf16()
+    fast = computes_bf16()
     names = ", ".join(proposal.name for proposal in proposals)
     return RECIPE.format(
         about=f"One small language model for {names}; proposed by alter init.",
@@ -251,20 +254,15 @@ def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> st
         run=_inline(f"runs/{file.resolve().parent.name}"),
         backbone=_inline(backbone),
         precision="bf16" if fast else "fp32",
-        reason="this machine computes in bf16"
-        if fast
-        else "bf16 would be slow on this machine, which has no such instructions",
+        reason={
+            True: "this machine computes in bf16",
+            False: "bf16 would be slow on this machine, which has no such instructions",
+            None: "bf16 is faster on machines that compute in it",
+        }[fast],
         tasks="\n".join(f"    - tasks/{proposal.name}.yaml" for proposal in proposals),
         examples=min(16_000, max(600, 3 * rows)),
         rows=f"{rows:,}",
     )
-
-
-def _has_bf16() -> bool:
-    """Whether there is a CUDA device, or a processor with bf16 instructions; without importing torch."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.is_file() else ""
-    return Path("/proc/driver/nvidia/version").exists() or "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def _inline(value: Any) -> str:

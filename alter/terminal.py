@@ -27,3 +27,13 @@ def columns(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def narrowed(lines: Sequence[Sequence[str]], keep: int, right: Collection[int] = ()) -> str:
+    """The same, without the last columns where the terminal has no room for them; the first ``keep`` stay."""
+    count = len(lines[0])
+    while True:
+        text = columns([line[:count] for line in lines], right)
+        if count <= keep or max(map(len, text.splitlines())) <= width():
+            return text
+        count -= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -154,7 +153,7 @@ def _text(value: Any) -> str:
 
 def _where_they_differ(one: str, other: str, room: int) -> list[str]:
     """Two texts cut to a length, so that the first difference is seen."""
-    same = len(os.path.commonprefix([one, other]))
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     start = max(0, same - room // 3) if max(len(one), len(other)) > room else 0
     return [_start(f"...{text[start + 3 :]}" if start else text, room) for text in (one, other)]
 

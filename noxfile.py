@@ -44,7 +44,9 @@ def package(session: nox.Session) -> None:
     session.chdir(folder / "away")
     session.run("python", "-c", "import alter; print(alter.__file__); assert 'site-packages' in alter.__file__")
     session.run("alter", "ls")
-    session.run("pytest", "tests/docs/test_pages.py", "-k", "command and ten_minutes", env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        "pytest", "tests/docs/test_pages.py", "-k", "every_command and ten_minutes", env={"OMP_NUM_THREADS": "1"}
+    )
 
 
 @nox.session

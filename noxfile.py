@@ -7,14 +7,46 @@ from pathlib import Path
 import nox
 
 nox.options.sessions = ["lint", "types", "tests"]
+SPREAD = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # files share fixtures that train
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after -- go to pytest."""
     session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
-    spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # files share fixtures that train
-    session.run("pytest", *(session.posargs or spread), env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *(session.posargs or SPREAD), env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests and fail where they miss more than 10% of the package's lines; lists the lines that are left."""
+    session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", *(session.posargs or SPREAD), env={"OMP_NUM_THREADS": "1"})
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Build sdist and wheel, install the wheel into an environment without the checkout, and run the first tutorial there."""
+    session.install("-c", "constraints.txt", "build", "hatchling")
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder)
+    # The wheel is built from the sdist.
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"))
+    (wheel,) = (folder / "dist").glob("*.whl")
+    session.install("-c", "constraints.txt", f"{wheel}[medical]", "pytest", "pytest-timeout", "hypothesis")
+    for name in ("tests", "docs"):  # what runs the page's commands, and nothing of the package
+        shutil.copytree(name, folder / "away" / name, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    for name in ("README.md", "CONTRIBUTING.md", "pyproject.toml"):
+        shutil.copy(name, folder / "away")
+    session.chdir(folder / "away")
+    session.run("python", "-c", "import alter; print(alter.__file__); assert 'site-packages' in alter.__file__")
+    session.run("alter", "ls")
+    session.run(
+        "pytest", "tests/docs/test_pages.py", "-k", "every_command and ten_minutes", env={"OMP_NUM_THREADS": "1"}
+    )
 
 
 @nox.session

@@ -78,10 +78,12 @@ def calibrate_run(run: Path, predictor: Predictor, data: MultiTaskDataModule) ->
     file = run / "model" / CALIBRATION_FILE
     if file.is_file():
         return
+    if any(predictor.task(name).choices for name in predictor.tasks):
+        print("\ncalibration: the probabilities of choices, by a temperature a task on validation rows")
     found = calibrate(predictor, data)
     write_json(file, found)
     for name, task in found.items():
         print(
-            f"calibrated: {name}, temperature {task['temperature']:.2f} (negative log-likelihood of {task['rows']} validation "
-            f"labels {task['nll_before']:.3f} -> {task['nll_after']:.3f})"
+            f"calibrated: {name}, temperature {task['temperature']:.2f}, "
+            f"mean -log p of {task['rows']} labels {task['nll_before']:.3f} -> {task['nll_after']:.3f}"
         )

@@ -335,8 +335,11 @@ def _completion(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from alter.predict import load
 
+    disable_progress_bar()
     predictor = load(options.run, options.backbone)
     named = options.task or (predictor.tasks[0] if len(predictor.tasks) == 1 else None)
     if named:

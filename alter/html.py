@@ -15,15 +15,20 @@ table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabu
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
 li { overflow-wrap: anywhere; }
 .text { text-align: left; }
-.long td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; text-align: left; min-width: 8rem; }
+.long td { white-space: pre-line; overflow-wrap: anywhere; vertical-align: top; text-align: left; min-width: 8rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 thead th { vertical-align: bottom; }
 figure { margin: 1rem 0; overflow-x: auto; } figcaption { font-size: .9rem; }
 pre { font-size: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; }
 @media print {
-  body { max-width: none; margin: 0; } nav { display: none; } figure, tr { break-inside: avoid; }
-  th:first-child, td:first-child { position: static; } figure svg { max-width: 100%; height: auto; }
+  body { max-width: none; margin: 0; padding: 0; font-size: 12px; } nav { display: none; }
+  figure, tr { break-inside: avoid; } h2, h3, summary, thead { break-after: avoid; }
+  .wide, figure { overflow: visible; } figure svg { max-width: 100%; height: auto; }
+  table { font-size: 10.5px; } th, td { white-space: normal; padding: .2rem .35rem; }
+  .long td { min-width: 0; overflow-wrap: break-word; }
+  th:first-child, td:first-child { position: static; }
+  details::details-content { content-visibility: visible; display: block; } /* paper cannot be clicked */
 }
 """
 

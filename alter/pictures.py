@@ -14,6 +14,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 TEXT = "#010203"  # in a page it becomes the page's own colour, light or dark
 INK = (0.145, 0.388, 0.922)
@@ -181,6 +182,8 @@ def confusion(targets: Sequence[str], answers: Sequence[str], most: int = 25) ->
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
     figure = heatmaps({"right answer (row), answered (column)": shares}, names, names, numbers=None)
     axes = figure.axes[0]
+    for place in range(len(names)):  # what is right is found on the diagonal
+        axes.add_patch(Rectangle((place, place), 1, 1, fill=False, edgecolor=TEXT, linewidth=0.4, alpha=0.5))
     for (row, column), count in np.ndenumerate(table):
         if count:
             colour = "white" if shares[row, column] > 0.55 else TEXT

@@ -14,8 +14,8 @@ AUTO = "auto"
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # of x86 and Arm, as Linux writes them
 
 
-def computes_bf16(accelerator: str = "auto") -> bool:
-    """Whether bf16 is faster than fp32 here: a GPU, or a processor with instructions for it.
+def computes_bf16(accelerator: str = "auto") -> bool | None:
+    """Whether bf16 is faster than fp32 here: on a GPU, or a processor with instructions for it; None where that is not known.
 
     A processor without them takes about ten times as long in bf16.
 
@@ -27,7 +27,7 @@ def computes_bf16(accelerator: str = "auto") -> bool:
     if accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     file = Path("/proc/cpuinfo")
-    return file.is_file() and not CPU_FLAGS.isdisjoint(file.read_text().split())
+    return not CPU_FLAGS.isdisjoint(file.read_text().split()) if file.is_file() else None
 
 
 def check_precision(precision: str) -> list[str]:
@@ -60,11 +60,11 @@ def choose_precision(config: Mapping[str, Any]) -> str:
 
 def slow_precision(precision: str, accelerator: str = "auto") -> str | None:
     """A sentence for who asked for bf16 on a machine that is slow in it, else None."""
-    if precision != "bf16" or computes_bf16(accelerator):
+    if precision != "bf16" or computes_bf16(accelerator) is not False:
         return None
     return "bf16 is about ten times slower than fp32 on this machine, which has no instructions for it; take precision: auto."
 
 
 def answering_precision(precision: str) -> str:
     """The precision in which a finished run answers here: its own, or fp32 for bf16 on a machine that is slow in it."""
-    return "fp32" if precision == "bf16" and not computes_bf16() else precision
+    return "fp32" if precision == "bf16" and computes_bf16() is False else precision

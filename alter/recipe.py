@@ -45,7 +45,10 @@ DATA_SKIP = {"tokenizer", "seq2seq"}
 def recipe_parser() -> ArgumentParser:
     """The parser of ``alter fit``: every field of a recipe is a flag, with help from the docstrings."""
     parser = ArgumentParser(
-        prog="alter fit", description="Trains a two-stage MTA model from a recipe.", exit_on_error=False
+        prog="alter fit",
+        usage="alter fit --config RECIPE [--config OVERLAY ...] [--KEY VALUE ...]",
+        description="Trains a two-stage MTA model from a recipe.",
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="A recipe; give it again to lay another over it.")
     parser.add_argument("--run", type=str, default="runs/model", help="The run folder.")

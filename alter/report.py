@@ -124,7 +124,7 @@ class _Report:
         total = sum(seconds or 0.0 for seconds in self.results["seconds"].values())
         yield html.bullets(
             [
-                f"{len(self.tasks)} tasks on {self.recipe['backbone']} ({self.recipe['precision']}).",
+                f"{len(self.tasks)} task{'s' if len(self.tasks) > 1 else ''} on {self.recipe['backbone']} ({self.recipe['precision']}).",
                 f"Mean of the tasks' first metrics on the test split: {fmean(entry['value'] for entry in firsts):.3f}.",
                 *filter(None, above),
                 f"{self.results['trainable_parameters']:,} parameters trained, {total / 60:.1f} minutes in all, "
@@ -143,7 +143,10 @@ class _Report:
             return ""
         higher = sum(entry["value"] > other["value"] for entry, other in pairs)
         apart = sum(entry["low"] > other["high"] for entry, other in pairs)
-        return f"Above {REFERENCES[reference]} in {higher} of {len(pairs)} tasks, in {apart} with intervals apart."
+        name = {"majority": "the majority class", "backbone": "the untouched backbone"}.get(
+            reference, REFERENCES[reference]
+        )
+        return f"Above {name} in {higher} of {len(pairs)} tasks, in {apart} with intervals apart."
 
     def metrics(self) -> Iterator[str]:
         head = ["task", "metric", "rows", "model", "95% interval", *REFERENCES.values()]
@@ -207,12 +210,13 @@ class _Report:
         for kind, layers in self.inside["routing"].items():
             count = len(next(iter(layers.values()))[0])
             columns = [str(i) for i in range(count)] if kind == "experts" else ["e", *map(str, range(1, count))]
+            own = "Expert 0 started as the first task's own, and so on." if count == len(self.tasks) else ""
             yield f"<h3>{KINDS[kind]}</h3>"
             yield self._picture(
                 f"routing_{kind}",
                 pictures.heatmaps(_by_block(layers), list(self.tasks), columns),
-                "Mean gate of each task (rows) on each expert (columns), a picture a layer, on validation examples."
-                + (" Column e is the mixture of the task experts." if kind == "shared" else ""),
+                "Mean gate of each task (rows) on each expert (columns), a picture a layer, on validation examples. "
+                + ("Column e is the mixture of the task experts." if kind == "shared" else own),
             )
 
     def similarity(self) -> Iterator[str]:

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alter import terminal
 from alter.errors import AlterError
 from alter.metrics import bootstrap_interval, check_names, metric
 
 REFERENCES = {"majority": "majority", "backbone": "backbone", "tfidf": "TF-IDF"}  # key in the file -> name in the table
 STEPS = ("data", "stage1", "stage2", "test")
-WIDTH = 110
 _CLASSIFICATION_ONLY = ("majority", "tfidf")
 _DIGITS = 6
 
@@ -196,21 +196,24 @@ def verdict(model: Mapping[str, float], reference: Mapping[str, float]) -> Verdi
 
 
 def render_table(results: Mapping[str, Any]) -> str:
-    """Returns the results as plain text, at most `WIDTH` columns wide."""
-    heads = ["model [95% interval]", *REFERENCES.values()]
-    lines = [f"{'  metric':<14}" + "".join(f"{head:<24}" for head in heads).rstrip(), "-" * WIDTH]
+    """Returns the results as plain text, as wide as the terminal; below 110 columns without the references' intervals."""
+    room = terminal.width()
+    full = room >= terminal.WIDEST
+    cell = 24 if full else 12  # characters of a reference
+    heads = f"{'  metric':<14}{'model [95% interval]':<24}" + "".join(f"{name:<{cell}}" for name in REFERENCES.values())
+    lines = [heads.rstrip(), "-" * room]
     for task, metrics in results["tasks"].items():
         ns = {entry["n"] for entry in metrics.values()}
-        lines.append(_cut(f"{task}  (n = {', '.join(f'{n:,}' for n in sorted(ns))})"))
+        lines.append(_cut(room, f"{task}  (n = {', '.join(f'{n:,}' for n in sorted(ns))})"))
         for name, entry in metrics.items():
-            cells = [_cell(entry), *(_marked_cell(entry, reference) for reference in REFERENCES)]
+            others = "".join(f"{_marked_cell(entry, reference, full):<{cell}}" for reference in REFERENCES)
             if len(name) > 11:  # a name such as recall[out of scope] stands above its numbers
-                lines.append(_cut(f"  {name}"))
+                lines.append(_cut(room, f"  {name}"))
                 name = ""
-            lines.append(f"  {name:<12}" + "".join(f"{cell:<24}" for cell in cells).rstrip())
-    lines.append("-" * WIDTH)
+            lines.append(f"  {name:<12}{_cell(entry):<24}{others}".rstrip())
+    lines.append("-" * room)
     for note in _notes(results):
-        lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += textwrap.wrap(note, room, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 
@@ -229,17 +232,19 @@ def _escape(text: str) -> str:
     return re.sub(r"([|*~_\\])", r"\\\1", text)
 
 
-def _cut(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+def _cut(room: int, line: str) -> str:
+    return line if len(line) <= room else line[: room - 3] + "..."
 
 
-def _cell(entry: Mapping[str, float] | None) -> str:
-    return "-" if entry is None else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+def _cell(entry: Mapping[str, float] | None, interval: bool = True) -> str:
+    if entry is None:
+        return "-"
+    return f"{entry['value']:.3f}" + (f" [{entry['low']:.3f}, {entry['high']:.3f}]" if interval else "")
 
 
-def _marked_cell(entry: Mapping[str, Any], reference: str) -> str:
+def _marked_cell(entry: Mapping[str, Any], reference: str, interval: bool = True) -> str:
     other = entry["references"].get(reference)
-    return _cell(other) if other is None else f"{_cell(other)} {verdict(entry, other).mark}".rstrip()
+    return "-" if other is None else f"{_cell(other, interval)} {verdict(entry, other).mark}".rstrip()
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:

@@ -142,9 +142,10 @@ def fit(recipe: Recipe) -> None:
     data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
     data.prepare_data()
     data.setup()
-    say(f"run folder: {run}\nbackbone: {recipe.config['backbone']} ({backbone}), {recipe.config['precision']}\n")
-    if slow := slow_precision(recipe.config["precision"], recipe.config["trainer"]["accelerator"]):
-        say(f"{slow}\n")
+    precision = recipe.config["precision"]
+    say(f"run folder: {run}\nbackbone:   {recipe.config['backbone']} ({backbone}), {precision}\n")
+    if slow := slow_precision(precision, recipe.config["trainer"]["accelerator"]):
+        say(f"precision: {slow}\n")
     say(data.summary())
     record(run, "data", time.perf_counter() - started)
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
@@ -182,10 +183,9 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     print(render_table(results))
     if split == "test":
         report.look_inside(run, predictor, data, answers)
-        print(f"\nReport: {report.write_report(run)}")
-    print(
-        f"\nWritten to {run / name}; answer new rows with: alter predict --run {run} --task {predictor.tasks[0]} --input FILE"
-    )
+        print(f"\nReport:  {report.write_report(run)}")
+    print(f"Results: {run / name}")
+    print(f"Next:    alter predict --run {run} --task {predictor.tasks[0]} --input FILE")
     return results
 
 
@@ -225,10 +225,11 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
+    # Lightning's own use of a torch function; one process where SLURM is, which may well be meant; and a resume that our
+    # sampler makes exact, though Lightning cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")  # SLURM is there and not asked for
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # of a resumed run
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,10 +11,11 @@ from statistics import fmean
 from typing import Any
 
 from alter.errors import AlterError
+from alter.terminal import columns, narrowed, width
 from alter.yaml_file import read_yaml
 
 Metrics = Mapping[str, Mapping[str, Any]]
-SHORT = 60  # characters of a value
+NARROWEST = 20  # characters of a column
 
 
 @dataclass
@@ -82,7 +83,7 @@ def find_runs(folder: Path) -> list[Run]:
 def runs_table(folder: Path) -> str:
     """A table of the runs in a folder, the best first."""
     runs = find_runs(folder)
-    head = ["run", "state", "mean", "tasks", "trained", "minutes", "memory", "when"]
+    head = ["run", "state", "mean", "tasks", "minutes", "trained", "memory", "when"]
     lines = [head]
     for run in runs:
         results = run.results or {}
@@ -99,47 +100,40 @@ def runs_table(folder: Path) -> str:
                 run.state,
                 "-" if run.score is None else f"{run.score:.3f}",
                 str(len(run.recipe["data"]["tasks"])),
-                f"{trained:,}" if trained else "-",
                 f"{sum(seconds) / 60:.1f}",
+                f"{trained:,}" if trained else "-",
                 f"{memory / 2**30:.1f} GiB" if memory else "-",
                 f"{when:%Y-%m-%d %H:%M}",
             ]
         )
-    text = (
-        _columns(lines, right=range(2, 7)) + "\n\nmean: over the tasks, of each task's first metric on the test split."
-    )
+    table = narrowed(lines, keep=5, right=range(2, 7))
+    text = f"{table}\n\nmean: over the tasks, of each task's first metric on the test split."
     if len({tuple(sorted(run.results["tasks"])) for run in runs if run.results}) > 1:
         text += " These runs have different tasks, so their means do not compare."
     return text
 
 
-def _columns(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{c:>{w}}" if i in right else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
 def diff(first: Path, second: Path) -> str:
     """The recipe's lines in which two runs differ, and how each metric changes from the first to the second."""
     one, other = read_run(first), read_run(second)
-    lines = [["recipe", str(first), str(second)], *_recipe_changes(one.recipe, other.recipe)]
-    text = _columns(lines) if len(lines) > 1 else "The recipes are the same, but for the run folder."
+    names = [_end(str(folder)) for folder in (first, second)]
+    lines = [["recipe", *names], *_recipe_changes(one.recipe, other.recipe)]
+    text = columns(lines) if len(lines) > 1 else "The recipes are the same, but for the run folder."
     if one.results is None or other.results is None:
         missing = first if one.results is None else second
         return f"{text}\n\n{missing}: no results yet, so no metrics to compare."
-    table = [["metric", str(first), str(second), "change", ""], *_metric_changes(one.results, other.results)]
-    return f"{text}\n\n{_columns(table, right=(3,))}"
+    table = [["metric", *names, "change", ""], *_metric_changes(one.results, other.results)]
+    return f"{text}\n\n{narrowed(table, keep=4, right=(3,))}"
 
 
 def _recipe_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[list[str]]:
     before, after = (dict(_leaves(recipe)) for recipe in (one, other))
-    for key in [*before, *(key for key in after if key not in before)]:
-        if key != "run" and before.get(key) != after.get(key):
-            yield [key, *(_value(values[key]) if key in values else "-" for values in (before, after))]
+    keys = [*before, *(key for key in after if key not in before)]
+    changed = [key for key in keys if key != "run" and before.get(key) != after.get(key)]
+    room = (width() - max(map(len, changed), default=0) - 4) // 2  # of a value
+    for key in changed:
+        values = [_text(found[key]) if key in found else "-" for found in (before, after)]
+        yield [key, *_where_they_differ(*values, max(room, NARROWEST))]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -153,9 +147,23 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _value(value: Any) -> str:
-    text = " ".join(json.dumps(value, ensure_ascii=False).strip('"').split())
-    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+def _text(value: Any) -> str:
+    return " ".join(json.dumps(value, ensure_ascii=False).strip('"').split())
+
+
+def _where_they_differ(one: str, other: str, room: int) -> list[str]:
+    """Two texts cut to a length, so that the first difference is seen."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, same - room // 3) if max(len(one), len(other)) > room else 0
+    return [_start(f"...{text[start + 3 :]}" if start else text, room) for text in (one, other)]
+
+
+def _start(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= NARROWEST else f"...{text[3 - NARROWEST :]}"
 
 
 def _metric_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -11,8 +11,7 @@ from pathlib import Path
 import yaml
 
 from alter.errors import AlterError, did_you_mean
-
-WIDTH = 110
+from alter.terminal import width
 
 
 def shipped_recipes() -> Path:
@@ -95,10 +94,10 @@ def listing() -> str:
             "needs": recipe.needs,
             "takes": recipe.takes,
         }
-        lines += textwrap.wrap(f"{recipe.file.stem}: {recipe.about}", WIDTH, subsequent_indent="  ")
+        lines += textwrap.wrap(f"{recipe.file.stem}: {recipe.about}", width(), subsequent_indent="  ")
         for label, fact in facts.items():
             first = f"  {label:<10}"
-            lines += textwrap.wrap(fact, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+            lines += textwrap.wrap(fact, width(), initial_indent=first, subsequent_indent=" " * len(first))
         lines.append("")
     lines.append("To train one: alter fit --config NAME. For a copy to change: alter cp NAME DIR.")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,16 @@ def smollm2():
 def t5_small():
     """The folder of a real T5, from ALTER_TEST_MODELS."""
     return _real("t5-small") or pytest.skip("no real t5-small: ALTER_TEST_MODELS names no folder that holds it")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's chromium, headless."""
+    api = pytest.importorskip("playwright.sync_api")
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no chromium on this machine; Debian's package chromium brings it")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()

@@ -5,6 +5,7 @@ import yaml
 import alter
 from alter import precision
 from alter.cli import main
+from alter.doctor import checks
 from alter.precision import answering_precision, check_precision, choose_precision, computes_bf16, slow_precision
 from tests.data.conftest import words  # noqa: F401
 from tests.runs import make_run
@@ -17,7 +18,8 @@ def machine(monkeypatch, tmp_path):
 
     def make(flags, gpu=None):
         file = tmp_path / "cpuinfo"
-        file.write_text(f"processor : 0\nmodel name : Some One\nflags\t\t: {flags}\n")
+        if flags is not None:
+            file.write_text(f"processor : 0\nmodel name : Some One\nflags\t\t: {flags}\n")
         monkeypatch.setattr(precision, "Path", lambda path: file if path == "/proc/cpuinfo" else type(file)(path))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu or including_emulation)
@@ -53,6 +55,24 @@ def test_the_machine_decides_what_auto_is(machine, tmp_path, flags, gpu, acceler
     assert choose_precision(recipe(tmp_path / "new", accelerator)) == ("bf16" if fast else "fp32")
     assert (slow_precision("bf16", accelerator) is None) is fast
     assert slow_precision("fp32", accelerator) is None
+
+
+def test_where_the_system_does_not_say_auto_is_fp32_and_bf16_is_left_alone(machine, tmp_path):
+    machine(None)
+    assert choose_precision(recipe(tmp_path / "new")) == "fp32"
+    assert slow_precision("bf16") is None
+    assert answering_precision("bf16") == "bf16"
+
+
+def test_the_doctor_has_a_cross_where_bf16_would_crawl(machine):
+    def crosses(asked):
+        return [line.topic for line in checks.machine(asked) if line.good is False]
+
+    machine("avx2")
+    assert crosses("bf16") == ["precision"]
+    assert crosses("fp32") == []
+    machine("avx512_bf16")
+    assert crosses("bf16") == []
 
 
 def test_a_backbone_that_trains_takes_fp32(machine, tmp_path):

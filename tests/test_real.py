@@ -28,6 +28,8 @@ def test_the_medical_recipe_runs_both_stages(backbone, request, tmp_path, monkey
         "1",
         "--test",
         "false",
+        "--precision",
+        "fp32",  # as fast on every processor
     ]
     main(["fit", "--config", "recipes/medical.yaml", "--backbone", str(folder), "--run", str(tmp_path / "run"), *short])
     config = json.loads((tmp_path / "run" / "model" / "alter.json").read_text())

@@ -52,7 +52,7 @@ class Page(HTMLParser):
 def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: F811
     fit()
     run = project / "run"
-    assert "Report: run/report.html" in capsys.readouterr().out
+    assert "Report:  run/report.html" in capsys.readouterr().out
     text = (run / "report.html").read_text()
     page = Page(text)
     assert page.sections == SECTIONS
@@ -88,6 +88,33 @@ def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: 
     (run / "report.html").unlink()
     main(["test", "--run", "run"])
     assert Page((run / "report.html").read_text()).sections == SECTIONS
+
+
+@pytest.mark.slow
+def test_the_report_is_read_on_phones_and_screens_by_night_and_on_paper(project, browser):  # noqa: F811
+    fit()
+    file = (project / "run" / "report.html").as_uri()
+    colours = {}
+    for width, scheme in ((390, "light"), (1280, "dark")):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        errors = []
+        page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+        page.goto(file)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # what is wide scrolls by itself
+        colours[scheme] = page.evaluate("getComputedStyle(document.querySelector('h1')).color")
+        text = page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+        assert text == colours[scheme]
+        assert not errors
+        page.close()
+    assert colours["light"] != colours["dark"]
+    page = browser.new_page(viewport={"width": 718, "height": 1000})  # A4 within margins of 1 cm
+    page.goto(file)
+    page.emulate_media(media="print")
+    edges = page.evaluate("[...document.querySelectorAll('table, svg')].map(e => e.getBoundingClientRect().right)")
+    assert len(edges) > 10
+    assert max(edges) <= 718.5  # nothing is cut
+    assert page.locator("pre").first.is_visible()  # the recipe, which is folded on a screen
+    page.close()
 
 
 def test_a_run_of_one_stage_has_a_report_too(project):  # noqa: F811

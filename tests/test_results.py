@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from alter import results as results_module
 from alter.errors import AlterError
 from alter.metrics import bootstrap_interval, metric
 from alter.results import (
-    WIDTH,
     peak_device_memory_bytes,
     peak_memory_bytes,
     render_markdown,
@@ -142,13 +142,19 @@ def test_table_says_where_intervals_overlap_and_where_nothing_comes_near():
     assert "every reference" not in render_table(alone)
 
 
-@given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=130), max_size=6))
-def test_table_fits_its_width(names):
+@given(
+    st.lists(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=130), max_size=6),
+    st.integers(80, 140),
+)
+def test_table_fits_the_terminal(names, columns):
     entry = {"value": 1.0, "low": 1.0, "high": 1.0, "n": 123_456}
     entry["references"] = {r: {"value": 1.0, "low": 1.0, "high": 1.0} for r in ("majority", "backbone", "tfidf")}
     entry["references"]["tfidf"] = {"value": 1.1, "low": 1.0, "high": 1.2}
-    table = render_table(run_results({name: {"exact_match": entry} for name in names}, {}, 1, 2))
-    assert max(len(line) for line in table.splitlines()) <= WIDTH
+    with mock.patch.dict(os.environ, COLUMNS=str(columns)):
+        table = render_table(run_results({name: {"exact_match": entry} for name in names}, {}, 1, 2))
+    assert max(len(line) for line in table.splitlines()) == min(columns, 110)
+    assert table.count("1.100 [1.000, 1.200] *~") == (len(set(names)) if columns >= 110 else 0)
+    assert len(re.findall(r"1\.100 (?:\[1.000, 1.200\] )?\*~", table)) == len(set(names))
 
 
 def test_a_long_metric_name_stands_above_its_numbers():

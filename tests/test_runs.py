@@ -1,6 +1,7 @@
 """`alter runs` and `alter diff` over run folders as `alter fit` leaves them."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -33,18 +34,24 @@ def write_run(folder, rank=16, scores=None, tasks=("a", "b"), stages=("stage1", 
     return folder
 
 
-def test_runs_are_told_best_first_and_the_unfinished_last(tmp_path, capsys):
+def test_runs_are_told_best_first_and_the_unfinished_last(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "low", scores={"a": 0.2, "b": 0.4})
     write_run(tmp_path / "begun", stages=["stage1"])
     write_run(tmp_path / "deep" / "high", scores={"a": 0.6, "b": 0.8})
-    main(["runs", str(tmp_path)])
+    main(["runs", "."])
     head, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
-    assert head.split() == ["run", "state", "mean", "tasks", "trained", "minutes", "memory", "when"]
+    assert head.split() == ["run", "state", "mean", "tasks", "minutes", "trained", "memory", "when"]
     cells = [line.split() for line in lines]
-    assert [line[0] for line in cells] == [str(tmp_path / name) for name in ("deep/high", "low", "begun")]
-    assert cells[0][1:8] == ["tested", "0.700", "2", "1,234", "3.0", "3.0", "GiB"]
+    assert [line[0] for line in cells] == ["deep/high", "low", "begun"]
+    assert cells[0][1:8] == ["tested", "0.700", "2", "3.0", "1,234", "3.0", "GiB"]
     assert cells[1][2] == "0.300"
     assert cells[2][1:4] == ["stage1", "done", "-"]
+    monkeypatch.setenv("COLUMNS", "60")
+    main(["runs", "."])
+    narrow = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert narrow[0].split() == ["run", "state", "mean", "tasks", "minutes", "trained"]
+    assert max(map(len, narrow)) <= 60
 
 
 def test_means_over_different_tasks_are_said_not_to_compare(tmp_path, capsys):
@@ -66,11 +73,25 @@ def test_diff_tells_the_lines_and_metrics_that_change_and_no_others(tmp_path, ca
     assert lines["stage1.model.init_args.expert.init_args.rank"] == ["16", "4"]
     assert lines["data.tasks.b.prompt"] == ["x", "-"]
     assert lines["data.tasks.a.prompt"][-1].endswith("...")
+    assert max(map(len, recipe.splitlines())) <= 110
     assert set(lines) == {"stage1.model.init_args.expert.init_args.rank", *(f"data.tasks.{t}.prompt" for t in "abc")}
     changes = {line[:10].strip(): line for line in metrics.splitlines()}
     assert changes["a accuracy"].endswith("+0.400  intervals apart")
     assert changes["a macro_f1"].rstrip().endswith("+0.000")
     assert changes["b accuracy"].rstrip().endswith("-")
+
+
+def test_diff_shows_where_two_long_values_part_in_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    same = "a long beginning that both prompts have " * 5
+    one = write_run(tmp_path / "one", scores={"a": 0.2}, tasks=["a"], prompt=f"{same}this")
+    other = write_run(tmp_path / "other", scores={"a": 0.6}, tasks=["a"], prompt=f"{same}that and {same}")
+    main(["diff", str(one), str(other)])
+    recipe, metrics = capsys.readouterr().out.split("\n\n")
+    (line,) = recipe.splitlines()[1:]
+    assert re.fullmatch(r"data.tasks.a.prompt +\.\.\..*this +\.\.\..*that and .*\.\.\.", line)
+    assert max(map(len, [line, *metrics.splitlines()])) <= 80
+    assert "+0.400" in metrics
 
 
 def test_runs_without_results_and_folders_without_runs_are_told(tmp_path, capsys):

@@ -26,6 +26,12 @@ def test_ls_tells_of_every_recipe_what_it_needs_and_takes(capsys):
     assert max(map(len, out.splitlines())) <= 110
 
 
+def test_ls_fits_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(["ls"])
+    assert 70 < max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_copy_is_the_recipe_with_its_tasks_and_nothing_more(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

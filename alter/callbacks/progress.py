@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from alter.callbacks.throughput import Throughput
 from alter.results import peak_memory_bytes
@@ -16,6 +18,24 @@ from alter.stages.base import StageModule
 
 LINE_SECONDS = 30.0
 TASKS = 4  # named in a line
+
+
+class Bar(Progress):
+    """The bar with steps, times, speed and memory, and below it a line of losses; both fit 80 columns."""
+
+    def __init__(self, console: Console) -> None:
+        wide = console.width >= 100
+        columns = [
+            TextColumn("[bold]{task.description}"), BarColumn(24 if wide else 12), MofNCompleteColumn(),
+            *([TimeElapsedColumn()] if wide else []), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"),
+        ]  # fmt: skip
+        super().__init__(*columns, console=console, refresh_per_second=2)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn: rich's table of bars, and the losses."""
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["losses"], no_wrap=True, overflow="ellipsis") for task in self.tasks)
 
 
 class StageProgress(ProgressBar):
@@ -32,7 +52,7 @@ class StageProgress(ProgressBar):
         self.name, self.throughput = name, throughput
         self.console = console or Console(stderr=True)
         self._enabled = True
-        self._bar: Progress | None = None
+        self._bar: Bar | None = None
         self._told = 0.0
 
     @property
@@ -54,12 +74,8 @@ class StageProgress(ProgressBar):
         self._started, self._first = time.monotonic(), trainer.global_step
         if not (self._enabled and self.console.is_terminal):
             return
-        columns = (
-            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"),
-        )  # fmt: skip
-        self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
-        self._row = self._bar.add_task(self.name, total=self._total, completed=trainer.global_step, facts="")
+        self._bar = Bar(self.console)
+        self._row = self._bar.add_task(self.name, total=self._total, completed=trainer.global_step, facts="", losses="")
         self._bar.start()
 
     def on_train_batch_end(
@@ -69,7 +85,8 @@ class StageProgress(ProgressBar):
         if not self._enabled:
             return
         if self._bar is not None:
-            self._bar.update(self._row, completed=trainer.global_step, facts=self._facts(trainer, pl_module))
+            losses = _losses(trainer, cast(StageModule, pl_module), "train/loss")
+            self._bar.update(self._row, completed=trainer.global_step, facts=self._facts(), losses=losses)
         elif time.monotonic() - max(self._told, self._started) > LINE_SECONDS:
             self._tell(trainer, pl_module)
 
@@ -101,15 +118,14 @@ class StageProgress(ProgressBar):
         share = trainer.global_step / max(self._total, 1)
         self.console.print(
             f"{self.name}: step {trainer.global_step} of {self._total} ({share:.0%}), {left / 60:.1f} min left, "
-            f"{self._facts(trainer, module)}",
+            f"{_losses(trainer, cast(StageModule, module), 'train/loss')}, {self._facts()}",
             highlight=False,
             soft_wrap=True,
         )
 
-    def _facts(self, trainer: Trainer, module: LightningModule) -> str:
+    def _facts(self) -> str:
         speed = self.throughput.tokens / max(self.throughput.seconds, 1e-9)
-        losses = _losses(trainer, cast(StageModule, module), "train/loss")
-        return f"{losses}, {speed:,.0f} tokens/s, {peak_memory_bytes() / 2**30:.1f} GiB"
+        return f"{speed:,.0f} tokens/s, {peak_memory_bytes() / 2**30:.1f} GiB"
 
 
 def _losses(trainer: Trainer, module: StageModule, name: str) -> str:

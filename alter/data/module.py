@@ -20,6 +20,7 @@ from alter.data.sources import SPLITS
 from alter.data.task import Task, load_tasks
 from alter.errors import AlterError
 from alter.home import alter_home
+from alter.terminal import columns
 
 
 class MultiTaskDataModule(LightningDataModule):
@@ -166,18 +167,25 @@ class MultiTaskDataModule(LightningDataModule):
         return self.examples_per_epoch or int(sum(min(size, self.cap or size) for size in self.sizes))
 
     def summary(self) -> str:
-        """A table of the tasks: sizes, rate, tokens, truncated prompts."""
-        width = max(len("task"), *(len(task.name) for task in self.tasks))
-        lines = [f"{'task':<{width}}  kind            train  validation   test    rate  tokens/row  truncated"]
+        """A table of the tasks: sizes, rate, tokens, shortened prompts; below it, what an epoch and a batch are."""
+        lines = [["task", "kind", "train", "valid.", "test", "rate", "tokens/row", "cut"]]
+        cut = 0
         for task, rate in zip(self.tasks, self.rates, strict=True):
             stats = self.statistics(task.name)
             rows = [stats[split]["rows"] for split in SPLITS]
-            cut = sum(stats[split]["truncated"] for split in SPLITS)
-            mean = stats["train"]["tokens"] / rows[0]
-            lines.append(
-                f"{task.name:<{width}}  {task.kind:<14}{rows[0]:>7,}{rows[1]:>12,}{rows[2]:>7,}{rate:>8.1%}{mean:>12.1f}{cut:>11,}"
-            )
-        return "\n".join(lines)
+            shortened = sum(stats[split]["truncated"] for split in SPLITS)
+            cut += shortened
+            numbers = [*(f"{n:,}" for n in rows), f"{rate:.1%}", f"{stats['train']['tokens'] / rows[0]:.1f}"]
+            lines.append([task.name, task.kind, *numbers, f"{shortened:,}"])
+        table = columns(lines, right=range(2, 8))
+        notes = [
+            f"rate: share of the {self.draws:,} draws an epoch, at temperature {self.temperature:g}",
+            f"batch: up to {self.max_tokens:,} tokens on each process, padding counted, "
+            + ("tasks mixed" if self.mixed_batches else "of one task"),
+        ]
+        if cut:
+            notes.append("cut: rows whose prompt is longer than max_prompt_tokens and was shortened")
+        return "\n".join([table, *notes])
 
     # -- loading ----------------------------------------------------------------------------------------------------
 

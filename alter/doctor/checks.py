@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from alter import terminal
 from alter.data import MultiTaskDataModule, Task
 from alter.data.sources import SPLITS
 from alter.errors import AlterError
@@ -128,18 +129,20 @@ def examples(task: Task, data: MultiTaskDataModule) -> Line:
 
 
 def _short(text: str) -> str:
-    """A long line without its middle."""
-    return text if len(text) <= 160 else f"{text[:100]} ... {text[-50:]}"
+    """A long line without its middle, on two lines of the terminal at most."""
+    room = 2 * (terminal.width() - 24)
+    return text if len(text) <= room else f"{text[: 2 * room // 3]} ... {text[-room // 3 :]}"
 
 
 def rates(data: MultiTaskDataModule) -> Line:
     """Each task's share of the draws as a bar."""
     names = [task.name for task in data.tasks]
     width = max(map(len, names))
+    room = min(BAR, max(8, terminal.width() - width - 48))  # what the other columns leave
     longest = max(data.rates)
     detail = [
-        f"{name:<{width}}  {'█' * max(1, round(BAR * rate / longest)):<{BAR}} {rate:>6.1%}  {rate * data.draws / size:.2g} x its "
-        f"{size:,} rows an epoch"
+        f"{name:<{width}}  {'█' * max(1, round(room * rate / longest)):<{room}} {rate:>6.1%}  "
+        f"{rate * data.draws / size:.2g} x its {size:,} rows"
         for name, rate, size in zip(names, data.rates, data.sizes, strict=True)
     ]
     return Line(None, "rates", f"at temperature {data.temperature:g}, {data.draws:,} draws an epoch", detail)

@@ -21,8 +21,8 @@ from alter.errors import AlterError
 from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone
 from alter.recipe import Recipe, read_recipe
 from alter.run import quiet
+from alter.terminal import width
 
-WIDTH = 110
 COLOURS = {True: "\033[32m", False: "\033[31m", None: "\033[2m"}
 
 
@@ -91,9 +91,10 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
     model = recipe.config["stage1"]["model"].get("init_args") or {}
     found = checks.backbone(recipe.config["backbone"], folder, recipe.config["precision"], model)
     yield found
-    yield from checks.machine(recipe.config["precision"])
-    if bad or not found.good:
-        yield Line(None, "memory", "not tried, since there is a cross above")
+    machine = list(checks.machine(recipe.config["precision"]))
+    yield from machine
+    if bad or not all(line.good is not False for line in [found, *machine]):
+        yield Line(None, "trial", "of memory and time: not made, since there is a cross above")
     elif with_trial:
         yield from _trial(arguments, recipe)
 
@@ -146,9 +147,11 @@ def _shown(line: Line) -> str:
     mark = {True: "ok" if plain else "✓", False: "NO" if plain else "✗", None: "-" if plain else "·"}[line.good]
     first = f"{mark} {line.topic:<13}"
     text = textwrap.fill(
-        line.text, WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
+        line.text, width(), initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )
-    text += "".join(f"\n{' ' * len(first)}{part}" for part in line.detail)
+    indent = " " * len(first)
+    for part in line.detail:
+        text += "\n" + textwrap.fill(part, width(), initial_indent=indent, subsequent_indent=f"{indent}  ")
     if plain:
         text = text.replace("█", "#")
     return f"{COLOURS[line.good]}{text[: len(mark)]}\033[0m{text[len(mark) :]}" if sys.stdout.isatty() else text

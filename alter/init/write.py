@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from alter import terminal
 from alter.data.sources import SPLITS, Files, read_file
 from alter.errors import AlterError
 from alter.init.columns import read_columns
@@ -26,7 +27,7 @@ FEWEST, FEW = 20, 400
 DEFAULT_SEED = 13
 SAMPLE = 300
 LIMIT = {"validation": 200, "test": 500}  # rows that are enough to choose by, and to measure within a few points
-WIDTH = 110
+WIDTH = 110  # of the files
 
 
 @dataclass
@@ -84,8 +85,10 @@ def init(folder: Path, files: Sequence[Path], backbone: str) -> str:
     return "\n".join(
         [
             *said,
-            f"Written: {recipe} and {len(proposals)} task file{'s' if len(proposals) > 1 else ''} in {folder / 'tasks'}. "
+            f"Written: {recipe}",
+            *(f"         {file}" for file in targets[1:]),
             "Correct there what is guessed wrong.",
+            "",
             f"Next: alter doctor --config {recipe}",
             f"      alter fit --config {recipe}",
         ]
@@ -154,7 +157,7 @@ def _said(proposal: Proposal) -> list[str]:
     width = max(map(len, facts)) + 2
     for label, fact in facts.items():
         first = f"  {label:<{width}}"
-        lines += textwrap.wrap(fact, WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+        lines += textwrap.wrap(fact, terminal.width(), initial_indent=first, subsequent_indent=" " * len(first))
     return lines
 
 

@@ -34,9 +34,24 @@ def test_an_epoch_draws_what_it_says_and_validation_sees_every_example_once(tmp_
 
 
 def test_the_summary_tells_sizes_and_rates(tmp_path, words):
-    lines = make(tmp_path, words, temperature=1).summary().splitlines()
+    lines = make(tmp_path, words, temperature=1, examples_per_epoch=2000).summary().splitlines()
     assert lines[1].split()[:6] == ["small", "classification", "40", "6", "6", "20.0%"]
     assert lines[2].split()[:6] == ["large", "generation", "160", "6", "6", "80.0%"]
+    assert "2,000 draws an epoch, at temperature 1" in lines[3]
+    assert "up to 64 tokens" in lines[4]
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_summary_says_what_was_cut(tmp_path, words):
+    data = make(tmp_path, words)
+    assert "shortened" not in data.summary()
+    tasks = [task_dict(tmp_path, "a", 40, max_prompt_tokens=4, truncate="text")]
+    data = MultiTaskDataModule(tasks, str(words), cache_dir=str(tmp_path / "cache"))
+    data.prepare_data()
+    data.setup()
+    *_, cut = data.summary().splitlines()[1].split()
+    assert int(cut) > 0
+    assert "max_prompt_tokens and was shortened" in data.summary()
 
 
 def test_mistakes_in_the_rows_of_all_tasks_come_at_once(tmp_path, words):

@@ -1,13 +1,14 @@
 """Made-up rows with the columns of the public data sets that docs/data.md names, so that its commands can be run."""
 
 import random
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-TASKS = Path(__file__).parents[2] / "recipes" / "tasks"
+from alter.shipped import shipped_recipes
+
+TASKS = shipped_recipes() / "tasks"
 WORDS = [f"w{i}" for i in range(60)]
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -95,19 +94,6 @@ def test_what_is_wrong_with_its_options_is_one_sentence(run, capsys, tmp_path, m
 )
 def test_loopback_is_told_from_what_others_reach(host, local):
     assert is_loopback(host) == local
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's chromium, headless."""
-    api = pytest.importorskip("playwright.sync_api")
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no chromium on this machine; Debian's package chromium brings it")
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.slow

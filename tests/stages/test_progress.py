@@ -5,6 +5,7 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from alter.callbacks import progress
 from alter.cli import main
@@ -47,9 +48,27 @@ def test_in_a_terminal_it_is_a_bar(project, monkeypatch):  # noqa: F811
     text = stream.getvalue()
     assert "━" in text
     assert "stage1" in text
-    assert "100%" in text
+    assert re.search(r"\b(\d+)/\1\b", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text))  # the last step of all
     assert "tokens/s" in text
     assert "left" in text
+    assert re.search(r"loss \d+\.\d{3} \(.*echo \d", text)
+
+
+def test_the_bar_fits_a_terminal_of_80_columns():
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80)
+    bar = progress.Bar(console)
+    losses = f"loss 8.446 ({', '.join(f'a_task_of_long_name_{i} 12.003' for i in range(4))})"
+    bar.add_task("stage1", total=12_345, completed=1_234, facts="12,345 tokens/s, 12.3 GiB", losses=losses)
+    console.print(bar.get_renderable())
+    shown, below = Text.from_ansi(stream.getvalue()).plain.splitlines()
+    assert "stage1" in shown
+    assert "━" * 8 in shown
+    assert "1234/12345" in shown
+    assert "left -:--:--" in shown
+    assert "12,345 tokens/s, 12.3 GiB" in shown
+    assert below.startswith("loss 8.446 (a_task_of_long_name_0 12.003, ")
+    assert below.endswith("…")
 
 
 def test_it_can_be_left_out(project, capsys):  # noqa: F811

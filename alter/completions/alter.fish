@@ -50,8 +50,8 @@ function _shtab_alter_using
   test "$_shtab_alter_cmdpath" = "$argv"
 end
 
-set -g _shtab_alter_commands ls cp init doctor fit compare test runs diff predict add-task remove-task export serve completion
-set -g _shtab_alter_opts_with_value --api-key-file --backbone --config --data --data.cache_dir --data.cap --data.eval_max_tokens --data.examples_per_epoch --data.limit --data.max_tokens --data.mixed_batches --data.num_workers --data.root --data.seed --data.shots --data.tasks --data.tasks+ --data.temperature --draws --dtype --format --generation --generation.length_penalty --generation.num_beams --host --import --input --lr --max-batch --max-bytes --out --port --precision --queue --run --seed_everything --shots --split --stage --stage1.model --stage1.model.backbone_lr --stage1.model.expert --stage1.model.expert.activation --stage1.model.expert.alpha --stage1.model.expert.rank --stage1.model.ffn --stage1.model.gradient_checkpointing --stage1.model.help --stage1.model.keep --stage1.model.layers --stage1.model.loss_average --stage1.model.num_experts --stage1.model.num_shared --stage1.model.optimizer --stage1.model.optimizer.adjust_lr_fn --stage1.model.optimizer.alpha --stage1.model.optimizer.amsgrad --stage1.model.optimizer.beta2_decay --stage1.model.optimizer.betas --stage1.model.optimizer.capturable --stage1.model.optimizer.centered --stage1.model.optimizer.d --stage1.model.optimizer.dampening --stage1.model.optimizer.decoupled_weight_decay --stage1.model.optimizer.defaults --stage1.model.optimizer.differentiable --stage1.model.optimizer.eps --stage1.model.optimizer.etas --stage1.model.optimizer.foreach --stage1.model.optimizer.fused --stage1.model.optimizer.history_size --stage1.model.optimizer.initial_accumulator_value --stage1.model.optimizer.lambd --stage1.model.optimizer.line_search_fn --stage1.model.optimizer.lr --stage1.model.optimizer.lr_decay --stage1.model.optimizer.max_eval --stage1.model.optimizer.max_iter --stage1.model.optimizer.maximize --stage1.model.optimizer.momentum --stage1.model.optimizer.momentum_decay --stage1.model.optimizer.nesterov --stage1.model.optimizer.ns_coefficients --stage1.model.optimizer.ns_steps --stage1.model.optimizer.rho --stage1.model.optimizer.step_sizes --stage1.model.optimizer.t0 --stage1.model.optimizer.tolerance_change --stage1.model.optimizer.tolerance_grad --stage1.model.optimizer.weight_decay --stage1.model.own --stage1.model.rates_lr --stage1.model.router --stage1.model.router.embedding_size --stage1.model.router.hard --stage1.model.router.hidden --stage1.model.router.k --stage1.model.router.load_balance --stage1.model.router.momentum --stage1.model.router.mutual_information --stage1.model.router.noise --stage1.model.router.others --stage1.model.router.pair --stage1.model.router.supervision --stage1.model.router.temperature --stage1.model.router.z_loss --stage1.model.router_lr --stage1.model.schedule --stage1.model.skip_bad_batches --stage1.model.task_expert_lr --stage1.model.warmup --stage1.trainer --stage2.model --stage2.model.backbone_lr --stage2.model.expert --stage2.model.expert.activation --stage2.model.expert.alpha --stage2.model.expert.rank --stage2.model.ffn --stage2.model.gradient_checkpointing --stage2.model.help --stage2.model.keep --stage2.model.layers --stage2.model.loss_average --stage2.model.num_experts --stage2.model.num_shared --stage2.model.optimizer --stage2.model.optimizer.adjust_lr_fn --stage2.model.optimizer.alpha --stage2.model.optimizer.amsgrad --stage2.model.optimizer.beta2_decay --stage2.model.optimizer.betas --stage2.model.optimizer.capturable --stage2.model.optimizer.centered --stage2.model.optimizer.d --stage2.model.optimizer.dampening --stage2.model.optimizer.decoupled_weight_decay --stage2.model.optimizer.defaults --stage2.model.optimizer.differentiable --stage2.model.optimizer.eps --stage2.model.optimizer.etas --stage2.model.optimizer.foreach --stage2.model.optimizer.fused --stage2.model.optimizer.history_size --stage2.model.optimizer.initial_accumulator_value --stage2.model.optimizer.lambd --stage2.model.optimizer.line_search_fn --stage2.model.optimizer.lr --stage2.model.optimizer.lr_decay --stage2.model.optimizer.max_eval --stage2.model.optimizer.max_iter --stage2.model.optimizer.maximize --stage2.model.optimizer.momentum --stage2.model.optimizer.momentum_decay --stage2.model.optimizer.nesterov --stage2.model.optimizer.ns_coefficients --stage2.model.optimizer.ns_steps --stage2.model.optimizer.rho --stage2.model.optimizer.step_sizes --stage2.model.optimizer.t0 --stage2.model.optimizer.tolerance_change --stage2.model.optimizer.tolerance_grad --stage2.model.optimizer.weight_decay --stage2.model.own --stage2.model.rates_lr --stage2.model.router --stage2.model.router.embedding_size --stage2.model.router.hard --stage2.model.router.hidden --stage2.model.router.k --stage2.model.router.load_balance --stage2.model.router.momentum --stage2.model.router.mutual_information --stage2.model.router.noise --stage2.model.router.others --stage2.model.router.pair --stage2.model.router.supervision --stage2.model.router.temperature --stage2.model.router.z_loss --stage2.model.router_lr --stage2.model.schedule --stage2.model.skip_bad_batches --stage2.model.task_expert_lr --stage2.model.warmup --stage2.trainer --stages --stages+ --task --test --timeout --trainer --trainer.accelerator --trainer.accelerator.help --trainer.accumulate_grad_batches --trainer.barebones --trainer.benchmark --trainer.callbacks --trainer.callbacks+ --trainer.callbacks.amount --trainer.callbacks.annealing_epochs --trainer.callbacks.annealing_strategy --trainer.callbacks.apply_pruning --trainer.callbacks.atol --trainer.callbacks.attr_name --trainer.callbacks.auto_insert_metric_name --trainer.callbacks.avg_fn --trainer.callbacks.avg_fn.alg_id_cusparselt --trainer.callbacks.avg_fn.compressed_swizzled_bitmask --trainer.callbacks.avg_fn.fuse_transpose_cusparselt --trainer.callbacks.avg_fn.meta_t --trainer.callbacks.avg_fn.packed_t --trainer.callbacks.avg_fn.packed_t.alg_id_cusparselt --trainer.callbacks.avg_fn.packed_t.compressed_swizzled_bitmask --trainer.callbacks.avg_fn.packed_t.fuse_transpose_cusparselt --trainer.callbacks.avg_fn.packed_t.meta_t --trainer.callbacks.avg_fn.packed_t.packed_t --trainer.callbacks.avg_fn.packed_t.requires_grad --trainer.callbacks.avg_fn.requires_grad --trainer.callbacks.backbone_initial_lr --trainer.callbacks.backbone_initial_ratio_lr --trainer.callbacks.batch_arg_name --trainer.callbacks.batch_size_fn --trainer.callbacks.check_finite --trainer.callbacks.check_on_train_epoch_end --trainer.callbacks.config --trainer.callbacks.config_filename --trainer.callbacks.console_kwargs --trainer.callbacks.cpu_stats --trainer.callbacks.decay --trainer.callbacks.device --trainer.callbacks.dirpath --trainer.callbacks.divergence_threshold --trainer.callbacks.duration --trainer.callbacks.early_stop_threshold --trainer.callbacks.enable_version_counter --trainer.callbacks.every_n_epochs --trainer.callbacks.every_n_train_steps --trainer.callbacks.exclude_batches_path --trainer.callbacks.filename --trainer.callbacks.finite_only --trainer.callbacks.help --trainer.callbacks.init_val --trainer.callbacks.initial_denom_lr --trainer.callbacks.interval --trainer.callbacks.lambda_func --trainer.callbacks.leave --trainer.callbacks.length_fn --trainer.callbacks.log_momentum --trainer.callbacks.log_rank_zero_only --trainer.callbacks.log_weight_decay --trainer.callbacks.logging_interval --trainer.callbacks.make_pruning_permanent --trainer.callbacks.margin --trainer.callbacks.max_depth --trainer.callbacks.max_lr --trainer.callbacks.max_trials --trainer.callbacks.max_val --trainer.callbacks.min_delta --trainer.callbacks.min_lr --trainer.callbacks.mode --trainer.callbacks.monitor --trainer.callbacks.multi_avg_fn --trainer.callbacks.multifile --trainer.callbacks.num_training_steps --trainer.callbacks.on_after_backward --trainer.callbacks.on_before_backward --trainer.callbacks.on_before_optimizer_step --trainer.callbacks.on_before_zero_grad --trainer.callbacks.on_exception --trainer.callbacks.on_fit_end --trainer.callbacks.on_fit_start --trainer.callbacks.on_load_checkpoint --trainer.callbacks.on_predict_batch_end --trainer.callbacks.on_predict_batch_start --trainer.callbacks.on_predict_end --trainer.callbacks.on_predict_epoch_end --trainer.callbacks.on_predict_epoch_start --trainer.callbacks.on_predict_start --trainer.callbacks.on_sanity_check_end --trainer.callbacks.on_sanity_check_start --trainer.callbacks.on_save_checkpoint --trainer.callbacks.on_test_batch_end --trainer.callbacks.on_test_batch_start --trainer.callbacks.on_test_end --trainer.callbacks.on_test_epoch_end --trainer.callbacks.on_test_epoch_start --trainer.callbacks.on_test_start --trainer.callbacks.on_train_batch_end --trainer.callbacks.on_train_batch_start --trainer.callbacks.on_train_end --trainer.callbacks.on_train_epoch_end --trainer.callbacks.on_train_epoch_start --trainer.callbacks.on_train_start --trainer.callbacks.on_validation_batch_end --trainer.callbacks.on_validation_batch_start --trainer.callbacks.on_validation_end --trainer.callbacks.on_validation_epoch_end --trainer.callbacks.on_validation_epoch_start --trainer.callbacks.on_validation_start --trainer.callbacks.overwrite --trainer.callbacks.parameter_names --trainer.callbacks.parameters_to_prune --trainer.callbacks.parser --trainer.callbacks.patience --trainer.callbacks.process_position --trainer.callbacks.prune_on_train_epoch_end --trainer.callbacks.pruning_dim --trainer.callbacks.pruning_fn --trainer.callbacks.pruning_norm --trainer.callbacks.refresh_rate --trainer.callbacks.resample_parameters --trainer.callbacks.rounding --trainer.callbacks.rtol --trainer.callbacks.save_last --trainer.callbacks.save_on_exception --trainer.callbacks.save_on_train_epoch_end --trainer.callbacks.save_to_log_dir --trainer.callbacks.save_top_k --trainer.callbacks.save_weights_only --trainer.callbacks.scheduling --trainer.callbacks.separator --trainer.callbacks.setup --trainer.callbacks.should_align --trainer.callbacks.steps_per_trial --trainer.callbacks.stopping_threshold --trainer.callbacks.strict --trainer.callbacks.swa_epoch_start --trainer.callbacks.swa_lrs --trainer.callbacks.teardown --trainer.callbacks.theme --trainer.callbacks.theme.batch_progress --trainer.callbacks.theme.description --trainer.callbacks.theme.description.bgcolor --trainer.callbacks.theme.description.blink --trainer.callbacks.theme.description.blink2 --trainer.callbacks.theme.description.bold --trainer.callbacks.theme.description.color --trainer.callbacks.theme.description.color.name --trainer.callbacks.theme.description.color.number --trainer.callbacks.theme.description.color.triplet --trainer.callbacks.theme.description.color.triplet.blue --trainer.callbacks.theme.description.color.triplet.green --trainer.callbacks.theme.description.color.triplet.red --trainer.callbacks.theme.description.color.type --trainer.callbacks.theme.description.conceal --trainer.callbacks.theme.description.dim --trainer.callbacks.theme.description.encircle --trainer.callbacks.theme.description.frame --trainer.callbacks.theme.description.italic --trainer.callbacks.theme.description.link --trainer.callbacks.theme.description.meta --trainer.callbacks.theme.description.overline --trainer.callbacks.theme.description.reverse --trainer.callbacks.theme.description.strike --trainer.callbacks.theme.description.underline --trainer.callbacks.theme.description.underline2 --trainer.callbacks.theme.metrics --trainer.callbacks.theme.metrics_format --trainer.callbacks.theme.metrics_text_delimiter --trainer.callbacks.theme.processing_speed --trainer.callbacks.theme.progress_bar --trainer.callbacks.theme.progress_bar_finished --trainer.callbacks.theme.progress_bar_pulse --trainer.callbacks.theme.time --trainer.callbacks.train_bn --trainer.callbacks.train_time_interval --trainer.callbacks.unfreeze_backbone_at_epoch --trainer.callbacks.update_attr --trainer.callbacks.update_every_n_steps --trainer.callbacks.update_starting_at_epoch --trainer.callbacks.update_starting_at_step --trainer.callbacks.use_buffers --trainer.callbacks.use_global_unstructured --trainer.callbacks.use_lottery_ticket_hypothesis --trainer.callbacks.verbose --trainer.callbacks.warmup --trainer.callbacks.window --trainer.callbacks.window_size --trainer.callbacks.write_interval --trainer.check_val_every_n_epoch --trainer.detect_anomaly --trainer.deterministic --trainer.devices --trainer.devices+ --trainer.enable_autolog_hparams --trainer.enable_checkpointing --trainer.enable_progress_bar --trainer.fast_dev_run --trainer.gradient_clip_algorithm --trainer.gradient_clip_val --trainer.inference_mode --trainer.limit_predict_batches --trainer.limit_test_batches --trainer.limit_train_batches --trainer.limit_val_batches --trainer.log_every_n_steps --trainer.max_epochs --trainer.max_steps --trainer.max_time --trainer.min_epochs --trainer.min_steps --trainer.model_registry --trainer.num_nodes --trainer.num_sanity_val_steps --trainer.overfit_batches --trainer.plugins --trainer.plugins+ --trainer.plugins.auto_requeue --trainer.plugins.checkpoint_io --trainer.plugins.device --trainer.plugins.dtype --trainer.plugins.fallback_compute_dtype --trainer.plugins.help --trainer.plugins.ignore_modules --trainer.plugins.mode --trainer.plugins.precision --trainer.plugins.recipe --trainer.plugins.replace_layers --trainer.plugins.requeue_signal --trainer.plugins.scaler --trainer.plugins.scaler.backoff_factor --trainer.plugins.scaler.device --trainer.plugins.scaler.enabled --trainer.plugins.scaler.growth_factor --trainer.plugins.scaler.growth_interval --trainer.plugins.scaler.init_scale --trainer.plugins.scaler.process_group --trainer.plugins.weights_dtype --trainer.precision --trainer.profiler --trainer.profiler.dirpath --trainer.profiler.dump_stats --trainer.profiler.emit_nvtx --trainer.profiler.export_to_chrome --trainer.profiler.extended --trainer.profiler.filename --trainer.profiler.group_by_input_shapes --trainer.profiler.help --trainer.profiler.line_count_restriction --trainer.profiler.port --trainer.profiler.record_module_names --trainer.profiler.record_shapes --trainer.profiler.row_limit --trainer.profiler.sort_by_key --trainer.profiler.table_kwargs --trainer.reload_dataloaders_every_n_epochs --trainer.strategy --trainer.strategy.accelerator --trainer.strategy.activation_checkpointing --trainer.strategy.activation_checkpointing_policy --trainer.strategy.allgather_bucket_size --trainer.strategy.allgather_partitions --trainer.strategy.auto_wrap_policy --trainer.strategy.auto_wrap_policy.module_classes --trainer.strategy.batched_grad_copy --trainer.strategy.block_size --trainer.strategy.broadcast_buffers --trainer.strategy.bucket_cap_mb --trainer.strategy.bucket_cap_mb_list --trainer.strategy.check_reduction --trainer.strategy.checkpoint_io --trainer.strategy.checkpoint_io.checkpoint_io --trainer.strategy.cluster_environment --trainer.strategy.cluster_environment.auto_requeue --trainer.strategy.cluster_environment.requeue_signal --trainer.strategy.config --trainer.strategy.contiguous_gradients --trainer.strategy.contiguous_memory_optimization --trainer.strategy.cpu_checkpointing --trainer.strategy.cpu_offload --trainer.strategy.cpu_offload.offload_params --trainer.strategy.data_parallel_size --trainer.strategy.ddp_comm_hook --trainer.strategy.ddp_comm_state --trainer.strategy.ddp_comm_wrapper --trainer.strategy.debug --trainer.strategy.delay_all_reduce_named_params --trainer.strategy.device --trainer.strategy.device_mesh --trainer.strategy.device_mesh._init_backend --trainer.strategy.device_mesh._layout --trainer.strategy.device_mesh._rank --trainer.strategy.device_mesh._rank_map --trainer.strategy.device_mesh._rank_map.alg_id_cusparselt --trainer.strategy.device_mesh._rank_map.compressed_swizzled_bitmask --trainer.strategy.device_mesh._rank_map.data --trainer.strategy.device_mesh._rank_map.fuse_transpose_cusparselt --trainer.strategy.device_mesh._rank_map.mask --trainer.strategy.device_mesh._rank_map.meta --trainer.strategy.device_mesh._rank_map.meta_t --trainer.strategy.device_mesh._rank_map.packed --trainer.strategy.device_mesh._rank_map.packed_t --trainer.strategy.device_mesh._rank_map.requires_grad --trainer.strategy.device_mesh._rank_map.shape --trainer.strategy.device_mesh._root_mesh --trainer.strategy.device_mesh.backend_override --trainer.strategy.device_mesh.device_type --trainer.strategy.device_mesh.mesh --trainer.strategy.device_mesh.mesh_dim_names --trainer.strategy.dim --trainer.strategy.exclude_frozen_parameters --trainer.strategy.find_unused_parameters --trainer.strategy.forward_sync_buffers --trainer.strategy.gradient_as_bucket_view --trainer.strategy.help --trainer.strategy.hysteresis --trainer.strategy.init_sync --trainer.strategy.initial_scale_power --trainer.strategy.load_full_weights --trainer.strategy.logging_batch_size_per_gpu --trainer.strategy.logging_level --trainer.strategy.loss_scale --trainer.strategy.loss_scale_window --trainer.strategy.max_in_cpu --trainer.strategy.min_loss_scale --trainer.strategy.mixed_precision --trainer.strategy.mixed_precision._module_classes_to_ignore --trainer.strategy.mixed_precision.buffer_dtype --trainer.strategy.mixed_precision.cast_forward_inputs --trainer.strategy.mixed_precision.cast_root_forward_inputs --trainer.strategy.mixed_precision.keep_low_precision_grads --trainer.strategy.mixed_precision.param_dtype --trainer.strategy.mixed_precision.reduce_dtype --trainer.strategy.model_averaging_period --trainer.strategy.nvme_path --trainer.strategy.offload_optimizer --trainer.strategy.offload_optimizer_device --trainer.strategy.offload_parameters --trainer.strategy.offload_params_device --trainer.strategy.optimizer_buffer_count --trainer.strategy.output_device --trainer.strategy.overlap_comm --trainer.strategy.overlap_events --trainer.strategy.parallel_devices --trainer.strategy.param_to_hook_all_reduce --trainer.strategy.params_buffer_count --trainer.strategy.params_buffer_size --trainer.strategy.partition_activations --trainer.strategy.pin_memory --trainer.strategy.precision_plugin --trainer.strategy.precision_plugin.device --trainer.strategy.precision_plugin.dtype --trainer.strategy.precision_plugin.fallback_compute_dtype --trainer.strategy.precision_plugin.ignore_modules --trainer.strategy.precision_plugin.mode --trainer.strategy.precision_plugin.precision --trainer.strategy.precision_plugin.recipe --trainer.strategy.precision_plugin.replace_layers --trainer.strategy.precision_plugin.scaler --trainer.strategy.precision_plugin.scaler.backoff_factor --trainer.strategy.precision_plugin.scaler.device --trainer.strategy.precision_plugin.scaler.enabled --trainer.strategy.precision_plugin.scaler.growth_factor --trainer.strategy.precision_plugin.scaler.growth_interval --trainer.strategy.precision_plugin.scaler.init_scale --trainer.strategy.precision_plugin.scaler.process_group --trainer.strategy.precision_plugin.weights_dtype --trainer.strategy.process_group --trainer.strategy.process_group_backend --trainer.strategy.queue_depth --trainer.strategy.reduce_bucket_size --trainer.strategy.reduce_scatter --trainer.strategy.remote_device --trainer.strategy.save_distributed_checkpoint --trainer.strategy.sharding_strategy --trainer.strategy.single_submit --trainer.strategy.skip_all_reduce_unused_params --trainer.strategy.stage --trainer.strategy.start_method --trainer.strategy.state_dict_type --trainer.strategy.static_graph --trainer.strategy.sub_group_size --trainer.strategy.sync_module_states --trainer.strategy.synchronize_checkpoint_boundary --trainer.strategy.tensor_parallel_size --trainer.strategy.thread_count --trainer.strategy.timeout --trainer.strategy.zero_allow_untested_optimizer --trainer.strategy.zero_optimization --trainer.sync_batchnorm --trainer.val_check_interval --trunk_cache --trunk_cache.dtype --trunk_cache.enabled --trunk_cache.evict --trunk_cache.folder --trunk_cache.max_gb
+set -g _shtab_alter_commands ls cp init doctor fit compare sweep submit test runs diff predict add-task remove-task export serve completion
+set -g _shtab_alter_opts_with_value --account --api-key-file --backbone --config --cpus-per-task --data --data.cache_dir --data.cap --data.eval_max_tokens --data.examples_per_epoch --data.limit --data.max_tokens --data.mixed_batches --data.num_workers --data.root --data.seed --data.shots --data.tasks --data.tasks+ --data.temperature --draws --dtype --format --generation --generation.length_penalty --generation.num_beams --gpus-per-node --host --import --input --local --lr --max-batch --max-bytes --mem --nodes --out --partition --points --port --precision --queue --random --run --sbatch --seed --seed_everything --set --setup --shots --slurm --split --stage --stage1.model --stage1.model.backbone_lr --stage1.model.expert --stage1.model.expert.activation --stage1.model.expert.alpha --stage1.model.expert.rank --stage1.model.ffn --stage1.model.gradient_checkpointing --stage1.model.help --stage1.model.keep --stage1.model.layers --stage1.model.loss_average --stage1.model.num_experts --stage1.model.num_shared --stage1.model.optimizer --stage1.model.optimizer.adjust_lr_fn --stage1.model.optimizer.alpha --stage1.model.optimizer.amsgrad --stage1.model.optimizer.beta2_decay --stage1.model.optimizer.betas --stage1.model.optimizer.capturable --stage1.model.optimizer.centered --stage1.model.optimizer.d --stage1.model.optimizer.dampening --stage1.model.optimizer.decoupled_weight_decay --stage1.model.optimizer.defaults --stage1.model.optimizer.differentiable --stage1.model.optimizer.eps --stage1.model.optimizer.etas --stage1.model.optimizer.foreach --stage1.model.optimizer.fused --stage1.model.optimizer.history_size --stage1.model.optimizer.initial_accumulator_value --stage1.model.optimizer.lambd --stage1.model.optimizer.line_search_fn --stage1.model.optimizer.lr --stage1.model.optimizer.lr_decay --stage1.model.optimizer.max_eval --stage1.model.optimizer.max_iter --stage1.model.optimizer.maximize --stage1.model.optimizer.momentum --stage1.model.optimizer.momentum_decay --stage1.model.optimizer.nesterov --stage1.model.optimizer.ns_coefficients --stage1.model.optimizer.ns_steps --stage1.model.optimizer.rho --stage1.model.optimizer.step_sizes --stage1.model.optimizer.t0 --stage1.model.optimizer.tolerance_change --stage1.model.optimizer.tolerance_grad --stage1.model.optimizer.weight_decay --stage1.model.own --stage1.model.rates_lr --stage1.model.router --stage1.model.router.embedding_size --stage1.model.router.hard --stage1.model.router.hidden --stage1.model.router.k --stage1.model.router.load_balance --stage1.model.router.momentum --stage1.model.router.mutual_information --stage1.model.router.noise --stage1.model.router.others --stage1.model.router.pair --stage1.model.router.supervision --stage1.model.router.temperature --stage1.model.router.z_loss --stage1.model.router_lr --stage1.model.schedule --stage1.model.skip_bad_batches --stage1.model.task_expert_lr --stage1.model.warmup --stage1.trainer --stage2.model --stage2.model.backbone_lr --stage2.model.expert --stage2.model.expert.activation --stage2.model.expert.alpha --stage2.model.expert.rank --stage2.model.ffn --stage2.model.gradient_checkpointing --stage2.model.help --stage2.model.keep --stage2.model.layers --stage2.model.loss_average --stage2.model.num_experts --stage2.model.num_shared --stage2.model.optimizer --stage2.model.optimizer.adjust_lr_fn --stage2.model.optimizer.alpha --stage2.model.optimizer.amsgrad --stage2.model.optimizer.beta2_decay --stage2.model.optimizer.betas --stage2.model.optimizer.capturable --stage2.model.optimizer.centered --stage2.model.optimizer.d --stage2.model.optimizer.dampening --stage2.model.optimizer.decoupled_weight_decay --stage2.model.optimizer.defaults --stage2.model.optimizer.differentiable --stage2.model.optimizer.eps --stage2.model.optimizer.etas --stage2.model.optimizer.foreach --stage2.model.optimizer.fused --stage2.model.optimizer.history_size --stage2.model.optimizer.initial_accumulator_value --stage2.model.optimizer.lambd --stage2.model.optimizer.line_search_fn --stage2.model.optimizer.lr --stage2.model.optimizer.lr_decay --stage2.model.optimizer.max_eval --stage2.model.optimizer.max_iter --stage2.model.optimizer.maximize --stage2.model.optimizer.momentum --stage2.model.optimizer.momentum_decay --stage2.model.optimizer.nesterov --stage2.model.optimizer.ns_coefficients --stage2.model.optimizer.ns_steps --stage2.model.optimizer.rho --stage2.model.optimizer.step_sizes --stage2.model.optimizer.t0 --stage2.model.optimizer.tolerance_change --stage2.model.optimizer.tolerance_grad --stage2.model.optimizer.weight_decay --stage2.model.own --stage2.model.rates_lr --stage2.model.router --stage2.model.router.embedding_size --stage2.model.router.hard --stage2.model.router.hidden --stage2.model.router.k --stage2.model.router.load_balance --stage2.model.router.momentum --stage2.model.router.mutual_information --stage2.model.router.noise --stage2.model.router.others --stage2.model.router.pair --stage2.model.router.supervision --stage2.model.router.temperature --stage2.model.router.z_loss --stage2.model.router_lr --stage2.model.schedule --stage2.model.skip_bad_batches --stage2.model.task_expert_lr --stage2.model.warmup --stage2.trainer --stages --stages+ --task --tasks-per-node --test --time --timeout --trainer --trainer.accelerator --trainer.accelerator.help --trainer.accumulate_grad_batches --trainer.barebones --trainer.benchmark --trainer.callbacks --trainer.callbacks+ --trainer.callbacks.amount --trainer.callbacks.annealing_epochs --trainer.callbacks.annealing_strategy --trainer.callbacks.apply_pruning --trainer.callbacks.atol --trainer.callbacks.attr_name --trainer.callbacks.auto_insert_metric_name --trainer.callbacks.avg_fn --trainer.callbacks.avg_fn.alg_id_cusparselt --trainer.callbacks.avg_fn.compressed_swizzled_bitmask --trainer.callbacks.avg_fn.fuse_transpose_cusparselt --trainer.callbacks.avg_fn.meta_t --trainer.callbacks.avg_fn.packed_t --trainer.callbacks.avg_fn.packed_t.alg_id_cusparselt --trainer.callbacks.avg_fn.packed_t.compressed_swizzled_bitmask --trainer.callbacks.avg_fn.packed_t.fuse_transpose_cusparselt --trainer.callbacks.avg_fn.packed_t.meta_t --trainer.callbacks.avg_fn.packed_t.packed_t --trainer.callbacks.avg_fn.packed_t.requires_grad --trainer.callbacks.avg_fn.requires_grad --trainer.callbacks.backbone_initial_lr --trainer.callbacks.backbone_initial_ratio_lr --trainer.callbacks.batch_arg_name --trainer.callbacks.batch_size_fn --trainer.callbacks.check_finite --trainer.callbacks.check_on_train_epoch_end --trainer.callbacks.config --trainer.callbacks.config_filename --trainer.callbacks.console_kwargs --trainer.callbacks.cpu_stats --trainer.callbacks.decay --trainer.callbacks.device --trainer.callbacks.dirpath --trainer.callbacks.divergence_threshold --trainer.callbacks.duration --trainer.callbacks.early_stop_threshold --trainer.callbacks.enable_version_counter --trainer.callbacks.every_n_epochs --trainer.callbacks.every_n_train_steps --trainer.callbacks.exclude_batches_path --trainer.callbacks.filename --trainer.callbacks.finite_only --trainer.callbacks.help --trainer.callbacks.init_val --trainer.callbacks.initial_denom_lr --trainer.callbacks.interval --trainer.callbacks.lambda_func --trainer.callbacks.leave --trainer.callbacks.length_fn --trainer.callbacks.log_momentum --trainer.callbacks.log_rank_zero_only --trainer.callbacks.log_weight_decay --trainer.callbacks.logging_interval --trainer.callbacks.make_pruning_permanent --trainer.callbacks.margin --trainer.callbacks.max_depth --trainer.callbacks.max_lr --trainer.callbacks.max_trials --trainer.callbacks.max_val --trainer.callbacks.min_delta --trainer.callbacks.min_lr --trainer.callbacks.mode --trainer.callbacks.monitor --trainer.callbacks.multi_avg_fn --trainer.callbacks.multifile --trainer.callbacks.num_training_steps --trainer.callbacks.on_after_backward --trainer.callbacks.on_before_backward --trainer.callbacks.on_before_optimizer_step --trainer.callbacks.on_before_zero_grad --trainer.callbacks.on_exception --trainer.callbacks.on_fit_end --trainer.callbacks.on_fit_start --trainer.callbacks.on_load_checkpoint --trainer.callbacks.on_predict_batch_end --trainer.callbacks.on_predict_batch_start --trainer.callbacks.on_predict_end --trainer.callbacks.on_predict_epoch_end --trainer.callbacks.on_predict_epoch_start --trainer.callbacks.on_predict_start --trainer.callbacks.on_sanity_check_end --trainer.callbacks.on_sanity_check_start --trainer.callbacks.on_save_checkpoint --trainer.callbacks.on_test_batch_end --trainer.callbacks.on_test_batch_start --trainer.callbacks.on_test_end --trainer.callbacks.on_test_epoch_end --trainer.callbacks.on_test_epoch_start --trainer.callbacks.on_test_start --trainer.callbacks.on_train_batch_end --trainer.callbacks.on_train_batch_start --trainer.callbacks.on_train_end --trainer.callbacks.on_train_epoch_end --trainer.callbacks.on_train_epoch_start --trainer.callbacks.on_train_start --trainer.callbacks.on_validation_batch_end --trainer.callbacks.on_validation_batch_start --trainer.callbacks.on_validation_end --trainer.callbacks.on_validation_epoch_end --trainer.callbacks.on_validation_epoch_start --trainer.callbacks.on_validation_start --trainer.callbacks.overwrite --trainer.callbacks.parameter_names --trainer.callbacks.parameters_to_prune --trainer.callbacks.parser --trainer.callbacks.patience --trainer.callbacks.process_position --trainer.callbacks.prune_on_train_epoch_end --trainer.callbacks.pruning_dim --trainer.callbacks.pruning_fn --trainer.callbacks.pruning_norm --trainer.callbacks.refresh_rate --trainer.callbacks.resample_parameters --trainer.callbacks.rounding --trainer.callbacks.rtol --trainer.callbacks.save_last --trainer.callbacks.save_on_exception --trainer.callbacks.save_on_train_epoch_end --trainer.callbacks.save_to_log_dir --trainer.callbacks.save_top_k --trainer.callbacks.save_weights_only --trainer.callbacks.scheduling --trainer.callbacks.separator --trainer.callbacks.setup --trainer.callbacks.should_align --trainer.callbacks.steps_per_trial --trainer.callbacks.stopping_threshold --trainer.callbacks.strict --trainer.callbacks.swa_epoch_start --trainer.callbacks.swa_lrs --trainer.callbacks.teardown --trainer.callbacks.theme --trainer.callbacks.theme.batch_progress --trainer.callbacks.theme.description --trainer.callbacks.theme.description.bgcolor --trainer.callbacks.theme.description.blink --trainer.callbacks.theme.description.blink2 --trainer.callbacks.theme.description.bold --trainer.callbacks.theme.description.color --trainer.callbacks.theme.description.color.name --trainer.callbacks.theme.description.color.number --trainer.callbacks.theme.description.color.triplet --trainer.callbacks.theme.description.color.triplet.blue --trainer.callbacks.theme.description.color.triplet.green --trainer.callbacks.theme.description.color.triplet.red --trainer.callbacks.theme.description.color.type --trainer.callbacks.theme.description.conceal --trainer.callbacks.theme.description.dim --trainer.callbacks.theme.description.encircle --trainer.callbacks.theme.description.frame --trainer.callbacks.theme.description.italic --trainer.callbacks.theme.description.link --trainer.callbacks.theme.description.meta --trainer.callbacks.theme.description.overline --trainer.callbacks.theme.description.reverse --trainer.callbacks.theme.description.strike --trainer.callbacks.theme.description.underline --trainer.callbacks.theme.description.underline2 --trainer.callbacks.theme.metrics --trainer.callbacks.theme.metrics_format --trainer.callbacks.theme.metrics_text_delimiter --trainer.callbacks.theme.processing_speed --trainer.callbacks.theme.progress_bar --trainer.callbacks.theme.progress_bar_finished --trainer.callbacks.theme.progress_bar_pulse --trainer.callbacks.theme.time --trainer.callbacks.train_bn --trainer.callbacks.train_time_interval --trainer.callbacks.unfreeze_backbone_at_epoch --trainer.callbacks.update_attr --trainer.callbacks.update_every_n_steps --trainer.callbacks.update_starting_at_epoch --trainer.callbacks.update_starting_at_step --trainer.callbacks.use_buffers --trainer.callbacks.use_global_unstructured --trainer.callbacks.use_lottery_ticket_hypothesis --trainer.callbacks.verbose --trainer.callbacks.warmup --trainer.callbacks.window --trainer.callbacks.window_size --trainer.callbacks.write_interval --trainer.check_val_every_n_epoch --trainer.detect_anomaly --trainer.deterministic --trainer.devices --trainer.devices+ --trainer.enable_autolog_hparams --trainer.enable_checkpointing --trainer.enable_progress_bar --trainer.fast_dev_run --trainer.gradient_clip_algorithm --trainer.gradient_clip_val --trainer.inference_mode --trainer.limit_predict_batches --trainer.limit_test_batches --trainer.limit_train_batches --trainer.limit_val_batches --trainer.log_every_n_steps --trainer.max_epochs --trainer.max_steps --trainer.max_time --trainer.min_epochs --trainer.min_steps --trainer.model_registry --trainer.num_nodes --trainer.num_sanity_val_steps --trainer.overfit_batches --trainer.plugins --trainer.plugins+ --trainer.plugins.auto_requeue --trainer.plugins.checkpoint_io --trainer.plugins.device --trainer.plugins.dtype --trainer.plugins.fallback_compute_dtype --trainer.plugins.help --trainer.plugins.ignore_modules --trainer.plugins.mode --trainer.plugins.precision --trainer.plugins.recipe --trainer.plugins.replace_layers --trainer.plugins.requeue_signal --trainer.plugins.scaler --trainer.plugins.scaler.backoff_factor --trainer.plugins.scaler.device --trainer.plugins.scaler.enabled --trainer.plugins.scaler.growth_factor --trainer.plugins.scaler.growth_interval --trainer.plugins.scaler.init_scale --trainer.plugins.scaler.process_group --trainer.plugins.weights_dtype --trainer.precision --trainer.profiler --trainer.profiler.dirpath --trainer.profiler.dump_stats --trainer.profiler.emit_nvtx --trainer.profiler.export_to_chrome --trainer.profiler.extended --trainer.profiler.filename --trainer.profiler.group_by_input_shapes --trainer.profiler.help --trainer.profiler.line_count_restriction --trainer.profiler.port --trainer.profiler.record_module_names --trainer.profiler.record_shapes --trainer.profiler.row_limit --trainer.profiler.sort_by_key --trainer.profiler.table_kwargs --trainer.reload_dataloaders_every_n_epochs --trainer.strategy --trainer.strategy.accelerator --trainer.strategy.activation_checkpointing --trainer.strategy.activation_checkpointing_policy --trainer.strategy.allgather_bucket_size --trainer.strategy.allgather_partitions --trainer.strategy.auto_wrap_policy --trainer.strategy.auto_wrap_policy.module_classes --trainer.strategy.batched_grad_copy --trainer.strategy.block_size --trainer.strategy.broadcast_buffers --trainer.strategy.bucket_cap_mb --trainer.strategy.bucket_cap_mb_list --trainer.strategy.check_reduction --trainer.strategy.checkpoint_io --trainer.strategy.checkpoint_io.checkpoint_io --trainer.strategy.cluster_environment --trainer.strategy.cluster_environment.auto_requeue --trainer.strategy.cluster_environment.requeue_signal --trainer.strategy.config --trainer.strategy.contiguous_gradients --trainer.strategy.contiguous_memory_optimization --trainer.strategy.cpu_checkpointing --trainer.strategy.cpu_offload --trainer.strategy.cpu_offload.offload_params --trainer.strategy.data_parallel_size --trainer.strategy.ddp_comm_hook --trainer.strategy.ddp_comm_state --trainer.strategy.ddp_comm_wrapper --trainer.strategy.debug --trainer.strategy.delay_all_reduce_named_params --trainer.strategy.device --trainer.strategy.device_mesh --trainer.strategy.device_mesh._init_backend --trainer.strategy.device_mesh._layout --trainer.strategy.device_mesh._rank --trainer.strategy.device_mesh._rank_map --trainer.strategy.device_mesh._rank_map.alg_id_cusparselt --trainer.strategy.device_mesh._rank_map.compressed_swizzled_bitmask --trainer.strategy.device_mesh._rank_map.data --trainer.strategy.device_mesh._rank_map.fuse_transpose_cusparselt --trainer.strategy.device_mesh._rank_map.mask --trainer.strategy.device_mesh._rank_map.meta --trainer.strategy.device_mesh._rank_map.meta_t --trainer.strategy.device_mesh._rank_map.packed --trainer.strategy.device_mesh._rank_map.packed_t --trainer.strategy.device_mesh._rank_map.requires_grad --trainer.strategy.device_mesh._rank_map.shape --trainer.strategy.device_mesh._root_mesh --trainer.strategy.device_mesh.backend_override --trainer.strategy.device_mesh.device_type --trainer.strategy.device_mesh.mesh --trainer.strategy.device_mesh.mesh_dim_names --trainer.strategy.dim --trainer.strategy.exclude_frozen_parameters --trainer.strategy.find_unused_parameters --trainer.strategy.forward_sync_buffers --trainer.strategy.gradient_as_bucket_view --trainer.strategy.help --trainer.strategy.hysteresis --trainer.strategy.init_sync --trainer.strategy.initial_scale_power --trainer.strategy.load_full_weights --trainer.strategy.logging_batch_size_per_gpu --trainer.strategy.logging_level --trainer.strategy.loss_scale --trainer.strategy.loss_scale_window --trainer.strategy.max_in_cpu --trainer.strategy.min_loss_scale --trainer.strategy.mixed_precision --trainer.strategy.mixed_precision._module_classes_to_ignore --trainer.strategy.mixed_precision.buffer_dtype --trainer.strategy.mixed_precision.cast_forward_inputs --trainer.strategy.mixed_precision.cast_root_forward_inputs --trainer.strategy.mixed_precision.keep_low_precision_grads --trainer.strategy.mixed_precision.param_dtype --trainer.strategy.mixed_precision.reduce_dtype --trainer.strategy.model_averaging_period --trainer.strategy.nvme_path --trainer.strategy.offload_optimizer --trainer.strategy.offload_optimizer_device --trainer.strategy.offload_parameters --trainer.strategy.offload_params_device --trainer.strategy.optimizer_buffer_count --trainer.strategy.output_device --trainer.strategy.overlap_comm --trainer.strategy.overlap_events --trainer.strategy.parallel_devices --trainer.strategy.param_to_hook_all_reduce --trainer.strategy.params_buffer_count --trainer.strategy.params_buffer_size --trainer.strategy.partition_activations --trainer.strategy.pin_memory --trainer.strategy.precision_plugin --trainer.strategy.precision_plugin.device --trainer.strategy.precision_plugin.dtype --trainer.strategy.precision_plugin.fallback_compute_dtype --trainer.strategy.precision_plugin.ignore_modules --trainer.strategy.precision_plugin.mode --trainer.strategy.precision_plugin.precision --trainer.strategy.precision_plugin.recipe --trainer.strategy.precision_plugin.replace_layers --trainer.strategy.precision_plugin.scaler --trainer.strategy.precision_plugin.scaler.backoff_factor --trainer.strategy.precision_plugin.scaler.device --trainer.strategy.precision_plugin.scaler.enabled --trainer.strategy.precision_plugin.scaler.growth_factor --trainer.strategy.precision_plugin.scaler.growth_interval --trainer.strategy.precision_plugin.scaler.init_scale --trainer.strategy.precision_plugin.scaler.process_group --trainer.strategy.precision_plugin.weights_dtype --trainer.strategy.process_group --trainer.strategy.process_group_backend --trainer.strategy.queue_depth --trainer.strategy.reduce_bucket_size --trainer.strategy.reduce_scatter --trainer.strategy.remote_device --trainer.strategy.save_distributed_checkpoint --trainer.strategy.sharding_strategy --trainer.strategy.single_submit --trainer.strategy.skip_all_reduce_unused_params --trainer.strategy.stage --trainer.strategy.start_method --trainer.strategy.state_dict_type --trainer.strategy.static_graph --trainer.strategy.sub_group_size --trainer.strategy.sync_module_states --trainer.strategy.synchronize_checkpoint_boundary --trainer.strategy.tensor_parallel_size --trainer.strategy.thread_count --trainer.strategy.timeout --trainer.strategy.zero_allow_untested_optimizer --trainer.strategy.zero_optimization --trainer.sync_batchnorm --trainer.val_check_interval --trunk_cache --trunk_cache.dtype --trunk_cache.enabled --trunk_cache.evict --trunk_cache.folder --trunk_cache.max_gb
 
 complete -c alter -e
 complete -c alter -f
@@ -1765,6 +1765,1165 @@ complete -c alter -n '_shtab_alter_using compare' -l stage2.model.layers -x -d s
 complete -c alter -n '_shtab_alter_using compare' -l stage2.model.ffn -xka "null" -d stage2.model.ffn
 complete -c alter -n '_shtab_alter_using compare' -l stage2.model.num_experts -xka "null" -d stage2.model.num_experts
 complete -c alter -n '_shtab_alter_using compare' -l stage2.model.router_lr -x -d stage2.model.router_lr
+complete -c alter -n '_shtab_alter_using; and test $_shtab_alter_npos -eq 0' -a sweep -d 'train a recipe with some values varied, ranked by validation'
+complete -c alter -n '_shtab_alter_using sweep' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'A recipe; give it again to lay another over it.'
+complete -c alter -n '_shtab_alter_using sweep' -l run -x -d 'The run folder.'
+complete -c alter -n '_shtab_alter_using sweep' -l stages -l stages+ -x -d 'What to run: stage1, stage2 or both.'
+complete -c alter -n '_shtab_alter_using sweep' -l test -xka "true false" -d 'Whether to test at the end.'
+complete -c alter -n '_shtab_alter_using sweep' -l seed_everything -x -d 'Seed of all random numbers.'
+complete -c alter -n '_shtab_alter_using sweep' -l backbone -x -d 'A hub id, a folder or a bundled name.'
+complete -c alter -n '_shtab_alter_using sweep' -l precision -x -d 'Of the frozen backbone: fp32, bf16, int8 or nf4.'
+complete -c alter -n '_shtab_alter_using sweep' -l trunk_cache -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using sweep' -l trunk_cache.enabled -xka "true false" -d 'whether they are kept at all.'
+complete -c alter -n '_shtab_alter_using sweep' -l trunk_cache.max_gb -x -d 'of disk, for all backbones and cuts together.'
+complete -c alter -n '_shtab_alter_using sweep' -l trunk_cache.dtype -xka "auto fp32 bf16" -d 'of the stored states; auto is the one that the backbone computes in, so that nothing is rounded.'
+complete -c alter -n '_shtab_alter_using sweep' -l trunk_cache.evict -xka "true false" -d 'whether states that this run has not used make room, longest unused first; otherwise a full cache takes'
+complete -c alter -n '_shtab_alter_using sweep' -l trunk_cache.folder -xka "null" -d 'by default ``trunk`` in ALTER'"'"'s cache folder.'
+complete -c alter -n '_shtab_alter_using sweep' -l generation -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using sweep' -l generation.num_beams -x -d 'beams of beam search; 1 is greedy.'
+complete -c alter -n '_shtab_alter_using sweep' -l generation.length_penalty -x -d 'with beams, a sequence'"'"'s score is divided by its length to this power; below 1 favours short ones.'
+complete -c alter -n '_shtab_alter_using sweep' -l data -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.tasks -l data.tasks+ -xka "null" -d 'paths of task files, relative to the recipe, or tasks written out.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.temperature -x -d 'T of the rates; 1 draws in proportion to size, large draws all tasks alike.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.cap -xka "null" -d 'K of the rates, the size above which a task counts as no larger.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.examples_per_epoch -xka "null" -d 'draws an epoch; by default as many as there are training rows, each capped at K.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.max_tokens -x -d 'of a training batch, padding counted.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.eval_max_tokens -x -d 'of a validation batch.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.mixed_batches -xka "true false" -d 'whether a batch mixes tasks.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.num_workers -x -d 'processes that load batches.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.seed -x -d 'of the mixture, of drawn limits and of shots.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.cache_dir -xka "null" -d 'for encoded tasks; by default ``tokens`` in ALTER'"'"'s cache folder.'
+complete -c alter -n '_shtab_alter_using sweep' -l data.root -xka "null" -d 'folder that the paths of data files start from, for recipes that leave it to the user; by default each'
+complete -c alter -n '_shtab_alter_using sweep' -l data.shots -xka "null" -d 'K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K'
+complete -c alter -n '_shtab_alter_using sweep' -l data.limit -xka "null" -d 'most rows of a split of every task, drawn by the seed, where the task'"'"'s own limit is not lower:'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.accelerator.help -xka "lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator" -d 'Show the help for the given subclass of Accelerator and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.accelerator -xka "lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator" -d 'Supports passing different accelerator types ("cpu", "gpu", "tpu", "hpu", "mps", "auto")'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.help -xka "lightning.pytorch.strategies.DDPStrategy lightning.pytorch.strategies.DeepSpeedStrategy lightning.pytorch.strategies.XLAStrategy lightning.pytorch.strategies.FSDPStrategy lightning.pytorch.strategies.ModelParallelStrategy lightning.pytorch.strategies.SingleDeviceStrategy lightning.pytorch.strategies.SingleDeviceXLAStrategy" -d 'Show the help for the given subclass of Strategy and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy -xka "lightning.pytorch.strategies.DDPStrategy lightning.pytorch.strategies.DeepSpeedStrategy lightning.pytorch.strategies.XLAStrategy lightning.pytorch.strategies.FSDPStrategy lightning.pytorch.strategies.ModelParallelStrategy lightning.pytorch.strategies.SingleDeviceStrategy lightning.pytorch.strategies.SingleDeviceXLAStrategy" -d 'Supports different training strategies with aliases as well custom strategies.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.devices -l trainer.devices+ -x -d 'The devices to use. Can be set to a positive number (int or str), a sequence of device indices'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.num_nodes -x -d 'Number of GPU nodes for distributed training.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.precision -xka "64 32 16 transformer-engine transformer-engine-float16 16-true 16-mixed bf16-true bf16-mixed 32-true 64-true 64 32 16 bf16 null" -d 'Double precision (64, '"'"'64'"'"' or '"'"'64-true'"'"'), full precision (32, '"'"'32'"'"' or '"'"'32-true'"'"'),'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.help -xka "lightning.Callback lightning.pytorch.callbacks.BatchSizeFinder lightning.pytorch.callbacks.Checkpoint lightning.pytorch.callbacks.ModelCheckpoint lightning.pytorch.callbacks.OnExceptionCheckpoint lightning.pytorch.callbacks.DeviceStatsMonitor lightning.pytorch.callbacks.EarlyStopping lightning.pytorch.callbacks.BaseFinetuning lightning.pytorch.callbacks.BackboneFinetuning lightning.pytorch.callbacks.GradientAccumulationScheduler lightning.pytorch.callbacks.LambdaCallback lightning.pytorch.callbacks.LearningRateFinder lightning.pytorch.callbacks.LearningRateMonitor lightning.pytorch.callbacks.ModelSummary lightning.pytorch.callbacks.RichModelSummary lightning.pytorch.callbacks.BasePredictionWriter lightning.pytorch.callbacks.ProgressBar lightning.pytorch.callbacks.RichProgressBar lightning.pytorch.callbacks.TQDMProgressBar lightning.pytorch.callbacks.Timer lightning.pytorch.callbacks.ModelPruning lightning.pytorch.callbacks.SpikeDetection lightning.pytorch.callbacks.StochasticWeightAveraging lightning.pytorch.callbacks.ThroughputMonitor lightning.pytorch.callbacks.WeightAveraging lightning.pytorch.callbacks.EMAWeightAveraging lightning.pytorch.cli.SaveConfigCallback" -d 'Show the help for the given subclass of Callback and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks -l trainer.callbacks+ -xka "lightning.Callback lightning.pytorch.callbacks.BatchSizeFinder lightning.pytorch.callbacks.Checkpoint lightning.pytorch.callbacks.ModelCheckpoint lightning.pytorch.callbacks.OnExceptionCheckpoint lightning.pytorch.callbacks.DeviceStatsMonitor lightning.pytorch.callbacks.EarlyStopping lightning.pytorch.callbacks.BaseFinetuning lightning.pytorch.callbacks.BackboneFinetuning lightning.pytorch.callbacks.GradientAccumulationScheduler lightning.pytorch.callbacks.LambdaCallback lightning.pytorch.callbacks.LearningRateFinder lightning.pytorch.callbacks.LearningRateMonitor lightning.pytorch.callbacks.ModelSummary lightning.pytorch.callbacks.RichModelSummary lightning.pytorch.callbacks.BasePredictionWriter lightning.pytorch.callbacks.ProgressBar lightning.pytorch.callbacks.RichProgressBar lightning.pytorch.callbacks.TQDMProgressBar lightning.pytorch.callbacks.Timer lightning.pytorch.callbacks.ModelPruning lightning.pytorch.callbacks.SpikeDetection lightning.pytorch.callbacks.StochasticWeightAveraging lightning.pytorch.callbacks.ThroughputMonitor lightning.pytorch.callbacks.WeightAveraging lightning.pytorch.callbacks.EMAWeightAveraging lightning.pytorch.cli.SaveConfigCallback null" -d 'Add a callback or list of callbacks.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.fast_dev_run -xka "true false" -d 'Runs n if set to ``n`` (int) else 1 if set to ``True`` batch(es)'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.max_epochs -xka "null" -d 'Stop training once this number of epochs is reached. Disabled by default (None).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.min_epochs -xka "null" -d 'Force training for at least these many epochs. Disabled by default (None).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.max_steps -x -d 'Stop training after this number of steps. Disabled by default (-1). If ``max_steps = -1``'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.min_steps -xka "null" -d 'Force training for at least these number of steps. Disabled by default (``None``).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.max_time -xka "null" -d 'Stop training after this amount of time has passed. Disabled by default (``None``).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.limit_train_batches -xka "null" -d 'How much of training dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.limit_val_batches -xka "null" -d 'How much of validation dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.limit_test_batches -xka "null" -d 'How much of test dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.limit_predict_batches -xka "null" -d 'How much of prediction dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.overfit_batches -x -d 'Overfit a fraction of training/validation data (float) or a set number of batches (int).'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.val_check_interval -xka "null" -d 'How often to check the validation set. Pass a ``float`` in the range [0.0, 1.0] to check'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.check_val_every_n_epoch -xka "null" -d 'Perform a validation loop after every `N` training epochs. If ``None``,'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.num_sanity_val_steps -xka "null" -d 'Sanity check runs n validation batches before starting the training routine.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.log_every_n_steps -xka "null" -d 'How often to log within steps.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.enable_checkpointing -xka "true false null" -d 'If ``True``, enable checkpointing.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.enable_progress_bar -xka "true false null" -d 'Whether to enable to progress bar by default.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.accumulate_grad_batches -x -d 'Accumulates gradients over k batches before stepping the optimizer.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.gradient_clip_val -xka "null" -d 'The value at which to clip gradients. Passing ``gradient_clip_val=None`` disables'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.gradient_clip_algorithm -xka "null" -d 'The gradient clipping algorithm to use. Pass ``gradient_clip_algorithm="value"``'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.deterministic -xka "true false warn null" -d 'If ``True``, sets whether PyTorch operations must use deterministic algorithms.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.benchmark -xka "true false null" -d 'The value (``True`` or ``False``) to set ``torch.backends.cudnn.benchmark`` to.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.inference_mode -xka "true false" -d 'Whether to use :func:`torch.inference_mode` or :func:`torch.no_grad` during'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.help -xka "lightning.pytorch.profilers.AdvancedProfiler lightning.pytorch.profilers.PassThroughProfiler lightning.pytorch.profilers.PyTorchProfiler lightning.pytorch.profilers.SimpleProfiler lightning.pytorch.profilers.XLAProfiler" -d 'Show the help for the given subclass of Profiler and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler -xka "lightning.pytorch.profilers.AdvancedProfiler lightning.pytorch.profilers.PassThroughProfiler lightning.pytorch.profilers.PyTorchProfiler lightning.pytorch.profilers.SimpleProfiler lightning.pytorch.profilers.XLAProfiler null" -d 'To profile individual steps during training and assist in identifying bottlenecks.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.detect_anomaly -xka "true false" -d 'Enable anomaly detection for the autograd engine.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.barebones -xka "true false" -d 'Whether to run in "barebones mode", where all features that may impact raw speed are'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.help -xka "lightning.pytorch.plugins.Precision lightning.pytorch.plugins.MixedPrecision lightning.pytorch.plugins.BitsandbytesPrecision lightning.pytorch.plugins.DeepSpeedPrecision lightning.pytorch.plugins.DoublePrecision lightning.pytorch.plugins.FSDPPrecision lightning.pytorch.plugins.HalfPrecision lightning.pytorch.plugins.TransformerEnginePrecision lightning.pytorch.plugins.XLAPrecision lightning.fabric.plugins.environments.KubeflowEnvironment lightning.fabric.plugins.environments.LightningEnvironment lightning.fabric.plugins.environments.LSFEnvironment lightning.fabric.plugins.environments.MPIEnvironment lightning.fabric.plugins.environments.SLURMEnvironment lightning.fabric.plugins.environments.TorchElasticEnvironment lightning.fabric.plugins.environments.XLAEnvironment lightning.fabric.plugins.TorchCheckpointIO lightning.fabric.plugins.XLACheckpointIO lightning.pytorch.plugins.AsyncCheckpointIO lightning.pytorch.plugins.TorchSyncBatchNorm" -d 'Show the help for the given subclass of {Precision,ClusterEnvironment,CheckpointIO,LayerSync} and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins -l trainer.plugins+ -xka "lightning.pytorch.plugins.Precision lightning.pytorch.plugins.MixedPrecision lightning.pytorch.plugins.BitsandbytesPrecision lightning.pytorch.plugins.DeepSpeedPrecision lightning.pytorch.plugins.DoublePrecision lightning.pytorch.plugins.FSDPPrecision lightning.pytorch.plugins.HalfPrecision lightning.pytorch.plugins.TransformerEnginePrecision lightning.pytorch.plugins.XLAPrecision lightning.fabric.plugins.environments.KubeflowEnvironment lightning.fabric.plugins.environments.LightningEnvironment lightning.fabric.plugins.environments.LSFEnvironment lightning.fabric.plugins.environments.MPIEnvironment lightning.fabric.plugins.environments.SLURMEnvironment lightning.fabric.plugins.environments.TorchElasticEnvironment lightning.fabric.plugins.environments.XLAEnvironment lightning.fabric.plugins.TorchCheckpointIO lightning.fabric.plugins.XLACheckpointIO lightning.pytorch.plugins.AsyncCheckpointIO lightning.pytorch.plugins.TorchSyncBatchNorm null" -d 'Plugins allow modification of core behavior like ddp and amp, and enable custom lightning plugins.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.sync_batchnorm -xka "true false" -d 'Synchronize batch norm layers between process groups/whole world.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.reload_dataloaders_every_n_epochs -x -d 'Set to a positive integer to reload dataloaders every n epochs.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.enable_autolog_hparams -xka "true false" -d 'Whether to log hyperparameters at the start of a run.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.model_registry -xka "null" -d 'The name of the model being uploaded to Model hub.'
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.help -xka "alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage2Module" -d 'Show the help for the given subclass of {Stage1Module,StageModule} and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model -xka "alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null" -d 'One or more arguments specifying "class_path" and "init_args" for any subclass of {Stage1Module,StageModule}.'
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.trainer -x -d 'Trainer arguments for stage1 alone.'
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.help -xka "alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module" -d 'Show the help for the given subclass of {Stage2Module,StageModule} and exit.'
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model -xka "alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null" -d 'One or more arguments specifying "class_path" and "init_args" for any subclass of {Stage2Module,StageModule}.'
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.trainer -x -d 'Trainer arguments for stage2 alone.'
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.accelerator -xka "lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator null" -d trainer.strategy.accelerator
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.parallel_devices -xka "null" -d trainer.strategy.parallel_devices
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.cluster_environment -xka "lightning.fabric.plugins.environments.KubeflowEnvironment lightning.fabric.plugins.environments.LightningEnvironment lightning.fabric.plugins.environments.LSFEnvironment lightning.fabric.plugins.environments.MPIEnvironment lightning.fabric.plugins.environments.SLURMEnvironment lightning.fabric.plugins.environments.TorchElasticEnvironment lightning.fabric.plugins.environments.XLAEnvironment null" -d trainer.strategy.cluster_environment
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.cluster_environment.auto_requeue -xka "true false" -d trainer.strategy.cluster_environment.auto_requeue
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.cluster_environment.requeue_signal -xka "SIGHUP SIGINT SIGQUIT SIGILL SIGTRAP SIGABRT SIGIOT SIGBUS SIGFPE SIGKILL SIGUSR1 SIGSEGV SIGUSR2 SIGPIPE SIGALRM SIGTERM SIGSTKFLT SIGCHLD SIGCLD SIGCONT SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGURG SIGXCPU SIGXFSZ SIGVTALRM SIGPROF SIGWINCH SIGIO SIGPOLL SIGPWR SIGSYS SIGRTMIN SIGRTMAX null" -d trainer.strategy.cluster_environment.requeue_signal
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.checkpoint_io -xka "lightning.fabric.plugins.XLACheckpointIO lightning.pytorch.plugins.AsyncCheckpointIO null" -d trainer.strategy.checkpoint_io
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.checkpoint_io.checkpoint_io -xka "null" -d trainer.strategy.checkpoint_io.checkpoint_io
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin -xka "lightning.pytorch.plugins.XLAPrecision null" -d trainer.strategy.precision_plugin
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.precision -xka "32-true 16-true bf16-true" -d trainer.strategy.precision_plugin.precision
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.device -x -d trainer.strategy.precision_plugin.device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler -xka "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler null" -d trainer.strategy.precision_plugin.scaler
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.device -x -d trainer.strategy.precision_plugin.scaler.device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.init_scale -x -d trainer.strategy.precision_plugin.scaler.init_scale
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.growth_factor -x -d trainer.strategy.precision_plugin.scaler.growth_factor
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.backoff_factor -x -d trainer.strategy.precision_plugin.scaler.backoff_factor
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.growth_interval -x -d trainer.strategy.precision_plugin.scaler.growth_interval
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.enabled -xka "true false" -d trainer.strategy.precision_plugin.scaler.enabled
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.scaler.process_group -xka "torch.distributed.ProcessGroup null" -d trainer.strategy.precision_plugin.scaler.process_group
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.mode -xka "nf4 nf4-dq fp4 fp4-dq int8 int8-training" -d trainer.strategy.precision_plugin.mode
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.dtype -xka "torch.dtype null" -d trainer.strategy.precision_plugin.dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.ignore_modules -xka "null" -d trainer.strategy.precision_plugin.ignore_modules
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.weights_dtype -xka "torch.dtype" -d trainer.strategy.precision_plugin.weights_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.recipe -xka "null" -d trainer.strategy.precision_plugin.recipe
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.replace_layers -xka "true false null" -d trainer.strategy.precision_plugin.replace_layers
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.precision_plugin.fallback_compute_dtype -xka "null" -d trainer.strategy.precision_plugin.fallback_compute_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.ddp_comm_state -xka "null" -d trainer.strategy.ddp_comm_state
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.ddp_comm_hook -xka "null" -d trainer.strategy.ddp_comm_hook
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.ddp_comm_wrapper -xka "null" -d trainer.strategy.ddp_comm_wrapper
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.model_averaging_period -xka "null" -d trainer.strategy.model_averaging_period
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.process_group_backend -xka "null" -d trainer.strategy.process_group_backend
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.timeout -xka "null" -d trainer.strategy.timeout
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.start_method -xka "popen spawn fork forkserver" -d trainer.strategy.start_method
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.output_device -x -d trainer.strategy.output_device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.dim -x -d trainer.strategy.dim
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.broadcast_buffers -x -d trainer.strategy.broadcast_buffers
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.init_sync -x -d trainer.strategy.init_sync
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.process_group -x -d trainer.strategy.process_group
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.bucket_cap_mb -x -d trainer.strategy.bucket_cap_mb
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.find_unused_parameters -x -d trainer.strategy.find_unused_parameters
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.check_reduction -x -d trainer.strategy.check_reduction
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.gradient_as_bucket_view -x -d trainer.strategy.gradient_as_bucket_view
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.static_graph -x -d trainer.strategy.static_graph
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.delay_all_reduce_named_params -x -d trainer.strategy.delay_all_reduce_named_params
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.param_to_hook_all_reduce -x -d trainer.strategy.param_to_hook_all_reduce
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision -xka "null" -d trainer.strategy.mixed_precision
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision.param_dtype -xka "null" -d trainer.strategy.mixed_precision.param_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision.reduce_dtype -xka "null" -d trainer.strategy.mixed_precision.reduce_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision.buffer_dtype -xka "null" -d trainer.strategy.mixed_precision.buffer_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision.keep_low_precision_grads -xka "true false" -d trainer.strategy.mixed_precision.keep_low_precision_grads
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision.cast_forward_inputs -xka "true false" -d trainer.strategy.mixed_precision.cast_forward_inputs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision.cast_root_forward_inputs -xka "true false" -d trainer.strategy.mixed_precision.cast_root_forward_inputs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.mixed_precision._module_classes_to_ignore -x -d trainer.strategy.mixed_precision._module_classes_to_ignore
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh -xka "torch.distributed.DeviceMesh null" -d trainer.strategy.device_mesh
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh.device_type -x -d trainer.strategy.device_mesh.device_type
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh.mesh -x -d trainer.strategy.device_mesh.mesh
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh.mesh_dim_names -xka "null" -d trainer.strategy.device_mesh.mesh_dim_names
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh.backend_override -xka "null" -d trainer.strategy.device_mesh.backend_override
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._init_backend -xka "true false" -d trainer.strategy.device_mesh._init_backend
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank -xka "null" -d trainer.strategy.device_mesh._rank
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._layout -xka "null" -d trainer.strategy.device_mesh._layout
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor null" -d trainer.strategy.device_mesh._rank_map
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.shape -xka "torch.Size" -d trainer.strategy.device_mesh._rank_map.shape
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.packed -xka "null" -d trainer.strategy.device_mesh._rank_map.packed
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.meta -xka "null" -d trainer.strategy.device_mesh._rank_map.meta
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.packed_t -xka "null" -d trainer.strategy.device_mesh._rank_map.packed_t
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.meta_t -xka "null" -d trainer.strategy.device_mesh._rank_map.meta_t
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.compressed_swizzled_bitmask -xka "null" -d trainer.strategy.device_mesh._rank_map.compressed_swizzled_bitmask
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.fuse_transpose_cusparselt -xka "true false" -d trainer.strategy.device_mesh._rank_map.fuse_transpose_cusparselt
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.alg_id_cusparselt -x -d trainer.strategy.device_mesh._rank_map.alg_id_cusparselt
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.requires_grad -xka "true false" -d trainer.strategy.device_mesh._rank_map.requires_grad
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.data -x -d trainer.strategy.device_mesh._rank_map.data
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._rank_map.mask -x -d trainer.strategy.device_mesh._rank_map.mask
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device_mesh._root_mesh -x -d trainer.strategy.device_mesh._root_mesh
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.skip_all_reduce_unused_params -x -d trainer.strategy.skip_all_reduce_unused_params
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.bucket_cap_mb_list -xka "null" -d trainer.strategy.bucket_cap_mb_list
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.batched_grad_copy -x -d trainer.strategy.batched_grad_copy
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.forward_sync_buffers -xka "true false null" -d trainer.strategy.forward_sync_buffers
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.zero_optimization -xka "true false" -d trainer.strategy.zero_optimization
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.stage -x -d trainer.strategy.stage
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.remote_device -xka "null" -d trainer.strategy.remote_device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.offload_optimizer -xka "true false" -d trainer.strategy.offload_optimizer
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.offload_parameters -xka "true false" -d trainer.strategy.offload_parameters
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.offload_params_device -x -d trainer.strategy.offload_params_device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.nvme_path -x -d trainer.strategy.nvme_path
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.params_buffer_count -x -d trainer.strategy.params_buffer_count
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.params_buffer_size -x -d trainer.strategy.params_buffer_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.max_in_cpu -x -d trainer.strategy.max_in_cpu
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.offload_optimizer_device -x -d trainer.strategy.offload_optimizer_device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.optimizer_buffer_count -x -d trainer.strategy.optimizer_buffer_count
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.block_size -x -d trainer.strategy.block_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.queue_depth -x -d trainer.strategy.queue_depth
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.single_submit -xka "true false" -d trainer.strategy.single_submit
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.overlap_events -xka "true false" -d trainer.strategy.overlap_events
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.thread_count -x -d trainer.strategy.thread_count
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.pin_memory -xka "true false" -d trainer.strategy.pin_memory
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.sub_group_size -x -d trainer.strategy.sub_group_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.contiguous_gradients -xka "true false" -d trainer.strategy.contiguous_gradients
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.overlap_comm -xka "true false" -d trainer.strategy.overlap_comm
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.allgather_partitions -xka "true false" -d trainer.strategy.allgather_partitions
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.reduce_scatter -xka "true false" -d trainer.strategy.reduce_scatter
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.allgather_bucket_size -x -d trainer.strategy.allgather_bucket_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.reduce_bucket_size -x -d trainer.strategy.reduce_bucket_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.zero_allow_untested_optimizer -xka "true false" -d trainer.strategy.zero_allow_untested_optimizer
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.logging_batch_size_per_gpu -x -d trainer.strategy.logging_batch_size_per_gpu
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.config -xka "null" -d trainer.strategy.config
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.logging_level -x -d trainer.strategy.logging_level
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.loss_scale -x -d trainer.strategy.loss_scale
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.initial_scale_power -x -d trainer.strategy.initial_scale_power
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.loss_scale_window -x -d trainer.strategy.loss_scale_window
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.hysteresis -x -d trainer.strategy.hysteresis
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.min_loss_scale -x -d trainer.strategy.min_loss_scale
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.partition_activations -xka "true false" -d trainer.strategy.partition_activations
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.cpu_checkpointing -xka "true false" -d trainer.strategy.cpu_checkpointing
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.contiguous_memory_optimization -xka "true false" -d trainer.strategy.contiguous_memory_optimization
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.synchronize_checkpoint_boundary -xka "true false" -d trainer.strategy.synchronize_checkpoint_boundary
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.load_full_weights -xka "true false" -d trainer.strategy.load_full_weights
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.exclude_frozen_parameters -xka "true false" -d trainer.strategy.exclude_frozen_parameters
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.debug -xka "true false" -d trainer.strategy.debug
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.sync_module_states -xka "true false" -d trainer.strategy.sync_module_states
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.cpu_offload -xka "true false null" -d trainer.strategy.cpu_offload
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.cpu_offload.offload_params -xka "true false" -d trainer.strategy.cpu_offload.offload_params
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.auto_wrap_policy -xka "torch.distributed.fsdp.wrap.ModuleWrapPolicy null" -d trainer.strategy.auto_wrap_policy
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.auto_wrap_policy.module_classes -x -d trainer.strategy.auto_wrap_policy.module_classes
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.activation_checkpointing -xka "null" -d trainer.strategy.activation_checkpointing
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.activation_checkpointing_policy -xka "null" -d trainer.strategy.activation_checkpointing_policy
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.sharding_strategy -xka "FULL_SHARD SHARD_GRAD_OP NO_SHARD HYBRID_SHARD _HYBRID_SHARD_ZERO2 FULL_SHARD SHARD_GRAD_OP NO_SHARD HYBRID_SHARD" -d trainer.strategy.sharding_strategy
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.state_dict_type -xka "full sharded" -d trainer.strategy.state_dict_type
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.data_parallel_size -xka "auto" -d trainer.strategy.data_parallel_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.tensor_parallel_size -xka "auto" -d trainer.strategy.tensor_parallel_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.save_distributed_checkpoint -xka "true false" -d trainer.strategy.save_distributed_checkpoint
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.strategy.device -xka "torch.device" -d trainer.strategy.device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.mode -xka "min max" -d trainer.callbacks.mode
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.steps_per_trial -x -d trainer.callbacks.steps_per_trial
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.init_val -x -d trainer.callbacks.init_val
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.max_trials -x -d trainer.callbacks.max_trials
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.batch_arg_name -x -d trainer.callbacks.batch_arg_name
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.margin -x -d trainer.callbacks.margin
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.max_val -x -d trainer.callbacks.max_val
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.dirpath -xka "null" -d trainer.callbacks.dirpath
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.filename -xka "null" -d trainer.callbacks.filename
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.monitor -xka "null" -d trainer.callbacks.monitor
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.verbose -xka "true false" -d trainer.callbacks.verbose
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.save_last -xka "true false link null" -d trainer.callbacks.save_last
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.save_top_k -x -d trainer.callbacks.save_top_k
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.save_on_exception -xka "true false" -d trainer.callbacks.save_on_exception
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.save_weights_only -xka "true false" -d trainer.callbacks.save_weights_only
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.auto_insert_metric_name -xka "true false" -d trainer.callbacks.auto_insert_metric_name
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.every_n_train_steps -xka "null" -d trainer.callbacks.every_n_train_steps
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.train_time_interval -xka "null" -d trainer.callbacks.train_time_interval
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.every_n_epochs -xka "null" -d trainer.callbacks.every_n_epochs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.save_on_train_epoch_end -xka "true false null" -d trainer.callbacks.save_on_train_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.enable_version_counter -xka "true false" -d trainer.callbacks.enable_version_counter
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.cpu_stats -xka "true false null" -d trainer.callbacks.cpu_stats
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.min_delta -x -d trainer.callbacks.min_delta
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.patience -x -d trainer.callbacks.patience
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.strict -xka "true false" -d trainer.callbacks.strict
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.check_finite -xka "true false" -d trainer.callbacks.check_finite
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.stopping_threshold -xka "null" -d trainer.callbacks.stopping_threshold
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.divergence_threshold -xka "null" -d trainer.callbacks.divergence_threshold
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.check_on_train_epoch_end -xka "true false null" -d trainer.callbacks.check_on_train_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.log_rank_zero_only -xka "true false" -d trainer.callbacks.log_rank_zero_only
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.unfreeze_backbone_at_epoch -x -d trainer.callbacks.unfreeze_backbone_at_epoch
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.lambda_func -x -d trainer.callbacks.lambda_func
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.backbone_initial_ratio_lr -x -d trainer.callbacks.backbone_initial_ratio_lr
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.backbone_initial_lr -xka "null" -d trainer.callbacks.backbone_initial_lr
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.should_align -xka "true false" -d trainer.callbacks.should_align
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.initial_denom_lr -x -d trainer.callbacks.initial_denom_lr
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.train_bn -xka "true false" -d trainer.callbacks.train_bn
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.rounding -x -d trainer.callbacks.rounding
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.scheduling -x -d trainer.callbacks.scheduling
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.setup -xka "null" -d trainer.callbacks.setup
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.teardown -xka "null" -d trainer.callbacks.teardown
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_fit_start -xka "null" -d trainer.callbacks.on_fit_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_fit_end -xka "null" -d trainer.callbacks.on_fit_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_sanity_check_start -xka "null" -d trainer.callbacks.on_sanity_check_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_sanity_check_end -xka "null" -d trainer.callbacks.on_sanity_check_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_train_batch_start -xka "null" -d trainer.callbacks.on_train_batch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_train_batch_end -xka "null" -d trainer.callbacks.on_train_batch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_train_epoch_start -xka "null" -d trainer.callbacks.on_train_epoch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_train_epoch_end -xka "null" -d trainer.callbacks.on_train_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_validation_epoch_start -xka "null" -d trainer.callbacks.on_validation_epoch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_validation_epoch_end -xka "null" -d trainer.callbacks.on_validation_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_test_epoch_start -xka "null" -d trainer.callbacks.on_test_epoch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_test_epoch_end -xka "null" -d trainer.callbacks.on_test_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_validation_batch_start -xka "null" -d trainer.callbacks.on_validation_batch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_validation_batch_end -xka "null" -d trainer.callbacks.on_validation_batch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_test_batch_start -xka "null" -d trainer.callbacks.on_test_batch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_test_batch_end -xka "null" -d trainer.callbacks.on_test_batch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_train_start -xka "null" -d trainer.callbacks.on_train_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_train_end -xka "null" -d trainer.callbacks.on_train_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_validation_start -xka "null" -d trainer.callbacks.on_validation_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_validation_end -xka "null" -d trainer.callbacks.on_validation_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_test_start -xka "null" -d trainer.callbacks.on_test_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_test_end -xka "null" -d trainer.callbacks.on_test_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_exception -xka "null" -d trainer.callbacks.on_exception
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_save_checkpoint -xka "null" -d trainer.callbacks.on_save_checkpoint
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_load_checkpoint -xka "null" -d trainer.callbacks.on_load_checkpoint
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_before_backward -xka "null" -d trainer.callbacks.on_before_backward
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_after_backward -xka "null" -d trainer.callbacks.on_after_backward
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_before_optimizer_step -xka "null" -d trainer.callbacks.on_before_optimizer_step
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_before_zero_grad -xka "null" -d trainer.callbacks.on_before_zero_grad
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_predict_start -xka "null" -d trainer.callbacks.on_predict_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_predict_end -xka "null" -d trainer.callbacks.on_predict_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_predict_batch_start -xka "null" -d trainer.callbacks.on_predict_batch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_predict_batch_end -xka "null" -d trainer.callbacks.on_predict_batch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_predict_epoch_start -xka "null" -d trainer.callbacks.on_predict_epoch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.on_predict_epoch_end -xka "null" -d trainer.callbacks.on_predict_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.min_lr -x -d trainer.callbacks.min_lr
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.max_lr -x -d trainer.callbacks.max_lr
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.num_training_steps -x -d trainer.callbacks.num_training_steps
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.early_stop_threshold -xka "null" -d trainer.callbacks.early_stop_threshold
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.update_attr -xka "true false" -d trainer.callbacks.update_attr
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.attr_name -x -d trainer.callbacks.attr_name
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.logging_interval -xka "step epoch null" -d trainer.callbacks.logging_interval
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.log_momentum -xka "true false" -d trainer.callbacks.log_momentum
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.log_weight_decay -xka "true false" -d trainer.callbacks.log_weight_decay
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.max_depth -x -d trainer.callbacks.max_depth
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.write_interval -xka "batch epoch batch_and_epoch" -d trainer.callbacks.write_interval
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.refresh_rate -x -d trainer.callbacks.refresh_rate
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.leave -xka "true false" -d trainer.callbacks.leave
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme -x -d trainer.callbacks.theme
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description -xka "rich.style.Style" -d trainer.callbacks.theme.description
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color -xka "null" -d trainer.callbacks.theme.description.color
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.name -x -d trainer.callbacks.theme.description.color.name
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.type -xka "DEFAULT STANDARD EIGHT_BIT TRUECOLOR WINDOWS" -d trainer.callbacks.theme.description.color.type
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.number -xka "null" -d trainer.callbacks.theme.description.color.number
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.triplet -xka "null" -d trainer.callbacks.theme.description.color.triplet
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.triplet.red -x -d trainer.callbacks.theme.description.color.triplet.red
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.triplet.green -x -d trainer.callbacks.theme.description.color.triplet.green
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.color.triplet.blue -x -d trainer.callbacks.theme.description.color.triplet.blue
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.bgcolor -xka "null" -d trainer.callbacks.theme.description.bgcolor
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.bold -xka "true false null" -d trainer.callbacks.theme.description.bold
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.dim -xka "true false null" -d trainer.callbacks.theme.description.dim
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.italic -xka "true false null" -d trainer.callbacks.theme.description.italic
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.underline -xka "true false null" -d trainer.callbacks.theme.description.underline
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.blink -xka "true false null" -d trainer.callbacks.theme.description.blink
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.blink2 -xka "true false null" -d trainer.callbacks.theme.description.blink2
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.reverse -xka "true false null" -d trainer.callbacks.theme.description.reverse
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.conceal -xka "true false null" -d trainer.callbacks.theme.description.conceal
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.strike -xka "true false null" -d trainer.callbacks.theme.description.strike
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.underline2 -xka "true false null" -d trainer.callbacks.theme.description.underline2
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.frame -xka "true false null" -d trainer.callbacks.theme.description.frame
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.encircle -xka "true false null" -d trainer.callbacks.theme.description.encircle
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.overline -xka "true false null" -d trainer.callbacks.theme.description.overline
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.link -xka "null" -d trainer.callbacks.theme.description.link
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.description.meta -xka "null" -d trainer.callbacks.theme.description.meta
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.progress_bar -x -d trainer.callbacks.theme.progress_bar
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.progress_bar_finished -x -d trainer.callbacks.theme.progress_bar_finished
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.progress_bar_pulse -x -d trainer.callbacks.theme.progress_bar_pulse
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.batch_progress -x -d trainer.callbacks.theme.batch_progress
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.time -x -d trainer.callbacks.theme.time
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.processing_speed -x -d trainer.callbacks.theme.processing_speed
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.metrics -x -d trainer.callbacks.theme.metrics
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.metrics_text_delimiter -x -d trainer.callbacks.theme.metrics_text_delimiter
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.theme.metrics_format -x -d trainer.callbacks.theme.metrics_format
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.console_kwargs -xka "null" -d trainer.callbacks.console_kwargs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.process_position -x -d trainer.callbacks.process_position
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.duration -xka "null" -d trainer.callbacks.duration
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.interval -x -d trainer.callbacks.interval
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.pruning_fn -x -d trainer.callbacks.pruning_fn
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.parameters_to_prune -x -d trainer.callbacks.parameters_to_prune
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.parameter_names -xka "null" -d trainer.callbacks.parameter_names
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.use_global_unstructured -xka "true false" -d trainer.callbacks.use_global_unstructured
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.amount -x -d trainer.callbacks.amount
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.apply_pruning -xka "true false" -d trainer.callbacks.apply_pruning
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.make_pruning_permanent -xka "true false" -d trainer.callbacks.make_pruning_permanent
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.use_lottery_ticket_hypothesis -xka "true false" -d trainer.callbacks.use_lottery_ticket_hypothesis
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.resample_parameters -xka "true false" -d trainer.callbacks.resample_parameters
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.pruning_dim -xka "null" -d trainer.callbacks.pruning_dim
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.pruning_norm -xka "null" -d trainer.callbacks.pruning_norm
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.prune_on_train_epoch_end -xka "true false" -d trainer.callbacks.prune_on_train_epoch_end
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.window -x -d trainer.callbacks.window
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.warmup -x -d trainer.callbacks.warmup
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.atol -xka "null" -d trainer.callbacks.atol
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.rtol -xka "null" -d trainer.callbacks.rtol
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.exclude_batches_path -xka "null" -d trainer.callbacks.exclude_batches_path
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.finite_only -xka "true false" -d trainer.callbacks.finite_only
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.swa_lrs -x -d trainer.callbacks.swa_lrs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.swa_epoch_start -x -d trainer.callbacks.swa_epoch_start
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.annealing_epochs -x -d trainer.callbacks.annealing_epochs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.annealing_strategy -xka "cos linear" -d trainer.callbacks.annealing_strategy
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor null" -d trainer.callbacks.avg_fn
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor null" -d trainer.callbacks.avg_fn.packed_t
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t.packed_t -xka "null" -d trainer.callbacks.avg_fn.packed_t.packed_t
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t.meta_t -xka "null" -d trainer.callbacks.avg_fn.packed_t.meta_t
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t.compressed_swizzled_bitmask -xka "null" -d trainer.callbacks.avg_fn.packed_t.compressed_swizzled_bitmask
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t.fuse_transpose_cusparselt -xka "true false" -d trainer.callbacks.avg_fn.packed_t.fuse_transpose_cusparselt
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t.alg_id_cusparselt -x -d trainer.callbacks.avg_fn.packed_t.alg_id_cusparselt
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.packed_t.requires_grad -xka "true false" -d trainer.callbacks.avg_fn.packed_t.requires_grad
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.meta_t -xka "null" -d trainer.callbacks.avg_fn.meta_t
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.compressed_swizzled_bitmask -xka "null" -d trainer.callbacks.avg_fn.compressed_swizzled_bitmask
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.fuse_transpose_cusparselt -xka "true false" -d trainer.callbacks.avg_fn.fuse_transpose_cusparselt
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.alg_id_cusparselt -x -d trainer.callbacks.avg_fn.alg_id_cusparselt
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.avg_fn.requires_grad -xka "true false" -d trainer.callbacks.avg_fn.requires_grad
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.device -xka "null" -d trainer.callbacks.device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.batch_size_fn -x -d trainer.callbacks.batch_size_fn
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.length_fn -xka "null" -d trainer.callbacks.length_fn
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.window_size -x -d trainer.callbacks.window_size
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.separator -x -d trainer.callbacks.separator
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.use_buffers -xka "true false" -d trainer.callbacks.use_buffers
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.multi_avg_fn -xka "null" -d trainer.callbacks.multi_avg_fn
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.decay -x -d trainer.callbacks.decay
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.update_every_n_steps -x -d trainer.callbacks.update_every_n_steps
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.update_starting_at_step -xka "null" -d trainer.callbacks.update_starting_at_step
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.update_starting_at_epoch -xka "null" -d trainer.callbacks.update_starting_at_epoch
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.parser -xka "lightning.pytorch.cli.LightningArgumentParser" -d trainer.callbacks.parser
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.config -xka "jsonargparse.Namespace" -d trainer.callbacks.config
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.config_filename -x -d trainer.callbacks.config_filename
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.overwrite -xka "true false" -d trainer.callbacks.overwrite
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.multifile -xka "true false" -d trainer.callbacks.multifile
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.callbacks.save_to_log_dir -xka "true false" -d trainer.callbacks.save_to_log_dir
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.dirpath -xka "null" -d trainer.profiler.dirpath
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.filename -xka "null" -d trainer.profiler.filename
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.line_count_restriction -x -d trainer.profiler.line_count_restriction
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.dump_stats -xka "true false" -d trainer.profiler.dump_stats
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.group_by_input_shapes -xka "true false" -d trainer.profiler.group_by_input_shapes
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.emit_nvtx -xka "true false" -d trainer.profiler.emit_nvtx
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.export_to_chrome -xka "true false" -d trainer.profiler.export_to_chrome
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.row_limit -x -d trainer.profiler.row_limit
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.sort_by_key -xka "null" -d trainer.profiler.sort_by_key
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.record_module_names -xka "true false" -d trainer.profiler.record_module_names
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.table_kwargs -xka "null" -d trainer.profiler.table_kwargs
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.record_shapes -x -d trainer.profiler.record_shapes
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.extended -xka "true false" -d trainer.profiler.extended
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.profiler.port -x -d trainer.profiler.port
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.precision -xka "32-true 16-true bf16-true" -d trainer.plugins.precision
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.device -x -d trainer.plugins.device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler -xka "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler null" -d trainer.plugins.scaler
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.device -x -d trainer.plugins.scaler.device
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.init_scale -x -d trainer.plugins.scaler.init_scale
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.growth_factor -x -d trainer.plugins.scaler.growth_factor
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.backoff_factor -x -d trainer.plugins.scaler.backoff_factor
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.growth_interval -x -d trainer.plugins.scaler.growth_interval
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.enabled -xka "true false" -d trainer.plugins.scaler.enabled
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.scaler.process_group -xka "torch.distributed.ProcessGroup null" -d trainer.plugins.scaler.process_group
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.mode -xka "nf4 nf4-dq fp4 fp4-dq int8 int8-training" -d trainer.plugins.mode
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.dtype -xka "torch.dtype null" -d trainer.plugins.dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.ignore_modules -xka "null" -d trainer.plugins.ignore_modules
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.weights_dtype -xka "torch.dtype" -d trainer.plugins.weights_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.recipe -xka "null" -d trainer.plugins.recipe
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.replace_layers -xka "true false null" -d trainer.plugins.replace_layers
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.fallback_compute_dtype -xka "null" -d trainer.plugins.fallback_compute_dtype
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.auto_requeue -xka "true false" -d trainer.plugins.auto_requeue
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.requeue_signal -xka "SIGHUP SIGINT SIGQUIT SIGILL SIGTRAP SIGABRT SIGIOT SIGBUS SIGFPE SIGKILL SIGUSR1 SIGSEGV SIGUSR2 SIGPIPE SIGALRM SIGTERM SIGSTKFLT SIGCHLD SIGCLD SIGCONT SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGURG SIGXCPU SIGXFSZ SIGVTALRM SIGPROF SIGWINCH SIGIO SIGPOLL SIGPWR SIGSYS SIGRTMIN SIGRTMAX null" -d trainer.plugins.requeue_signal
+complete -c alter -n '_shtab_alter_using sweep' -l trainer.plugins.checkpoint_io -xka "null" -d trainer.plugins.checkpoint_io
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.layers -x -d stage1.model.layers
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.ffn -xka "null" -d stage1.model.ffn
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.expert.rank -x -d stage1.model.expert.rank
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.expert.activation -xka "gelu relu silu" -d stage1.model.expert.activation
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.expert.alpha -xka "null" -d stage1.model.expert.alpha
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router -xka "alter.nn.Router alter.nn.AdjacentSelector alter.nn.Description alter.nn.FirstPositionGate alter.nn.TokenGate alter.nn.TaskGate alter.nn.ModSquad alter.nn.MOELoRA alter.nn.Polytropon alter.nn.SharedGate alter.nn.TaskSelector alter.nn.TopK null" -d stage1.model.router
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.temperature -x -d stage1.model.router.temperature
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.pair -x -d stage1.model.router.pair
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.others -x -d stage1.model.router.others
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.supervision -xka "null" -d stage1.model.router.supervision
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.hidden -xka "null" -d stage1.model.router.hidden
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.k -x -d stage1.model.router.k
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.mutual_information -x -d stage1.model.router.mutual_information
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.momentum -x -d stage1.model.router.momentum
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.noise -x -d stage1.model.router.noise
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.embedding_size -x -d stage1.model.router.embedding_size
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.hard -xka "true false" -d stage1.model.router.hard
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.load_balance -x -d stage1.model.router.load_balance
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router.z_loss -x -d stage1.model.router.z_loss
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.own -x -d stage1.model.own
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.num_experts -xka "null" -d stage1.model.num_experts
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.router_lr -x -d stage1.model.router_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.backbone_lr -x -d stage1.model.backbone_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer -xka "torch.optim.Optimizer torch.optim.Adafactor torch.optim.Muon torch.optim.Adadelta torch.optim.Adagrad torch.optim.Adam torch.optim.AdamW torch.optim.Adamax torch.optim.ASGD torch.optim.LBFGS torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop torch.optim.Rprop torch.optim.SGD torch.optim.SparseAdam" -d stage1.model.optimizer
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.defaults -x -d stage1.model.optimizer.defaults
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.lr -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor" -d stage1.model.optimizer.lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.beta2_decay -x -d stage1.model.optimizer.beta2_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.eps -x -d stage1.model.optimizer.eps
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.d -x -d stage1.model.optimizer.d
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.weight_decay -x -d stage1.model.optimizer.weight_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.foreach -xka "true false null" -d stage1.model.optimizer.foreach
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.maximize -xka "true false" -d stage1.model.optimizer.maximize
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.momentum -x -d stage1.model.optimizer.momentum
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.nesterov -xka "true false" -d stage1.model.optimizer.nesterov
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.ns_coefficients -x -d stage1.model.optimizer.ns_coefficients
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.ns_steps -x -d stage1.model.optimizer.ns_steps
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.adjust_lr_fn -xka "null" -d stage1.model.optimizer.adjust_lr_fn
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.rho -x -d stage1.model.optimizer.rho
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.capturable -xka "true false" -d stage1.model.optimizer.capturable
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.differentiable -xka "true false" -d stage1.model.optimizer.differentiable
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.lr_decay -x -d stage1.model.optimizer.lr_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.initial_accumulator_value -x -d stage1.model.optimizer.initial_accumulator_value
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.fused -xka "true false null" -d stage1.model.optimizer.fused
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.betas -x -d stage1.model.optimizer.betas
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.amsgrad -xka "true false" -d stage1.model.optimizer.amsgrad
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.decoupled_weight_decay -xka "true false" -d stage1.model.optimizer.decoupled_weight_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.lambd -x -d stage1.model.optimizer.lambd
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.alpha -x -d stage1.model.optimizer.alpha
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.t0 -x -d stage1.model.optimizer.t0
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.max_iter -x -d stage1.model.optimizer.max_iter
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.max_eval -xka "null" -d stage1.model.optimizer.max_eval
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.tolerance_grad -x -d stage1.model.optimizer.tolerance_grad
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.tolerance_change -x -d stage1.model.optimizer.tolerance_change
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.history_size -x -d stage1.model.optimizer.history_size
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.line_search_fn -xka "null" -d stage1.model.optimizer.line_search_fn
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.momentum_decay -x -d stage1.model.optimizer.momentum_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.centered -xka "true false" -d stage1.model.optimizer.centered
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.etas -x -d stage1.model.optimizer.etas
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.step_sizes -x -d stage1.model.optimizer.step_sizes
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.optimizer.dampening -x -d stage1.model.optimizer.dampening
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.schedule -xka "constant linear cosine" -d stage1.model.schedule
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.warmup -x -d stage1.model.warmup
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.loss_average -xka "token example" -d stage1.model.loss_average
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.gradient_checkpointing -xka "true false" -d stage1.model.gradient_checkpointing
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.skip_bad_batches -x -d stage1.model.skip_bad_batches
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.keep -x -d stage1.model.keep
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.rates_lr -x -d stage1.model.rates_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.num_shared -x -d stage1.model.num_shared
+complete -c alter -n '_shtab_alter_using sweep' -l stage1.model.task_expert_lr -x -d stage1.model.task_expert_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.expert.rank -x -d stage2.model.expert.rank
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.expert.activation -xka "gelu relu silu" -d stage2.model.expert.activation
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.expert.alpha -xka "null" -d stage2.model.expert.alpha
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.num_shared -x -d stage2.model.num_shared
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router -xka "alter.nn.Router alter.nn.AdjacentSelector alter.nn.Description alter.nn.FirstPositionGate alter.nn.TokenGate alter.nn.TaskGate alter.nn.ModSquad alter.nn.MOELoRA alter.nn.Polytropon alter.nn.SharedGate alter.nn.TaskSelector alter.nn.TopK null" -d stage2.model.router
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.temperature -x -d stage2.model.router.temperature
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.pair -x -d stage2.model.router.pair
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.others -x -d stage2.model.router.others
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.supervision -xka "null" -d stage2.model.router.supervision
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.hidden -xka "null" -d stage2.model.router.hidden
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.k -x -d stage2.model.router.k
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.mutual_information -x -d stage2.model.router.mutual_information
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.momentum -x -d stage2.model.router.momentum
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.noise -x -d stage2.model.router.noise
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.embedding_size -x -d stage2.model.router.embedding_size
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.hard -xka "true false" -d stage2.model.router.hard
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.load_balance -x -d stage2.model.router.load_balance
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router.z_loss -x -d stage2.model.router.z_loss
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.keep -x -d stage2.model.keep
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.task_expert_lr -x -d stage2.model.task_expert_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.backbone_lr -x -d stage2.model.backbone_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer -xka "torch.optim.Optimizer torch.optim.Adafactor torch.optim.Muon torch.optim.Adadelta torch.optim.Adagrad torch.optim.Adam torch.optim.AdamW torch.optim.Adamax torch.optim.ASGD torch.optim.LBFGS torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop torch.optim.Rprop torch.optim.SGD torch.optim.SparseAdam" -d stage2.model.optimizer
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.defaults -x -d stage2.model.optimizer.defaults
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.lr -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor" -d stage2.model.optimizer.lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.beta2_decay -x -d stage2.model.optimizer.beta2_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.eps -x -d stage2.model.optimizer.eps
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.d -x -d stage2.model.optimizer.d
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.weight_decay -x -d stage2.model.optimizer.weight_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.foreach -xka "true false null" -d stage2.model.optimizer.foreach
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.maximize -xka "true false" -d stage2.model.optimizer.maximize
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.momentum -x -d stage2.model.optimizer.momentum
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.nesterov -xka "true false" -d stage2.model.optimizer.nesterov
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.ns_coefficients -x -d stage2.model.optimizer.ns_coefficients
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.ns_steps -x -d stage2.model.optimizer.ns_steps
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.adjust_lr_fn -xka "null" -d stage2.model.optimizer.adjust_lr_fn
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.rho -x -d stage2.model.optimizer.rho
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.capturable -xka "true false" -d stage2.model.optimizer.capturable
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.differentiable -xka "true false" -d stage2.model.optimizer.differentiable
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.lr_decay -x -d stage2.model.optimizer.lr_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.initial_accumulator_value -x -d stage2.model.optimizer.initial_accumulator_value
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.fused -xka "true false null" -d stage2.model.optimizer.fused
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.betas -x -d stage2.model.optimizer.betas
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.amsgrad -xka "true false" -d stage2.model.optimizer.amsgrad
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.decoupled_weight_decay -xka "true false" -d stage2.model.optimizer.decoupled_weight_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.lambd -x -d stage2.model.optimizer.lambd
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.alpha -x -d stage2.model.optimizer.alpha
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.t0 -x -d stage2.model.optimizer.t0
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.max_iter -x -d stage2.model.optimizer.max_iter
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.max_eval -xka "null" -d stage2.model.optimizer.max_eval
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.tolerance_grad -x -d stage2.model.optimizer.tolerance_grad
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.tolerance_change -x -d stage2.model.optimizer.tolerance_change
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.history_size -x -d stage2.model.optimizer.history_size
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.line_search_fn -xka "null" -d stage2.model.optimizer.line_search_fn
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.momentum_decay -x -d stage2.model.optimizer.momentum_decay
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.centered -xka "true false" -d stage2.model.optimizer.centered
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.etas -x -d stage2.model.optimizer.etas
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.step_sizes -x -d stage2.model.optimizer.step_sizes
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.optimizer.dampening -x -d stage2.model.optimizer.dampening
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.schedule -xka "constant linear cosine" -d stage2.model.schedule
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.warmup -x -d stage2.model.warmup
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.loss_average -xka "token example" -d stage2.model.loss_average
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.gradient_checkpointing -xka "true false" -d stage2.model.gradient_checkpointing
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.skip_bad_batches -x -d stage2.model.skip_bad_batches
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.own -x -d stage2.model.own
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.rates_lr -x -d stage2.model.rates_lr
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.layers -x -d stage2.model.layers
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.ffn -xka "null" -d stage2.model.ffn
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.num_experts -xka "null" -d stage2.model.num_experts
+complete -c alter -n '_shtab_alter_using sweep' -l stage2.model.router_lr -x -d stage2.model.router_lr
+complete -c alter -n '_shtab_alter_using sweep' -l set -x -d 'what to vary; again for more'
+complete -c alter -n '_shtab_alter_using sweep' -l random -x -d 'N points at random in place of the whole grid'
+complete -c alter -n '_shtab_alter_using sweep' -l seed -x -d 'of these; 13 by default'
+complete -c alter -n '_shtab_alter_using sweep' -l points -xka "(__fish_complete_path (commandline -ct))" -d 'the points as YAML, a list of mappings, for --set'
+complete -c alter -n '_shtab_alter_using sweep' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'the folder; the same command in the same folder goes on'
+complete -c alter -n '_shtab_alter_using sweep' -l local -x -d 'on this machine, N at once; the default, 1'
+complete -c alter -n '_shtab_alter_using sweep' -l slurm -x -d 'as a job array on SLURM, at most N at once'
+complete -c alter -n '_shtab_alter_using sweep' -l nodes -x -d 'how many; trainer.num_nodes by default'
+complete -c alter -n '_shtab_alter_using sweep' -l tasks-per-node -x -d 'processes of a node; its GPUs, else trainer.devices, else 1'
+complete -c alter -n '_shtab_alter_using sweep' -l time -x -d 'most time, such as 8:00:00; requeued after it until the run is done'
+complete -c alter -n '_shtab_alter_using sweep' -l partition -x -d where
+complete -c alter -n '_shtab_alter_using sweep' -l account -x -d 'who pays'
+complete -c alter -n '_shtab_alter_using sweep' -l mem -x -d 'memory of a node, such as 64G'
+complete -c alter -n '_shtab_alter_using sweep' -l cpus-per-task -x -d 'cores of a process'
+complete -c alter -n '_shtab_alter_using sweep' -l gpus-per-node -x -d 'GPUs of a node, and processes unless --tasks-per-node says otherwise'
+complete -c alter -n '_shtab_alter_using sweep' -l sbatch -x -d 'any other option of sbatch, such as constraint=a100 or exclusive; again for more'
+complete -c alter -n '_shtab_alter_using sweep' -l setup -x -d 'a shell line before the run, such as '"'"'module load cuda'"'"''
+complete -c alter -n '_shtab_alter_using sweep' -l dry-run -d 'print what would be submitted'
+complete -c alter -n '_shtab_alter_using; and test $_shtab_alter_npos -eq 0' -a submit -d 'train a recipe as a job on SLURM'
+complete -c alter -n '_shtab_alter_using submit' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'A recipe; give it again to lay another over it.'
+complete -c alter -n '_shtab_alter_using submit' -l run -x -d 'The run folder.'
+complete -c alter -n '_shtab_alter_using submit' -l stages -l stages+ -x -d 'What to run: stage1, stage2 or both.'
+complete -c alter -n '_shtab_alter_using submit' -l test -xka "true false" -d 'Whether to test at the end.'
+complete -c alter -n '_shtab_alter_using submit' -l seed_everything -x -d 'Seed of all random numbers.'
+complete -c alter -n '_shtab_alter_using submit' -l backbone -x -d 'A hub id, a folder or a bundled name.'
+complete -c alter -n '_shtab_alter_using submit' -l precision -x -d 'Of the frozen backbone: fp32, bf16, int8 or nf4.'
+complete -c alter -n '_shtab_alter_using submit' -l trunk_cache -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using submit' -l trunk_cache.enabled -xka "true false" -d 'whether they are kept at all.'
+complete -c alter -n '_shtab_alter_using submit' -l trunk_cache.max_gb -x -d 'of disk, for all backbones and cuts together.'
+complete -c alter -n '_shtab_alter_using submit' -l trunk_cache.dtype -xka "auto fp32 bf16" -d 'of the stored states; auto is the one that the backbone computes in, so that nothing is rounded.'
+complete -c alter -n '_shtab_alter_using submit' -l trunk_cache.evict -xka "true false" -d 'whether states that this run has not used make room, longest unused first; otherwise a full cache takes'
+complete -c alter -n '_shtab_alter_using submit' -l trunk_cache.folder -xka "null" -d 'by default ``trunk`` in ALTER'"'"'s cache folder.'
+complete -c alter -n '_shtab_alter_using submit' -l generation -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using submit' -l generation.num_beams -x -d 'beams of beam search; 1 is greedy.'
+complete -c alter -n '_shtab_alter_using submit' -l generation.length_penalty -x -d 'with beams, a sequence'"'"'s score is divided by its length to this power; below 1 favours short ones.'
+complete -c alter -n '_shtab_alter_using submit' -l data -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using submit' -l data.tasks -l data.tasks+ -xka "null" -d 'paths of task files, relative to the recipe, or tasks written out.'
+complete -c alter -n '_shtab_alter_using submit' -l data.temperature -x -d 'T of the rates; 1 draws in proportion to size, large draws all tasks alike.'
+complete -c alter -n '_shtab_alter_using submit' -l data.cap -xka "null" -d 'K of the rates, the size above which a task counts as no larger.'
+complete -c alter -n '_shtab_alter_using submit' -l data.examples_per_epoch -xka "null" -d 'draws an epoch; by default as many as there are training rows, each capped at K.'
+complete -c alter -n '_shtab_alter_using submit' -l data.max_tokens -x -d 'of a training batch, padding counted.'
+complete -c alter -n '_shtab_alter_using submit' -l data.eval_max_tokens -x -d 'of a validation batch.'
+complete -c alter -n '_shtab_alter_using submit' -l data.mixed_batches -xka "true false" -d 'whether a batch mixes tasks.'
+complete -c alter -n '_shtab_alter_using submit' -l data.num_workers -x -d 'processes that load batches.'
+complete -c alter -n '_shtab_alter_using submit' -l data.seed -x -d 'of the mixture, of drawn limits and of shots.'
+complete -c alter -n '_shtab_alter_using submit' -l data.cache_dir -xka "null" -d 'for encoded tasks; by default ``tokens`` in ALTER'"'"'s cache folder.'
+complete -c alter -n '_shtab_alter_using submit' -l data.root -xka "null" -d 'folder that the paths of data files start from, for recipes that leave it to the user; by default each'
+complete -c alter -n '_shtab_alter_using submit' -l data.shots -xka "null" -d 'K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K'
+complete -c alter -n '_shtab_alter_using submit' -l data.limit -xka "null" -d 'most rows of a split of every task, drawn by the seed, where the task'"'"'s own limit is not lower:'
+complete -c alter -n '_shtab_alter_using submit' -l trainer -x -d 'Path to a configuration file.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.accelerator.help -xka "lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator" -d 'Show the help for the given subclass of Accelerator and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.accelerator -xka "lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator" -d 'Supports passing different accelerator types ("cpu", "gpu", "tpu", "hpu", "mps", "auto")'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.help -xka "lightning.pytorch.strategies.DDPStrategy lightning.pytorch.strategies.DeepSpeedStrategy lightning.pytorch.strategies.XLAStrategy lightning.pytorch.strategies.FSDPStrategy lightning.pytorch.strategies.ModelParallelStrategy lightning.pytorch.strategies.SingleDeviceStrategy lightning.pytorch.strategies.SingleDeviceXLAStrategy" -d 'Show the help for the given subclass of Strategy and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy -xka "lightning.pytorch.strategies.DDPStrategy lightning.pytorch.strategies.DeepSpeedStrategy lightning.pytorch.strategies.XLAStrategy lightning.pytorch.strategies.FSDPStrategy lightning.pytorch.strategies.ModelParallelStrategy lightning.pytorch.strategies.SingleDeviceStrategy lightning.pytorch.strategies.SingleDeviceXLAStrategy" -d 'Supports different training strategies with aliases as well custom strategies.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.devices -l trainer.devices+ -x -d 'The devices to use. Can be set to a positive number (int or str), a sequence of device indices'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.num_nodes -x -d 'Number of GPU nodes for distributed training.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.precision -xka "64 32 16 transformer-engine transformer-engine-float16 16-true 16-mixed bf16-true bf16-mixed 32-true 64-true 64 32 16 bf16 null" -d 'Double precision (64, '"'"'64'"'"' or '"'"'64-true'"'"'), full precision (32, '"'"'32'"'"' or '"'"'32-true'"'"'),'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.help -xka "lightning.Callback lightning.pytorch.callbacks.BatchSizeFinder lightning.pytorch.callbacks.Checkpoint lightning.pytorch.callbacks.ModelCheckpoint lightning.pytorch.callbacks.OnExceptionCheckpoint lightning.pytorch.callbacks.DeviceStatsMonitor lightning.pytorch.callbacks.EarlyStopping lightning.pytorch.callbacks.BaseFinetuning lightning.pytorch.callbacks.BackboneFinetuning lightning.pytorch.callbacks.GradientAccumulationScheduler lightning.pytorch.callbacks.LambdaCallback lightning.pytorch.callbacks.LearningRateFinder lightning.pytorch.callbacks.LearningRateMonitor lightning.pytorch.callbacks.ModelSummary lightning.pytorch.callbacks.RichModelSummary lightning.pytorch.callbacks.BasePredictionWriter lightning.pytorch.callbacks.ProgressBar lightning.pytorch.callbacks.RichProgressBar lightning.pytorch.callbacks.TQDMProgressBar lightning.pytorch.callbacks.Timer lightning.pytorch.callbacks.ModelPruning lightning.pytorch.callbacks.SpikeDetection lightning.pytorch.callbacks.StochasticWeightAveraging lightning.pytorch.callbacks.ThroughputMonitor lightning.pytorch.callbacks.WeightAveraging lightning.pytorch.callbacks.EMAWeightAveraging lightning.pytorch.cli.SaveConfigCallback" -d 'Show the help for the given subclass of Callback and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks -l trainer.callbacks+ -xka "lightning.Callback lightning.pytorch.callbacks.BatchSizeFinder lightning.pytorch.callbacks.Checkpoint lightning.pytorch.callbacks.ModelCheckpoint lightning.pytorch.callbacks.OnExceptionCheckpoint lightning.pytorch.callbacks.DeviceStatsMonitor lightning.pytorch.callbacks.EarlyStopping lightning.pytorch.callbacks.BaseFinetuning lightning.pytorch.callbacks.BackboneFinetuning lightning.pytorch.callbacks.GradientAccumulationScheduler lightning.pytorch.callbacks.LambdaCallback lightning.pytorch.callbacks.LearningRateFinder lightning.pytorch.callbacks.LearningRateMonitor lightning.pytorch.callbacks.ModelSummary lightning.pytorch.callbacks.RichModelSummary lightning.pytorch.callbacks.BasePredictionWriter lightning.pytorch.callbacks.ProgressBar lightning.pytorch.callbacks.RichProgressBar lightning.pytorch.callbacks.TQDMProgressBar lightning.pytorch.callbacks.Timer lightning.pytorch.callbacks.ModelPruning lightning.pytorch.callbacks.SpikeDetection lightning.pytorch.callbacks.StochasticWeightAveraging lightning.pytorch.callbacks.ThroughputMonitor lightning.pytorch.callbacks.WeightAveraging lightning.pytorch.callbacks.EMAWeightAveraging lightning.pytorch.cli.SaveConfigCallback null" -d 'Add a callback or list of callbacks.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.fast_dev_run -xka "true false" -d 'Runs n if set to ``n`` (int) else 1 if set to ``True`` batch(es)'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.max_epochs -xka "null" -d 'Stop training once this number of epochs is reached. Disabled by default (None).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.min_epochs -xka "null" -d 'Force training for at least these many epochs. Disabled by default (None).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.max_steps -x -d 'Stop training after this number of steps. Disabled by default (-1). If ``max_steps = -1``'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.min_steps -xka "null" -d 'Force training for at least these number of steps. Disabled by default (``None``).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.max_time -xka "null" -d 'Stop training after this amount of time has passed. Disabled by default (``None``).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.limit_train_batches -xka "null" -d 'How much of training dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.limit_val_batches -xka "null" -d 'How much of validation dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.limit_test_batches -xka "null" -d 'How much of test dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.limit_predict_batches -xka "null" -d 'How much of prediction dataset to check (float = fraction, int = num_batches).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.overfit_batches -x -d 'Overfit a fraction of training/validation data (float) or a set number of batches (int).'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.val_check_interval -xka "null" -d 'How often to check the validation set. Pass a ``float`` in the range [0.0, 1.0] to check'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.check_val_every_n_epoch -xka "null" -d 'Perform a validation loop after every `N` training epochs. If ``None``,'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.num_sanity_val_steps -xka "null" -d 'Sanity check runs n validation batches before starting the training routine.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.log_every_n_steps -xka "null" -d 'How often to log within steps.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.enable_checkpointing -xka "true false null" -d 'If ``True``, enable checkpointing.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.enable_progress_bar -xka "true false null" -d 'Whether to enable to progress bar by default.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.accumulate_grad_batches -x -d 'Accumulates gradients over k batches before stepping the optimizer.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.gradient_clip_val -xka "null" -d 'The value at which to clip gradients. Passing ``gradient_clip_val=None`` disables'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.gradient_clip_algorithm -xka "null" -d 'The gradient clipping algorithm to use. Pass ``gradient_clip_algorithm="value"``'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.deterministic -xka "true false warn null" -d 'If ``True``, sets whether PyTorch operations must use deterministic algorithms.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.benchmark -xka "true false null" -d 'The value (``True`` or ``False``) to set ``torch.backends.cudnn.benchmark`` to.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.inference_mode -xka "true false" -d 'Whether to use :func:`torch.inference_mode` or :func:`torch.no_grad` during'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.help -xka "lightning.pytorch.profilers.AdvancedProfiler lightning.pytorch.profilers.PassThroughProfiler lightning.pytorch.profilers.PyTorchProfiler lightning.pytorch.profilers.SimpleProfiler lightning.pytorch.profilers.XLAProfiler" -d 'Show the help for the given subclass of Profiler and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler -xka "lightning.pytorch.profilers.AdvancedProfiler lightning.pytorch.profilers.PassThroughProfiler lightning.pytorch.profilers.PyTorchProfiler lightning.pytorch.profilers.SimpleProfiler lightning.pytorch.profilers.XLAProfiler null" -d 'To profile individual steps during training and assist in identifying bottlenecks.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.detect_anomaly -xka "true false" -d 'Enable anomaly detection for the autograd engine.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.barebones -xka "true false" -d 'Whether to run in "barebones mode", where all features that may impact raw speed are'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.help -xka "lightning.pytorch.plugins.Precision lightning.pytorch.plugins.MixedPrecision lightning.pytorch.plugins.BitsandbytesPrecision lightning.pytorch.plugins.DeepSpeedPrecision lightning.pytorch.plugins.DoublePrecision lightning.pytorch.plugins.FSDPPrecision lightning.pytorch.plugins.HalfPrecision lightning.pytorch.plugins.TransformerEnginePrecision lightning.pytorch.plugins.XLAPrecision lightning.fabric.plugins.environments.KubeflowEnvironment lightning.fabric.plugins.environments.LightningEnvironment lightning.fabric.plugins.environments.LSFEnvironment lightning.fabric.plugins.environments.MPIEnvironment lightning.fabric.plugins.environments.SLURMEnvironment lightning.fabric.plugins.environments.TorchElasticEnvironment lightning.fabric.plugins.environments.XLAEnvironment lightning.fabric.plugins.TorchCheckpointIO lightning.fabric.plugins.XLACheckpointIO lightning.pytorch.plugins.AsyncCheckpointIO lightning.pytorch.plugins.TorchSyncBatchNorm" -d 'Show the help for the given subclass of {Precision,ClusterEnvironment,CheckpointIO,LayerSync} and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins -l trainer.plugins+ -xka "lightning.pytorch.plugins.Precision lightning.pytorch.plugins.MixedPrecision lightning.pytorch.plugins.BitsandbytesPrecision lightning.pytorch.plugins.DeepSpeedPrecision lightning.pytorch.plugins.DoublePrecision lightning.pytorch.plugins.FSDPPrecision lightning.pytorch.plugins.HalfPrecision lightning.pytorch.plugins.TransformerEnginePrecision lightning.pytorch.plugins.XLAPrecision lightning.fabric.plugins.environments.KubeflowEnvironment lightning.fabric.plugins.environments.LightningEnvironment lightning.fabric.plugins.environments.LSFEnvironment lightning.fabric.plugins.environments.MPIEnvironment lightning.fabric.plugins.environments.SLURMEnvironment lightning.fabric.plugins.environments.TorchElasticEnvironment lightning.fabric.plugins.environments.XLAEnvironment lightning.fabric.plugins.TorchCheckpointIO lightning.fabric.plugins.XLACheckpointIO lightning.pytorch.plugins.AsyncCheckpointIO lightning.pytorch.plugins.TorchSyncBatchNorm null" -d 'Plugins allow modification of core behavior like ddp and amp, and enable custom lightning plugins.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.sync_batchnorm -xka "true false" -d 'Synchronize batch norm layers between process groups/whole world.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.reload_dataloaders_every_n_epochs -x -d 'Set to a positive integer to reload dataloaders every n epochs.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.enable_autolog_hparams -xka "true false" -d 'Whether to log hyperparameters at the start of a run.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.model_registry -xka "null" -d 'The name of the model being uploaded to Model hub.'
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.help -xka "alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage2Module" -d 'Show the help for the given subclass of {Stage1Module,StageModule} and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model -xka "alter.stages.Stage1Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null" -d 'One or more arguments specifying "class_path" and "init_args" for any subclass of {Stage1Module,StageModule}.'
+complete -c alter -n '_shtab_alter_using submit' -l stage1.trainer -x -d 'Trainer arguments for stage1 alone.'
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.help -xka "alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module" -d 'Show the help for the given subclass of {Stage2Module,StageModule} and exit.'
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model -xka "alter.stages.Stage2Module alter.stages.StageModule alter.stages.growth.GrowthModule alter.stages.AddTaskModule alter.stages.ConsolidateModule alter.stages.Stage1Module alter.stages.Stage2Module null" -d 'One or more arguments specifying "class_path" and "init_args" for any subclass of {Stage2Module,StageModule}.'
+complete -c alter -n '_shtab_alter_using submit' -l stage2.trainer -x -d 'Trainer arguments for stage2 alone.'
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.accelerator -xka "lightning.pytorch.accelerators.CPUAccelerator lightning.pytorch.accelerators.CUDAAccelerator lightning.pytorch.accelerators.MPSAccelerator lightning.pytorch.accelerators.XLAAccelerator null" -d trainer.strategy.accelerator
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.parallel_devices -xka "null" -d trainer.strategy.parallel_devices
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.cluster_environment -xka "lightning.fabric.plugins.environments.KubeflowEnvironment lightning.fabric.plugins.environments.LightningEnvironment lightning.fabric.plugins.environments.LSFEnvironment lightning.fabric.plugins.environments.MPIEnvironment lightning.fabric.plugins.environments.SLURMEnvironment lightning.fabric.plugins.environments.TorchElasticEnvironment lightning.fabric.plugins.environments.XLAEnvironment null" -d trainer.strategy.cluster_environment
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.cluster_environment.auto_requeue -xka "true false" -d trainer.strategy.cluster_environment.auto_requeue
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.cluster_environment.requeue_signal -xka "SIGHUP SIGINT SIGQUIT SIGILL SIGTRAP SIGABRT SIGIOT SIGBUS SIGFPE SIGKILL SIGUSR1 SIGSEGV SIGUSR2 SIGPIPE SIGALRM SIGTERM SIGSTKFLT SIGCHLD SIGCLD SIGCONT SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGURG SIGXCPU SIGXFSZ SIGVTALRM SIGPROF SIGWINCH SIGIO SIGPOLL SIGPWR SIGSYS SIGRTMIN SIGRTMAX null" -d trainer.strategy.cluster_environment.requeue_signal
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.checkpoint_io -xka "lightning.fabric.plugins.XLACheckpointIO lightning.pytorch.plugins.AsyncCheckpointIO null" -d trainer.strategy.checkpoint_io
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.checkpoint_io.checkpoint_io -xka "null" -d trainer.strategy.checkpoint_io.checkpoint_io
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin -xka "lightning.pytorch.plugins.XLAPrecision null" -d trainer.strategy.precision_plugin
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.precision -xka "32-true 16-true bf16-true" -d trainer.strategy.precision_plugin.precision
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.device -x -d trainer.strategy.precision_plugin.device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler -xka "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler null" -d trainer.strategy.precision_plugin.scaler
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.device -x -d trainer.strategy.precision_plugin.scaler.device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.init_scale -x -d trainer.strategy.precision_plugin.scaler.init_scale
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.growth_factor -x -d trainer.strategy.precision_plugin.scaler.growth_factor
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.backoff_factor -x -d trainer.strategy.precision_plugin.scaler.backoff_factor
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.growth_interval -x -d trainer.strategy.precision_plugin.scaler.growth_interval
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.enabled -xka "true false" -d trainer.strategy.precision_plugin.scaler.enabled
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.scaler.process_group -xka "torch.distributed.ProcessGroup null" -d trainer.strategy.precision_plugin.scaler.process_group
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.mode -xka "nf4 nf4-dq fp4 fp4-dq int8 int8-training" -d trainer.strategy.precision_plugin.mode
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.dtype -xka "torch.dtype null" -d trainer.strategy.precision_plugin.dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.ignore_modules -xka "null" -d trainer.strategy.precision_plugin.ignore_modules
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.weights_dtype -xka "torch.dtype" -d trainer.strategy.precision_plugin.weights_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.recipe -xka "null" -d trainer.strategy.precision_plugin.recipe
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.replace_layers -xka "true false null" -d trainer.strategy.precision_plugin.replace_layers
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.precision_plugin.fallback_compute_dtype -xka "null" -d trainer.strategy.precision_plugin.fallback_compute_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.ddp_comm_state -xka "null" -d trainer.strategy.ddp_comm_state
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.ddp_comm_hook -xka "null" -d trainer.strategy.ddp_comm_hook
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.ddp_comm_wrapper -xka "null" -d trainer.strategy.ddp_comm_wrapper
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.model_averaging_period -xka "null" -d trainer.strategy.model_averaging_period
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.process_group_backend -xka "null" -d trainer.strategy.process_group_backend
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.timeout -xka "null" -d trainer.strategy.timeout
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.start_method -xka "popen spawn fork forkserver" -d trainer.strategy.start_method
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.output_device -x -d trainer.strategy.output_device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.dim -x -d trainer.strategy.dim
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.broadcast_buffers -x -d trainer.strategy.broadcast_buffers
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.init_sync -x -d trainer.strategy.init_sync
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.process_group -x -d trainer.strategy.process_group
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.bucket_cap_mb -x -d trainer.strategy.bucket_cap_mb
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.find_unused_parameters -x -d trainer.strategy.find_unused_parameters
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.check_reduction -x -d trainer.strategy.check_reduction
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.gradient_as_bucket_view -x -d trainer.strategy.gradient_as_bucket_view
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.static_graph -x -d trainer.strategy.static_graph
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.delay_all_reduce_named_params -x -d trainer.strategy.delay_all_reduce_named_params
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.param_to_hook_all_reduce -x -d trainer.strategy.param_to_hook_all_reduce
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision -xka "null" -d trainer.strategy.mixed_precision
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision.param_dtype -xka "null" -d trainer.strategy.mixed_precision.param_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision.reduce_dtype -xka "null" -d trainer.strategy.mixed_precision.reduce_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision.buffer_dtype -xka "null" -d trainer.strategy.mixed_precision.buffer_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision.keep_low_precision_grads -xka "true false" -d trainer.strategy.mixed_precision.keep_low_precision_grads
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision.cast_forward_inputs -xka "true false" -d trainer.strategy.mixed_precision.cast_forward_inputs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision.cast_root_forward_inputs -xka "true false" -d trainer.strategy.mixed_precision.cast_root_forward_inputs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.mixed_precision._module_classes_to_ignore -x -d trainer.strategy.mixed_precision._module_classes_to_ignore
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh -xka "torch.distributed.DeviceMesh null" -d trainer.strategy.device_mesh
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh.device_type -x -d trainer.strategy.device_mesh.device_type
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh.mesh -x -d trainer.strategy.device_mesh.mesh
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh.mesh_dim_names -xka "null" -d trainer.strategy.device_mesh.mesh_dim_names
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh.backend_override -xka "null" -d trainer.strategy.device_mesh.backend_override
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._init_backend -xka "true false" -d trainer.strategy.device_mesh._init_backend
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank -xka "null" -d trainer.strategy.device_mesh._rank
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._layout -xka "null" -d trainer.strategy.device_mesh._layout
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor null" -d trainer.strategy.device_mesh._rank_map
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.shape -xka "torch.Size" -d trainer.strategy.device_mesh._rank_map.shape
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.packed -xka "null" -d trainer.strategy.device_mesh._rank_map.packed
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.meta -xka "null" -d trainer.strategy.device_mesh._rank_map.meta
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.packed_t -xka "null" -d trainer.strategy.device_mesh._rank_map.packed_t
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.meta_t -xka "null" -d trainer.strategy.device_mesh._rank_map.meta_t
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.compressed_swizzled_bitmask -xka "null" -d trainer.strategy.device_mesh._rank_map.compressed_swizzled_bitmask
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.fuse_transpose_cusparselt -xka "true false" -d trainer.strategy.device_mesh._rank_map.fuse_transpose_cusparselt
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.alg_id_cusparselt -x -d trainer.strategy.device_mesh._rank_map.alg_id_cusparselt
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.requires_grad -xka "true false" -d trainer.strategy.device_mesh._rank_map.requires_grad
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.data -x -d trainer.strategy.device_mesh._rank_map.data
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._rank_map.mask -x -d trainer.strategy.device_mesh._rank_map.mask
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device_mesh._root_mesh -x -d trainer.strategy.device_mesh._root_mesh
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.skip_all_reduce_unused_params -x -d trainer.strategy.skip_all_reduce_unused_params
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.bucket_cap_mb_list -xka "null" -d trainer.strategy.bucket_cap_mb_list
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.batched_grad_copy -x -d trainer.strategy.batched_grad_copy
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.forward_sync_buffers -xka "true false null" -d trainer.strategy.forward_sync_buffers
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.zero_optimization -xka "true false" -d trainer.strategy.zero_optimization
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.stage -x -d trainer.strategy.stage
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.remote_device -xka "null" -d trainer.strategy.remote_device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.offload_optimizer -xka "true false" -d trainer.strategy.offload_optimizer
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.offload_parameters -xka "true false" -d trainer.strategy.offload_parameters
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.offload_params_device -x -d trainer.strategy.offload_params_device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.nvme_path -x -d trainer.strategy.nvme_path
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.params_buffer_count -x -d trainer.strategy.params_buffer_count
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.params_buffer_size -x -d trainer.strategy.params_buffer_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.max_in_cpu -x -d trainer.strategy.max_in_cpu
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.offload_optimizer_device -x -d trainer.strategy.offload_optimizer_device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.optimizer_buffer_count -x -d trainer.strategy.optimizer_buffer_count
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.block_size -x -d trainer.strategy.block_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.queue_depth -x -d trainer.strategy.queue_depth
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.single_submit -xka "true false" -d trainer.strategy.single_submit
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.overlap_events -xka "true false" -d trainer.strategy.overlap_events
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.thread_count -x -d trainer.strategy.thread_count
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.pin_memory -xka "true false" -d trainer.strategy.pin_memory
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.sub_group_size -x -d trainer.strategy.sub_group_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.contiguous_gradients -xka "true false" -d trainer.strategy.contiguous_gradients
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.overlap_comm -xka "true false" -d trainer.strategy.overlap_comm
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.allgather_partitions -xka "true false" -d trainer.strategy.allgather_partitions
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.reduce_scatter -xka "true false" -d trainer.strategy.reduce_scatter
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.allgather_bucket_size -x -d trainer.strategy.allgather_bucket_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.reduce_bucket_size -x -d trainer.strategy.reduce_bucket_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.zero_allow_untested_optimizer -xka "true false" -d trainer.strategy.zero_allow_untested_optimizer
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.logging_batch_size_per_gpu -x -d trainer.strategy.logging_batch_size_per_gpu
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.config -xka "null" -d trainer.strategy.config
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.logging_level -x -d trainer.strategy.logging_level
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.loss_scale -x -d trainer.strategy.loss_scale
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.initial_scale_power -x -d trainer.strategy.initial_scale_power
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.loss_scale_window -x -d trainer.strategy.loss_scale_window
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.hysteresis -x -d trainer.strategy.hysteresis
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.min_loss_scale -x -d trainer.strategy.min_loss_scale
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.partition_activations -xka "true false" -d trainer.strategy.partition_activations
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.cpu_checkpointing -xka "true false" -d trainer.strategy.cpu_checkpointing
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.contiguous_memory_optimization -xka "true false" -d trainer.strategy.contiguous_memory_optimization
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.synchronize_checkpoint_boundary -xka "true false" -d trainer.strategy.synchronize_checkpoint_boundary
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.load_full_weights -xka "true false" -d trainer.strategy.load_full_weights
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.exclude_frozen_parameters -xka "true false" -d trainer.strategy.exclude_frozen_parameters
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.debug -xka "true false" -d trainer.strategy.debug
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.sync_module_states -xka "true false" -d trainer.strategy.sync_module_states
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.cpu_offload -xka "true false null" -d trainer.strategy.cpu_offload
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.cpu_offload.offload_params -xka "true false" -d trainer.strategy.cpu_offload.offload_params
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.auto_wrap_policy -xka "torch.distributed.fsdp.wrap.ModuleWrapPolicy null" -d trainer.strategy.auto_wrap_policy
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.auto_wrap_policy.module_classes -x -d trainer.strategy.auto_wrap_policy.module_classes
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.activation_checkpointing -xka "null" -d trainer.strategy.activation_checkpointing
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.activation_checkpointing_policy -xka "null" -d trainer.strategy.activation_checkpointing_policy
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.sharding_strategy -xka "FULL_SHARD SHARD_GRAD_OP NO_SHARD HYBRID_SHARD _HYBRID_SHARD_ZERO2 FULL_SHARD SHARD_GRAD_OP NO_SHARD HYBRID_SHARD" -d trainer.strategy.sharding_strategy
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.state_dict_type -xka "full sharded" -d trainer.strategy.state_dict_type
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.data_parallel_size -xka "auto" -d trainer.strategy.data_parallel_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.tensor_parallel_size -xka "auto" -d trainer.strategy.tensor_parallel_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.save_distributed_checkpoint -xka "true false" -d trainer.strategy.save_distributed_checkpoint
+complete -c alter -n '_shtab_alter_using submit' -l trainer.strategy.device -xka "torch.device" -d trainer.strategy.device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.mode -xka "min max" -d trainer.callbacks.mode
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.steps_per_trial -x -d trainer.callbacks.steps_per_trial
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.init_val -x -d trainer.callbacks.init_val
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.max_trials -x -d trainer.callbacks.max_trials
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.batch_arg_name -x -d trainer.callbacks.batch_arg_name
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.margin -x -d trainer.callbacks.margin
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.max_val -x -d trainer.callbacks.max_val
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.dirpath -xka "null" -d trainer.callbacks.dirpath
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.filename -xka "null" -d trainer.callbacks.filename
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.monitor -xka "null" -d trainer.callbacks.monitor
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.verbose -xka "true false" -d trainer.callbacks.verbose
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.save_last -xka "true false link null" -d trainer.callbacks.save_last
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.save_top_k -x -d trainer.callbacks.save_top_k
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.save_on_exception -xka "true false" -d trainer.callbacks.save_on_exception
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.save_weights_only -xka "true false" -d trainer.callbacks.save_weights_only
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.auto_insert_metric_name -xka "true false" -d trainer.callbacks.auto_insert_metric_name
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.every_n_train_steps -xka "null" -d trainer.callbacks.every_n_train_steps
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.train_time_interval -xka "null" -d trainer.callbacks.train_time_interval
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.every_n_epochs -xka "null" -d trainer.callbacks.every_n_epochs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.save_on_train_epoch_end -xka "true false null" -d trainer.callbacks.save_on_train_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.enable_version_counter -xka "true false" -d trainer.callbacks.enable_version_counter
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.cpu_stats -xka "true false null" -d trainer.callbacks.cpu_stats
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.min_delta -x -d trainer.callbacks.min_delta
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.patience -x -d trainer.callbacks.patience
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.strict -xka "true false" -d trainer.callbacks.strict
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.check_finite -xka "true false" -d trainer.callbacks.check_finite
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.stopping_threshold -xka "null" -d trainer.callbacks.stopping_threshold
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.divergence_threshold -xka "null" -d trainer.callbacks.divergence_threshold
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.check_on_train_epoch_end -xka "true false null" -d trainer.callbacks.check_on_train_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.log_rank_zero_only -xka "true false" -d trainer.callbacks.log_rank_zero_only
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.unfreeze_backbone_at_epoch -x -d trainer.callbacks.unfreeze_backbone_at_epoch
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.lambda_func -x -d trainer.callbacks.lambda_func
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.backbone_initial_ratio_lr -x -d trainer.callbacks.backbone_initial_ratio_lr
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.backbone_initial_lr -xka "null" -d trainer.callbacks.backbone_initial_lr
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.should_align -xka "true false" -d trainer.callbacks.should_align
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.initial_denom_lr -x -d trainer.callbacks.initial_denom_lr
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.train_bn -xka "true false" -d trainer.callbacks.train_bn
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.rounding -x -d trainer.callbacks.rounding
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.scheduling -x -d trainer.callbacks.scheduling
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.setup -xka "null" -d trainer.callbacks.setup
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.teardown -xka "null" -d trainer.callbacks.teardown
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_fit_start -xka "null" -d trainer.callbacks.on_fit_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_fit_end -xka "null" -d trainer.callbacks.on_fit_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_sanity_check_start -xka "null" -d trainer.callbacks.on_sanity_check_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_sanity_check_end -xka "null" -d trainer.callbacks.on_sanity_check_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_train_batch_start -xka "null" -d trainer.callbacks.on_train_batch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_train_batch_end -xka "null" -d trainer.callbacks.on_train_batch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_train_epoch_start -xka "null" -d trainer.callbacks.on_train_epoch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_train_epoch_end -xka "null" -d trainer.callbacks.on_train_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_validation_epoch_start -xka "null" -d trainer.callbacks.on_validation_epoch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_validation_epoch_end -xka "null" -d trainer.callbacks.on_validation_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_test_epoch_start -xka "null" -d trainer.callbacks.on_test_epoch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_test_epoch_end -xka "null" -d trainer.callbacks.on_test_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_validation_batch_start -xka "null" -d trainer.callbacks.on_validation_batch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_validation_batch_end -xka "null" -d trainer.callbacks.on_validation_batch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_test_batch_start -xka "null" -d trainer.callbacks.on_test_batch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_test_batch_end -xka "null" -d trainer.callbacks.on_test_batch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_train_start -xka "null" -d trainer.callbacks.on_train_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_train_end -xka "null" -d trainer.callbacks.on_train_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_validation_start -xka "null" -d trainer.callbacks.on_validation_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_validation_end -xka "null" -d trainer.callbacks.on_validation_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_test_start -xka "null" -d trainer.callbacks.on_test_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_test_end -xka "null" -d trainer.callbacks.on_test_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_exception -xka "null" -d trainer.callbacks.on_exception
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_save_checkpoint -xka "null" -d trainer.callbacks.on_save_checkpoint
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_load_checkpoint -xka "null" -d trainer.callbacks.on_load_checkpoint
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_before_backward -xka "null" -d trainer.callbacks.on_before_backward
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_after_backward -xka "null" -d trainer.callbacks.on_after_backward
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_before_optimizer_step -xka "null" -d trainer.callbacks.on_before_optimizer_step
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_before_zero_grad -xka "null" -d trainer.callbacks.on_before_zero_grad
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_predict_start -xka "null" -d trainer.callbacks.on_predict_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_predict_end -xka "null" -d trainer.callbacks.on_predict_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_predict_batch_start -xka "null" -d trainer.callbacks.on_predict_batch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_predict_batch_end -xka "null" -d trainer.callbacks.on_predict_batch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_predict_epoch_start -xka "null" -d trainer.callbacks.on_predict_epoch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.on_predict_epoch_end -xka "null" -d trainer.callbacks.on_predict_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.min_lr -x -d trainer.callbacks.min_lr
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.max_lr -x -d trainer.callbacks.max_lr
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.num_training_steps -x -d trainer.callbacks.num_training_steps
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.early_stop_threshold -xka "null" -d trainer.callbacks.early_stop_threshold
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.update_attr -xka "true false" -d trainer.callbacks.update_attr
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.attr_name -x -d trainer.callbacks.attr_name
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.logging_interval -xka "step epoch null" -d trainer.callbacks.logging_interval
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.log_momentum -xka "true false" -d trainer.callbacks.log_momentum
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.log_weight_decay -xka "true false" -d trainer.callbacks.log_weight_decay
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.max_depth -x -d trainer.callbacks.max_depth
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.write_interval -xka "batch epoch batch_and_epoch" -d trainer.callbacks.write_interval
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.refresh_rate -x -d trainer.callbacks.refresh_rate
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.leave -xka "true false" -d trainer.callbacks.leave
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme -x -d trainer.callbacks.theme
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description -xka "rich.style.Style" -d trainer.callbacks.theme.description
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color -xka "null" -d trainer.callbacks.theme.description.color
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.name -x -d trainer.callbacks.theme.description.color.name
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.type -xka "DEFAULT STANDARD EIGHT_BIT TRUECOLOR WINDOWS" -d trainer.callbacks.theme.description.color.type
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.number -xka "null" -d trainer.callbacks.theme.description.color.number
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.triplet -xka "null" -d trainer.callbacks.theme.description.color.triplet
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.triplet.red -x -d trainer.callbacks.theme.description.color.triplet.red
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.triplet.green -x -d trainer.callbacks.theme.description.color.triplet.green
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.color.triplet.blue -x -d trainer.callbacks.theme.description.color.triplet.blue
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.bgcolor -xka "null" -d trainer.callbacks.theme.description.bgcolor
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.bold -xka "true false null" -d trainer.callbacks.theme.description.bold
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.dim -xka "true false null" -d trainer.callbacks.theme.description.dim
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.italic -xka "true false null" -d trainer.callbacks.theme.description.italic
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.underline -xka "true false null" -d trainer.callbacks.theme.description.underline
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.blink -xka "true false null" -d trainer.callbacks.theme.description.blink
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.blink2 -xka "true false null" -d trainer.callbacks.theme.description.blink2
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.reverse -xka "true false null" -d trainer.callbacks.theme.description.reverse
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.conceal -xka "true false null" -d trainer.callbacks.theme.description.conceal
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.strike -xka "true false null" -d trainer.callbacks.theme.description.strike
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.underline2 -xka "true false null" -d trainer.callbacks.theme.description.underline2
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.frame -xka "true false null" -d trainer.callbacks.theme.description.frame
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.encircle -xka "true false null" -d trainer.callbacks.theme.description.encircle
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.overline -xka "true false null" -d trainer.callbacks.theme.description.overline
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.link -xka "null" -d trainer.callbacks.theme.description.link
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.description.meta -xka "null" -d trainer.callbacks.theme.description.meta
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.progress_bar -x -d trainer.callbacks.theme.progress_bar
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.progress_bar_finished -x -d trainer.callbacks.theme.progress_bar_finished
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.progress_bar_pulse -x -d trainer.callbacks.theme.progress_bar_pulse
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.batch_progress -x -d trainer.callbacks.theme.batch_progress
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.time -x -d trainer.callbacks.theme.time
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.processing_speed -x -d trainer.callbacks.theme.processing_speed
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.metrics -x -d trainer.callbacks.theme.metrics
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.metrics_text_delimiter -x -d trainer.callbacks.theme.metrics_text_delimiter
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.theme.metrics_format -x -d trainer.callbacks.theme.metrics_format
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.console_kwargs -xka "null" -d trainer.callbacks.console_kwargs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.process_position -x -d trainer.callbacks.process_position
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.duration -xka "null" -d trainer.callbacks.duration
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.interval -x -d trainer.callbacks.interval
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.pruning_fn -x -d trainer.callbacks.pruning_fn
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.parameters_to_prune -x -d trainer.callbacks.parameters_to_prune
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.parameter_names -xka "null" -d trainer.callbacks.parameter_names
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.use_global_unstructured -xka "true false" -d trainer.callbacks.use_global_unstructured
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.amount -x -d trainer.callbacks.amount
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.apply_pruning -xka "true false" -d trainer.callbacks.apply_pruning
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.make_pruning_permanent -xka "true false" -d trainer.callbacks.make_pruning_permanent
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.use_lottery_ticket_hypothesis -xka "true false" -d trainer.callbacks.use_lottery_ticket_hypothesis
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.resample_parameters -xka "true false" -d trainer.callbacks.resample_parameters
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.pruning_dim -xka "null" -d trainer.callbacks.pruning_dim
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.pruning_norm -xka "null" -d trainer.callbacks.pruning_norm
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.prune_on_train_epoch_end -xka "true false" -d trainer.callbacks.prune_on_train_epoch_end
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.window -x -d trainer.callbacks.window
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.warmup -x -d trainer.callbacks.warmup
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.atol -xka "null" -d trainer.callbacks.atol
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.rtol -xka "null" -d trainer.callbacks.rtol
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.exclude_batches_path -xka "null" -d trainer.callbacks.exclude_batches_path
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.finite_only -xka "true false" -d trainer.callbacks.finite_only
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.swa_lrs -x -d trainer.callbacks.swa_lrs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.swa_epoch_start -x -d trainer.callbacks.swa_epoch_start
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.annealing_epochs -x -d trainer.callbacks.annealing_epochs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.annealing_strategy -xka "cos linear" -d trainer.callbacks.annealing_strategy
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor null" -d trainer.callbacks.avg_fn
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor null" -d trainer.callbacks.avg_fn.packed_t
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t.packed_t -xka "null" -d trainer.callbacks.avg_fn.packed_t.packed_t
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t.meta_t -xka "null" -d trainer.callbacks.avg_fn.packed_t.meta_t
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t.compressed_swizzled_bitmask -xka "null" -d trainer.callbacks.avg_fn.packed_t.compressed_swizzled_bitmask
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t.fuse_transpose_cusparselt -xka "true false" -d trainer.callbacks.avg_fn.packed_t.fuse_transpose_cusparselt
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t.alg_id_cusparselt -x -d trainer.callbacks.avg_fn.packed_t.alg_id_cusparselt
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.packed_t.requires_grad -xka "true false" -d trainer.callbacks.avg_fn.packed_t.requires_grad
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.meta_t -xka "null" -d trainer.callbacks.avg_fn.meta_t
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.compressed_swizzled_bitmask -xka "null" -d trainer.callbacks.avg_fn.compressed_swizzled_bitmask
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.fuse_transpose_cusparselt -xka "true false" -d trainer.callbacks.avg_fn.fuse_transpose_cusparselt
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.alg_id_cusparselt -x -d trainer.callbacks.avg_fn.alg_id_cusparselt
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.avg_fn.requires_grad -xka "true false" -d trainer.callbacks.avg_fn.requires_grad
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.device -xka "null" -d trainer.callbacks.device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.batch_size_fn -x -d trainer.callbacks.batch_size_fn
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.length_fn -xka "null" -d trainer.callbacks.length_fn
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.window_size -x -d trainer.callbacks.window_size
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.separator -x -d trainer.callbacks.separator
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.use_buffers -xka "true false" -d trainer.callbacks.use_buffers
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.multi_avg_fn -xka "null" -d trainer.callbacks.multi_avg_fn
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.decay -x -d trainer.callbacks.decay
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.update_every_n_steps -x -d trainer.callbacks.update_every_n_steps
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.update_starting_at_step -xka "null" -d trainer.callbacks.update_starting_at_step
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.update_starting_at_epoch -xka "null" -d trainer.callbacks.update_starting_at_epoch
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.parser -xka "lightning.pytorch.cli.LightningArgumentParser" -d trainer.callbacks.parser
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.config -xka "jsonargparse.Namespace" -d trainer.callbacks.config
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.config_filename -x -d trainer.callbacks.config_filename
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.overwrite -xka "true false" -d trainer.callbacks.overwrite
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.multifile -xka "true false" -d trainer.callbacks.multifile
+complete -c alter -n '_shtab_alter_using submit' -l trainer.callbacks.save_to_log_dir -xka "true false" -d trainer.callbacks.save_to_log_dir
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.dirpath -xka "null" -d trainer.profiler.dirpath
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.filename -xka "null" -d trainer.profiler.filename
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.line_count_restriction -x -d trainer.profiler.line_count_restriction
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.dump_stats -xka "true false" -d trainer.profiler.dump_stats
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.group_by_input_shapes -xka "true false" -d trainer.profiler.group_by_input_shapes
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.emit_nvtx -xka "true false" -d trainer.profiler.emit_nvtx
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.export_to_chrome -xka "true false" -d trainer.profiler.export_to_chrome
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.row_limit -x -d trainer.profiler.row_limit
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.sort_by_key -xka "null" -d trainer.profiler.sort_by_key
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.record_module_names -xka "true false" -d trainer.profiler.record_module_names
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.table_kwargs -xka "null" -d trainer.profiler.table_kwargs
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.record_shapes -x -d trainer.profiler.record_shapes
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.extended -xka "true false" -d trainer.profiler.extended
+complete -c alter -n '_shtab_alter_using submit' -l trainer.profiler.port -x -d trainer.profiler.port
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.precision -xka "32-true 16-true bf16-true" -d trainer.plugins.precision
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.device -x -d trainer.plugins.device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler -xka "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler null" -d trainer.plugins.scaler
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.device -x -d trainer.plugins.scaler.device
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.init_scale -x -d trainer.plugins.scaler.init_scale
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.growth_factor -x -d trainer.plugins.scaler.growth_factor
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.backoff_factor -x -d trainer.plugins.scaler.backoff_factor
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.growth_interval -x -d trainer.plugins.scaler.growth_interval
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.enabled -xka "true false" -d trainer.plugins.scaler.enabled
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.scaler.process_group -xka "torch.distributed.ProcessGroup null" -d trainer.plugins.scaler.process_group
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.mode -xka "nf4 nf4-dq fp4 fp4-dq int8 int8-training" -d trainer.plugins.mode
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.dtype -xka "torch.dtype null" -d trainer.plugins.dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.ignore_modules -xka "null" -d trainer.plugins.ignore_modules
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.weights_dtype -xka "torch.dtype" -d trainer.plugins.weights_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.recipe -xka "null" -d trainer.plugins.recipe
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.replace_layers -xka "true false null" -d trainer.plugins.replace_layers
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.fallback_compute_dtype -xka "null" -d trainer.plugins.fallback_compute_dtype
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.auto_requeue -xka "true false" -d trainer.plugins.auto_requeue
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.requeue_signal -xka "SIGHUP SIGINT SIGQUIT SIGILL SIGTRAP SIGABRT SIGIOT SIGBUS SIGFPE SIGKILL SIGUSR1 SIGSEGV SIGUSR2 SIGPIPE SIGALRM SIGTERM SIGSTKFLT SIGCHLD SIGCLD SIGCONT SIGSTOP SIGTSTP SIGTTIN SIGTTOU SIGURG SIGXCPU SIGXFSZ SIGVTALRM SIGPROF SIGWINCH SIGIO SIGPOLL SIGPWR SIGSYS SIGRTMIN SIGRTMAX null" -d trainer.plugins.requeue_signal
+complete -c alter -n '_shtab_alter_using submit' -l trainer.plugins.checkpoint_io -xka "null" -d trainer.plugins.checkpoint_io
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.layers -x -d stage1.model.layers
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.ffn -xka "null" -d stage1.model.ffn
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.expert.rank -x -d stage1.model.expert.rank
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.expert.activation -xka "gelu relu silu" -d stage1.model.expert.activation
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.expert.alpha -xka "null" -d stage1.model.expert.alpha
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router -xka "alter.nn.Router alter.nn.AdjacentSelector alter.nn.Description alter.nn.FirstPositionGate alter.nn.TokenGate alter.nn.TaskGate alter.nn.ModSquad alter.nn.MOELoRA alter.nn.Polytropon alter.nn.SharedGate alter.nn.TaskSelector alter.nn.TopK null" -d stage1.model.router
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.temperature -x -d stage1.model.router.temperature
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.pair -x -d stage1.model.router.pair
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.others -x -d stage1.model.router.others
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.supervision -xka "null" -d stage1.model.router.supervision
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.hidden -xka "null" -d stage1.model.router.hidden
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.k -x -d stage1.model.router.k
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.mutual_information -x -d stage1.model.router.mutual_information
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.momentum -x -d stage1.model.router.momentum
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.noise -x -d stage1.model.router.noise
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.embedding_size -x -d stage1.model.router.embedding_size
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.hard -xka "true false" -d stage1.model.router.hard
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.load_balance -x -d stage1.model.router.load_balance
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router.z_loss -x -d stage1.model.router.z_loss
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.own -x -d stage1.model.own
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.num_experts -xka "null" -d stage1.model.num_experts
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.router_lr -x -d stage1.model.router_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.backbone_lr -x -d stage1.model.backbone_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer -xka "torch.optim.Optimizer torch.optim.Adafactor torch.optim.Muon torch.optim.Adadelta torch.optim.Adagrad torch.optim.Adam torch.optim.AdamW torch.optim.Adamax torch.optim.ASGD torch.optim.LBFGS torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop torch.optim.Rprop torch.optim.SGD torch.optim.SparseAdam" -d stage1.model.optimizer
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.defaults -x -d stage1.model.optimizer.defaults
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.lr -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor" -d stage1.model.optimizer.lr
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.beta2_decay -x -d stage1.model.optimizer.beta2_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.eps -x -d stage1.model.optimizer.eps
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.d -x -d stage1.model.optimizer.d
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.weight_decay -x -d stage1.model.optimizer.weight_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.foreach -xka "true false null" -d stage1.model.optimizer.foreach
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.maximize -xka "true false" -d stage1.model.optimizer.maximize
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.momentum -x -d stage1.model.optimizer.momentum
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.nesterov -xka "true false" -d stage1.model.optimizer.nesterov
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.ns_coefficients -x -d stage1.model.optimizer.ns_coefficients
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.ns_steps -x -d stage1.model.optimizer.ns_steps
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.adjust_lr_fn -xka "null" -d stage1.model.optimizer.adjust_lr_fn
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.rho -x -d stage1.model.optimizer.rho
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.capturable -xka "true false" -d stage1.model.optimizer.capturable
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.differentiable -xka "true false" -d stage1.model.optimizer.differentiable
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.lr_decay -x -d stage1.model.optimizer.lr_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.initial_accumulator_value -x -d stage1.model.optimizer.initial_accumulator_value
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.fused -xka "true false null" -d stage1.model.optimizer.fused
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.betas -x -d stage1.model.optimizer.betas
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.amsgrad -xka "true false" -d stage1.model.optimizer.amsgrad
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.decoupled_weight_decay -xka "true false" -d stage1.model.optimizer.decoupled_weight_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.lambd -x -d stage1.model.optimizer.lambd
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.alpha -x -d stage1.model.optimizer.alpha
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.t0 -x -d stage1.model.optimizer.t0
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.max_iter -x -d stage1.model.optimizer.max_iter
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.max_eval -xka "null" -d stage1.model.optimizer.max_eval
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.tolerance_grad -x -d stage1.model.optimizer.tolerance_grad
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.tolerance_change -x -d stage1.model.optimizer.tolerance_change
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.history_size -x -d stage1.model.optimizer.history_size
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.line_search_fn -xka "null" -d stage1.model.optimizer.line_search_fn
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.momentum_decay -x -d stage1.model.optimizer.momentum_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.centered -xka "true false" -d stage1.model.optimizer.centered
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.etas -x -d stage1.model.optimizer.etas
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.step_sizes -x -d stage1.model.optimizer.step_sizes
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.optimizer.dampening -x -d stage1.model.optimizer.dampening
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.schedule -xka "constant linear cosine" -d stage1.model.schedule
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.warmup -x -d stage1.model.warmup
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.loss_average -xka "token example" -d stage1.model.loss_average
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.gradient_checkpointing -xka "true false" -d stage1.model.gradient_checkpointing
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.skip_bad_batches -x -d stage1.model.skip_bad_batches
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.keep -x -d stage1.model.keep
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.rates_lr -x -d stage1.model.rates_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.num_shared -x -d stage1.model.num_shared
+complete -c alter -n '_shtab_alter_using submit' -l stage1.model.task_expert_lr -x -d stage1.model.task_expert_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.expert.rank -x -d stage2.model.expert.rank
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.expert.activation -xka "gelu relu silu" -d stage2.model.expert.activation
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.expert.alpha -xka "null" -d stage2.model.expert.alpha
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.num_shared -x -d stage2.model.num_shared
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router -xka "alter.nn.Router alter.nn.AdjacentSelector alter.nn.Description alter.nn.FirstPositionGate alter.nn.TokenGate alter.nn.TaskGate alter.nn.ModSquad alter.nn.MOELoRA alter.nn.Polytropon alter.nn.SharedGate alter.nn.TaskSelector alter.nn.TopK null" -d stage2.model.router
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.temperature -x -d stage2.model.router.temperature
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.pair -x -d stage2.model.router.pair
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.others -x -d stage2.model.router.others
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.supervision -xka "null" -d stage2.model.router.supervision
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.hidden -xka "null" -d stage2.model.router.hidden
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.k -x -d stage2.model.router.k
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.mutual_information -x -d stage2.model.router.mutual_information
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.momentum -x -d stage2.model.router.momentum
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.noise -x -d stage2.model.router.noise
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.embedding_size -x -d stage2.model.router.embedding_size
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.hard -xka "true false" -d stage2.model.router.hard
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.load_balance -x -d stage2.model.router.load_balance
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router.z_loss -x -d stage2.model.router.z_loss
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.keep -x -d stage2.model.keep
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.task_expert_lr -x -d stage2.model.task_expert_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.backbone_lr -x -d stage2.model.backbone_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer -xka "torch.optim.Optimizer torch.optim.Adafactor torch.optim.Muon torch.optim.Adadelta torch.optim.Adagrad torch.optim.Adam torch.optim.AdamW torch.optim.Adamax torch.optim.ASGD torch.optim.LBFGS torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop torch.optim.Rprop torch.optim.SGD torch.optim.SparseAdam" -d stage2.model.optimizer
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.defaults -x -d stage2.model.optimizer.defaults
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.lr -xka "torch.Tensor torch.sparse.SparseSemiStructuredTensor torch.sparse.SparseSemiStructuredTensorCUTLASS torch.sparse.SparseSemiStructuredTensorCUSPARSELT torch.nn.Parameter torch.nn.UninitializedParameter torch.distributed.fsdp.FlatParameter torch.nn.Buffer torch.nn.UninitializedBuffer torch.masked.MaskedTensor torch.distributed.tensor.DTensor" -d stage2.model.optimizer.lr
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.beta2_decay -x -d stage2.model.optimizer.beta2_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.eps -x -d stage2.model.optimizer.eps
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.d -x -d stage2.model.optimizer.d
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.weight_decay -x -d stage2.model.optimizer.weight_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.foreach -xka "true false null" -d stage2.model.optimizer.foreach
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.maximize -xka "true false" -d stage2.model.optimizer.maximize
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.momentum -x -d stage2.model.optimizer.momentum
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.nesterov -xka "true false" -d stage2.model.optimizer.nesterov
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.ns_coefficients -x -d stage2.model.optimizer.ns_coefficients
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.ns_steps -x -d stage2.model.optimizer.ns_steps
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.adjust_lr_fn -xka "null" -d stage2.model.optimizer.adjust_lr_fn
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.rho -x -d stage2.model.optimizer.rho
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.capturable -xka "true false" -d stage2.model.optimizer.capturable
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.differentiable -xka "true false" -d stage2.model.optimizer.differentiable
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.lr_decay -x -d stage2.model.optimizer.lr_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.initial_accumulator_value -x -d stage2.model.optimizer.initial_accumulator_value
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.fused -xka "true false null" -d stage2.model.optimizer.fused
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.betas -x -d stage2.model.optimizer.betas
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.amsgrad -xka "true false" -d stage2.model.optimizer.amsgrad
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.decoupled_weight_decay -xka "true false" -d stage2.model.optimizer.decoupled_weight_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.lambd -x -d stage2.model.optimizer.lambd
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.alpha -x -d stage2.model.optimizer.alpha
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.t0 -x -d stage2.model.optimizer.t0
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.max_iter -x -d stage2.model.optimizer.max_iter
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.max_eval -xka "null" -d stage2.model.optimizer.max_eval
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.tolerance_grad -x -d stage2.model.optimizer.tolerance_grad
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.tolerance_change -x -d stage2.model.optimizer.tolerance_change
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.history_size -x -d stage2.model.optimizer.history_size
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.line_search_fn -xka "null" -d stage2.model.optimizer.line_search_fn
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.momentum_decay -x -d stage2.model.optimizer.momentum_decay
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.centered -xka "true false" -d stage2.model.optimizer.centered
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.etas -x -d stage2.model.optimizer.etas
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.step_sizes -x -d stage2.model.optimizer.step_sizes
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.optimizer.dampening -x -d stage2.model.optimizer.dampening
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.schedule -xka "constant linear cosine" -d stage2.model.schedule
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.warmup -x -d stage2.model.warmup
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.loss_average -xka "token example" -d stage2.model.loss_average
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.gradient_checkpointing -xka "true false" -d stage2.model.gradient_checkpointing
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.skip_bad_batches -x -d stage2.model.skip_bad_batches
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.own -x -d stage2.model.own
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.rates_lr -x -d stage2.model.rates_lr
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.layers -x -d stage2.model.layers
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.ffn -xka "null" -d stage2.model.ffn
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.num_experts -xka "null" -d stage2.model.num_experts
+complete -c alter -n '_shtab_alter_using submit' -l stage2.model.router_lr -x -d stage2.model.router_lr
+complete -c alter -n '_shtab_alter_using submit' -l nodes -x -d 'how many; trainer.num_nodes by default'
+complete -c alter -n '_shtab_alter_using submit' -l tasks-per-node -x -d 'processes of a node; its GPUs, else trainer.devices, else 1'
+complete -c alter -n '_shtab_alter_using submit' -l time -x -d 'most time, such as 8:00:00; requeued after it until the run is done'
+complete -c alter -n '_shtab_alter_using submit' -l partition -x -d where
+complete -c alter -n '_shtab_alter_using submit' -l account -x -d 'who pays'
+complete -c alter -n '_shtab_alter_using submit' -l mem -x -d 'memory of a node, such as 64G'
+complete -c alter -n '_shtab_alter_using submit' -l cpus-per-task -x -d 'cores of a process'
+complete -c alter -n '_shtab_alter_using submit' -l gpus-per-node -x -d 'GPUs of a node, and processes unless --tasks-per-node says otherwise'
+complete -c alter -n '_shtab_alter_using submit' -l sbatch -x -d 'any other option of sbatch, such as constraint=a100 or exclusive; again for more'
+complete -c alter -n '_shtab_alter_using submit' -l setup -x -d 'a shell line before the run, such as '"'"'module load cuda'"'"''
+complete -c alter -n '_shtab_alter_using submit' -l dry-run -d 'print what would be submitted'
 complete -c alter -n '_shtab_alter_using; and test $_shtab_alter_npos -eq 0' -a test -d 'measure a finished run beside its references'
 complete -c alter -n '_shtab_alter_using test' -s h -l help -d 'show this help message and exit'
 complete -c alter -n '_shtab_alter_using test' -l run -xka "(__fish_complete_path (commandline -ct))" -d 'the run folder'

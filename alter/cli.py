@@ -123,11 +123,11 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", **own)
     verbs.add_parser("fit", help="train a recipe's stages and test them", **own)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", **own)
-    for name, about, further in (
+    for name, about, options in (
         ("sweep", "train a recipe with some values varied, ranked by validation", sweep_parser),
         ("submit", "train a recipe as a job on SLURM", submit_parser),
     ):
-        verbs.add_parser(name, help=about, add_help=False, parents=[*own["parents"], further(add_help=False)])
+        verbs.add_parser(name, help=about, add_help=False, parents=[options(add_help=False)])
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")

@@ -225,7 +225,9 @@ def quiet() -> None:
     # Lightning's own use of a torch function; and a resume that our sampler makes exact, though it cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")  # it is the same on all
+    warnings.filterwarnings(
+        "ignore", message=".*recommended to use `self.log.*sync_dist=True.*"
+    )  # it is the same on all
     warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")  # SLURM is there and not asked for
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # of a resumed run
 

@@ -207,8 +207,7 @@ def parser(**settings: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
         **settings,
     )
-    if settings.get("add_help", True):
-        parser.add_argument("--config", action="append", required=True, help="a recipe; again for an overlay")
+    parser.add_argument("--config", action="append", required=True, help="a recipe; again for an overlay")
     add_options(parser)
     return parser
 

@@ -128,9 +128,9 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def run(self, *command):
+    def run(self, *command, seconds=60):
         """What one of SLURM's commands prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 

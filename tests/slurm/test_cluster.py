@@ -133,11 +133,12 @@ def test_a_sweep_is_an_array_that_shows_the_cell_that_failed_and_tries_it_again(
     cluster.run("scancel", again)
 
 
-def test_a_fit_in_the_shell_of_an_allocation_waits_for_nobody(cluster, place):
+def test_in_the_shell_of_an_allocation_lightning_waits_for_nobody(cluster):
     """The shell is no task, though the allocation has two."""
     code = (
         "import os; from alter.requeue import leave_allocation; leave_allocation(); "
         "from lightning.fabric.plugins.environments import SLURMEnvironment; print(SLURMEnvironment.detect())"
     )
-    said = cluster.run("salloc", "-N2", "-n2", "-J", "mine", sys.executable, "-W", "ignore", "-c", code)
+    cluster.until_idle()
+    said = cluster.run("salloc", "-N2", "-n2", "-J", "mine", sys.executable, "-W", "ignore", "-c", code, seconds=240)
     assert said.splitlines()[-1] == "False"

@@ -81,6 +81,9 @@ def _stop(error: BaseException, messages: Sequence[str], debug: bool) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    from alter.requeue import leave_allocation
+
+    leave_allocation()
     if arguments[:1] == ["fit"]:
         return _fit(arguments[1:])
     if arguments[:1] == ["compare"]:
@@ -218,9 +221,8 @@ def _fit(arguments: list[str]) -> None:
     if not arguments:
         arguments = ["--help"]
     arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
-    from alter.requeue import REQUEUE, leave_allocation
+    from alter.requeue import REQUEUE
 
-    leave_allocation()
     REQUEUE.listen()
     from alter import recipe, run
 

@@ -22,7 +22,7 @@ LOG = "log.txt"
 @contextmanager
 def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
     """Within, no other process runs the cell; where one does, waits for it or ends this one with `BUSY`."""
-    lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
+    lock = FileLock(folder / ".lock", timeout=-1 if wait else 2)  # longer than `is_running` holds it
     try:
         lock.acquire()
     except Timeout:

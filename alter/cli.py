@@ -81,6 +81,9 @@ def _stop(error: BaseException, messages: Sequence[str], debug: bool) -> None:
 
 
 def _run(arguments: list[str]) -> None:
+    from alter.requeue import leave_allocation
+
+    leave_allocation()
     if arguments[:1] == ["fit"]:
         return _fit(arguments[1:])
     if arguments[:1] == ["compare"]:
@@ -123,11 +126,11 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", **own)
     verbs.add_parser("fit", help="train a recipe's stages and test them", **own)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", **own)
-    for name, about, further in (
+    for name, about, options in (
         ("sweep", "train a recipe with some values varied, ranked by validation", sweep_parser),
         ("submit", "train a recipe as a job on SLURM", submit_parser),
     ):
-        verbs.add_parser(name, help=about, add_help=False, parents=[*own["parents"], further(add_help=False)])
+        verbs.add_parser(name, help=about, add_help=False, parents=[options(add_help=False)])
     test = verbs.add_parser("test", help="measure a finished run beside its references")
     test.add_argument("--run", required=True, type=Path, help="the run folder")
     test.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
@@ -218,9 +221,8 @@ def _fit(arguments: list[str]) -> None:
     if not arguments:
         arguments = ["--help"]
     arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
-    from alter.requeue import REQUEUE, leave_allocation
+    from alter.requeue import REQUEUE
 
-    leave_allocation()
     REQUEUE.listen()
     from alter import recipe, run
 

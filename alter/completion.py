@@ -29,7 +29,7 @@ def generate(shell: str) -> str:
     groups: Any = verbs._subparsers
     for verb in groups._group_actions[0].choices.values():
         for action in verb._actions:
-            if action.type is Path:
+            if action.type is Path or "--config" in action.option_strings:
                 action.complete = shtab.FILE
             elif verb.prog == "alter cp" and action.dest == "name":
                 action.choices = [recipe.file.stem for recipe in shipped()]

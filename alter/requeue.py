@@ -77,13 +77,17 @@ class Requeue:
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
         # The first task of an array has the array's own number, by which all its tasks would be requeued.
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        if done.returncode:
-            _say(f"job {job}: SLURM does not requeue it ({done.stderr.strip()}); it goes on until its time is up.")
+        try:
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+            refusal = done.stderr.strip() if done.returncode else None
+        except OSError as error:
+            refusal = str(error)
+        if refusal is not None:
+            _say(f"job {job}: SLURM does not requeue it ({refusal}); it goes on until its time is up.")
             self.asked = False
         else:
             _say(f"job {job}: its time is up or its place is needed; it has been requeued and goes on then.")
-        return done.returncode == 0
+        return refusal is None
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         if self.asked or os.getpid() != self._process:  # SLURM signals the workers of a data loader too

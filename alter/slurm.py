@@ -150,7 +150,12 @@ def read_options(options: argparse.Namespace, config: Mapping[str, Any]) -> Job:
 
 
 def _number(given: Any) -> int:
-    return given if isinstance(given, int) and given > 0 else len(given) if isinstance(given, list) and given else 1
+    """How many a trainer's ``devices`` or ``num_nodes`` are; one where it leaves that open (auto, -1)."""
+    if isinstance(given, str) and "," in given:  # such as 0,1
+        given = given.split(",")
+    if isinstance(given, list):
+        return max(1, len(given))
+    return int(given) if str(given).isdecimal() and int(given) > 0 else 1
 
 
 def _quoted(value: str) -> str:
@@ -202,8 +207,7 @@ def parser(**settings: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
         **settings,
     )
-    if settings.get("add_help", True):
-        parser.add_argument("--config", action="append", required=True, help="a recipe; again for an overlay")
+    parser.add_argument("--config", action="append", required=True, help="a recipe; again for an overlay")
     add_options(parser)
     return parser
 

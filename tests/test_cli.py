@@ -31,7 +31,12 @@ def tiny_backbone(folder, words, family):  # noqa: F811
 def project(request, tmp_path, words, monkeypatch):  # noqa: F811
     """A folder as a user has it: task files, labelled data, a recipe and a backbone."""
     monkeypatch.chdir(tmp_path)
-    tiny_backbone(tmp_path / "backbone", words, request.param)
+    make_project(tmp_path, words, request.param)
+    return tmp_path
+
+
+def make_project(tmp_path, words, family="llama"):  # noqa: F811
+    tiny_backbone(tmp_path / "backbone", words, family)
     (tmp_path / "tasks").mkdir()
     tasks = {
         "sort": task_dict(tmp_path, "sort", 60),
@@ -48,7 +53,6 @@ def project(request, tmp_path, words, monkeypatch):  # noqa: F811
         "stage2": {"model": {"init_args": {"expert": {"class_path": "alter.nn.Bottleneck", "init_args": {"rank": 4}}}}},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return tmp_path
 
 
 def change(project, **changes):

@@ -36,10 +36,10 @@ def _run(folder, arguments, environment):
 class Runs:
     """Starts runs in a project's folder, of one or more processes, and kills them."""
 
-    def __init__(self, folder, processes=1, environment=None):
+    def __init__(self, folder, processes=1, environment=None, flags=()):
         self.folder = folder
         self.environment = environment or {}
-        self.flags = ["--test", "false"]
+        self.flags = ["--test", "false", *flags]
         self.processes = processes
         if processes > 1:
             self.flags += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]

@@ -109,6 +109,9 @@ def test_where_slurm_refuses_the_job_goes_on_and_can_be_signalled_again(job, sco
     assert "does not requeue" in capfd.readouterr().err
     signalled()
     assert scontrol.read_text().count("requeue") == 2
+    monkeypatch.setenv("PATH", "/nowhere")
+    signalled()
+    assert "No such file" in capfd.readouterr().err
 
 
 def test_outside_a_job_the_signal_is_left_alone(monkeypatch):

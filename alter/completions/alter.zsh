@@ -24,6 +24,8 @@ _shtab_alter_commands() {
     remove-task:'take a task out of a finished run; the others stay as they are'
     runs:'a table of the runs in a folder, the best first'
     serve:'answer over HTTP: a page, and endpoints for OpenAI'"'"'s clients'
+    submit:'train a recipe as a job on SLURM'
+    sweep:'train a recipe with some values varied, ranked by validation'
     test:'measure a finished run beside its references'
   )
   _describe 'alter commands' _commands
@@ -1868,6 +1870,49 @@ _shtab_alter_serve_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_alter_serve_defaults_added=0
 
+_shtab_alter_submit_options=(
+  "*--config[a recipe\; again for an overlay]:config:_files"
+  "--nodes[how many\; trainer.num_nodes by default]:nodes:"
+  "--tasks-per-node[processes of a node\; its GPUs, else trainer.devices, else 1]:tasks_per_node:"
+  "--time[most time, such as 8\:00\:00\; requeued after it until the run is done]:time:"
+  "--partition[where]:partition:"
+  "--account[who pays]:account:"
+  "--mem[memory of a node, such as 64G]:mem:"
+  "--cpus-per-task[cores of a process]:cpus_per_task:"
+  "--gpus-per-node[GPUs of a node, and processes unless --tasks-per-node says otherwise]:gpus_per_node:"
+  "*--sbatch[any other option of sbatch, such as constraint\=a100 or exclusive\; again for more]:KEY=VALUE:"
+  "*--setup[a shell line before the run, such as \'module load cuda\']:LINE:"
+  "--dry-run[print what would be submitted]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_alter_submit_defaults_added=0
+
+_shtab_alter_sweep_options=(
+  "*--config[a recipe\; again for an overlay]:config:_files"
+  "*--set[what to vary\; again for more]:KEY=VALUES:"
+  "--random[N points at random in place of the whole grid]:N:"
+  "--seed[of these\; 13 by default]:seed:"
+  "--points[the points as YAML, a list of mappings, for --set]:FILE:_files"
+  "--out[the folder\; the same command in the same folder goes on]:out:_files"
+  "--local[on this machine, N at once\; the default, 1]:N:"
+  "--slurm[as a job array on SLURM, at most N at once]:N:"
+  "--nodes[how many\; trainer.num_nodes by default]:nodes:"
+  "--tasks-per-node[processes of a node\; its GPUs, else trainer.devices, else 1]:tasks_per_node:"
+  "--time[most time, such as 8\:00\:00\; requeued after it until the run is done]:time:"
+  "--partition[where]:partition:"
+  "--account[who pays]:account:"
+  "--mem[memory of a node, such as 64G]:mem:"
+  "--cpus-per-task[cores of a process]:cpus_per_task:"
+  "--gpus-per-node[GPUs of a node, and processes unless --tasks-per-node says otherwise]:gpus_per_node:"
+  "*--sbatch[any other option of sbatch, such as constraint\=a100 or exclusive\; again for more]:KEY=VALUE:"
+  "*--setup[a shell line before the run, such as \'module load cuda\']:LINE:"
+  "--dry-run[print what would be submitted]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_alter_sweep_defaults_added=0
+
 _shtab_alter_test_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[the run folder]:run:_files"
@@ -1912,6 +1957,8 @@ _shtab_alter() {
         remove-task) _arguments -C -s $_shtab_alter_remove_task_options ;;
         runs) _arguments -C -s $_shtab_alter_runs_options ;;
         serve) _arguments -C -s $_shtab_alter_serve_options ;;
+        submit) _arguments -C -s $_shtab_alter_submit_options ;;
+        sweep) _arguments -C -s $_shtab_alter_sweep_options ;;
         test) _arguments -C -s $_shtab_alter_test_options ;;
       esac
   esac

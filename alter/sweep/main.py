@@ -56,8 +56,7 @@ def parser(**settings: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
         **settings,
     )
-    if settings.get("add_help", True):
-        parser.add_argument("--config", action="append", required=True, help="a recipe; again for an overlay")
+    parser.add_argument("--config", action="append", required=True, help="a recipe; again for an overlay")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUES", help="what to vary; again for more")
     parser.add_argument("--random", type=int, metavar="N", help="N points at random in place of the whole grid")
     parser.add_argument("--seed", type=int, default=13, help="of these; 13 by default")
@@ -129,7 +128,7 @@ def _run(found: Sweep, options: argparse.Namespace, config: dict[str, Any], agai
     with chdir(found.start):  # the recipes' relative paths are from there
         if options.slurm is None:
             return _run_here(found, todo, options.local)
-        return _run_on_slurm(found, todo, job, options)
+        return _run_on_slurm(found, todo, job, config, options)
 
 
 def _run_here(found: Sweep, todo: Sequence[int], processes: int) -> None:
@@ -146,10 +145,12 @@ def _run_here(found: Sweep, todo: Sequence[int], processes: int) -> None:
         )
 
 
-def _run_on_slurm(found: Sweep, todo: Sequence[int], job: Job, options: argparse.Namespace) -> None:
+def _run_on_slurm(
+    found: Sweep, todo: Sequence[int], job: Job, config: dict[str, Any], options: argparse.Namespace
+) -> None:
     from alter.sweep.run import array_script, submit_array
 
-    script = array_script(found, todo, job, options.slurm)
+    script = array_script(found, todo, job, config, options.slurm)
     if options.dry_run:
         print(f"\n{script}", end="")
         return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from alter.cells import LOG, run_cells
 from alter.results import write_json
 from alter.run import write_text
 from alter.slurm import Job, sbatch
 from alter.sweep.plan import JOBS, Sweep
-from alter.yaml_file import read_yaml
 
 ARRAY = "array.sh"
 
@@ -25,16 +25,17 @@ def run_here(sweep: Sweep, numbers: Sequence[int], processes: int) -> None:
     )
 
 
-def array_script(sweep: Sweep, numbers: Sequence[int], job: Job, at_once: int) -> str:
+def array_script(sweep: Sweep, numbers: Sequence[int], job: Job, config: Mapping[str, Any], at_once: int) -> str:
     """The batch script of a job array, an index for each cell.
 
     Args:
         sweep: whose cells.
         numbers: of the cells.
         job: of one cell.
+        config: the recipe.
         at_once: how many may run at a time; 0 for as many as there is room for.
     """
-    settings = job.trainer(read_yaml(sweep.recipe(numbers[0])))
+    settings = job.trainer(config)
     flags = [word for key, value in settings.items() for word in (f"--trainer.{key}", str(value))]
     command = ["-m", "alter.sweep.cell", str(sweep.folder.absolute()), "$SLURM_ARRAY_TASK_ID", *flags]
     limit = f"%{at_once}" if at_once else ""

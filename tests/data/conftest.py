@@ -8,6 +8,10 @@ from transformers import PreTrainedTokenizerFast
 @pytest.fixture
 def words(tmp_path):
     """A folder with a tokenizer of whole words; one token a word."""
+    return make_words(tmp_path / "tokenizer")
+
+
+def make_words(folder):
     vocabulary = {
         "<pad>": 0,
         "</s>": 1,
@@ -19,7 +23,6 @@ def words(tmp_path):
     }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path / "tokenizer"
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)

@@ -53,7 +53,7 @@ def commands(block):
 
 def small(arguments, backbone):
     """A command's arguments at the small setting that docs/index.md tells of."""
-    if arguments[:1] not in (["fit"], ["compare"], ["doctor"]):
+    if arguments[:1] not in (["fit"], ["compare"], ["doctor"], ["sweep"], ["submit"]) or "--config" not in arguments:
         return arguments
     added = ["--config", str(SMALL), "--precision", "fp32"]
     if "--backbone" not in arguments:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -34,7 +35,6 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
-RequeueExit=142
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
 SelectType=select/cons_tres
@@ -93,7 +93,7 @@ class Cluster:
             for node in NODES:
                 (self.folder / f"spool.{node}").mkdir()
                 self.start_node(node)
-            self._until(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), "the nodes")
+            self.until_idle()
         except BaseException:
             self.__exit__()
             raise
@@ -105,6 +105,9 @@ class Cluster:
             self._until(lambda: not self.run("squeue", "-h"), "jobs", 20)
         for name in reversed(list(self.daemons)):
             self.stop(name)
+
+    def until_idle(self):
+        self._until(lambda: self.nodes() == dict.fromkeys(NODES, "idle"), "the nodes", 60)
 
     def _start(self, name, command):
         with (self.folder / f"{name}.out").open("a") as log:
@@ -125,9 +128,9 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def run(self, *command):
+    def run(self, *command, seconds=60):
         """What one of SLURM's commands prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=seconds)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -139,9 +142,19 @@ class Cluster:
         """SLURM's word for where a job stands, such as RUNNING."""
         return self.fact(job, "JobState")
 
+    def fail(self, node, job):
+        """Lets a node die with what it runs of a job: nothing can tell the controller any more."""
+        self.stop(node, signal.SIGKILL)
+        marks = (f"SLURM_JOB_ID={job}", f"SLURM_CONF={self.folder / 'slurm.conf'}")
+        own = [pid for pid in _processes() if set(marks) <= set(_read(pid, "environ"))]
+        parents = [parent for pid in own if "slurmstepd" in " ".join(_read(parent := _parent(pid), "cmdline"))]
+        for pid in dict.fromkeys([*parents, *own]):  # those that would tell first
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def fact(self, job, name):
         text = self.run("scontrol", "show", "job", str(job))
-        return next(part.partition("=")[2] for part in text.split() if part.startswith(f"{name}="))
+        return re.search(rf"(?:^|\s){name}=(.*?)(?=\s+[\w/:]+=|\s*$)", text, re.MULTILINE)[1]
 
     def wait(self, job, state="COMPLETED", seconds=240):
         """Until a job is in a state."""
@@ -162,3 +175,19 @@ class Cluster:
         while not true():
             assert time.monotonic() < end, f"waited {seconds} s for {what}; see {self.folder}"
             time.sleep(0.2)
+
+
+def _processes():
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()]
+
+
+def _read(pid, file):
+    try:
+        return Path(f"/proc/{pid}/{file}").read_text(errors="replace").split("\0")
+    except OSError:  # it has ended
+        return []
+
+
+def _parent(pid):
+    status = "".join(_read(pid, "stat"))
+    return int(status.rpartition(")")[2].split()[1]) if status else 0

@@ -1,0 +1,167 @@
+"""`alter sweep` as a user calls it, on a tiny backbone; on SLURM in tests/slurm."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from alter.cli import main
+from alter.recipe import read_recipe
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ("sweep", "--config", "recipe.yaml", "--out", "out", "--stages", "[stage1]")
+RATES = ("--set", "stage1.model.optimizer.lr=1e-3,3e-2")
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_package(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.slow
+def test_a_sweep_ranks_its_cells_shows_what_failed_and_tries_that_again_when_asked(project, capfd):  # noqa: F811
+    change(project, trainer__max_epochs=1)
+    blocked = project / "out" / "cells" / "002" / "stage1"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("where a folder has to be")
+    (sentence,) = refused(capfd, *COMMAND, *RATES, "--local", "2")
+    assert sentence == "alter: 1 of 2 cells have failed; to try them again: alter sweep retry out"
+    main(["sweep", "status", "out"])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["1", "001", "0.001"]
+    assert lines[1].endswith("done")
+    assert lines[2].split()[:2] == ["002", "0.03"]
+    assert lines[2].endswith("failed")
+    assert "1 done, 1 failed of 2" in lines
+    assert any(re.match(r"cell 002 failed: .*Error: .*out/cells/002/log.txt", line) for line in lines)
+
+    main([*COMMAND, *RATES])  # what failed is not tried by itself
+    assert "1 done, 1 failed of 2" in capfd.readouterr().out
+    blocked.unlink()
+    main(["sweep", "retry", "out"])
+    assert "2 done of 2" in capfd.readouterr().out
+    assert not Path("out/cells/002/failed.json").exists()
+    found = {n: json.loads(Path(f"out/cells/{n}/result.json").read_text())["value"] for n in ("001", "002")}
+    records = {n: json.loads(Path(f"out/cells/{n}/progress.json").read_text()) for n in found}
+    assert found == {n: record["stage1"]["validation_loss"] for n, record in records.items()}
+    assert found["001"] != found["002"]
+    # tokens and states of the frozen blocks are shared
+    assert len([folder for folder in Path("cache").iterdir() if folder.is_dir()]) == 2
+    assert len(list(Path(os.environ["ALTER_HOME"], "trunk").iterdir())) == 1
+    assert not list(Path("out").rglob("results.json")), "the test split was read"
+
+    best = yaml.safe_load(Path("out/best.yaml").read_text())
+    rate = {"001": 1e-3, "002": 3e-2}[min(found, key=found.get)]
+    assert best["stage1"]["model"]["init_args"]["optimizer"]["init_args"]["lr"] == rate
+    main(["fit", "--config", "out/best.yaml"])  # unedited, and with the test
+    assert json.loads(Path("out/best/results.json").read_text())["tasks"].keys() == {"echo", "sort"}
+    trained = json.loads(Path("out/best/progress.json").read_text())["stage1"]["validation_loss"]
+    assert trained == pytest.approx(min(found.values()), abs=1e-5)
+
+
+def planned(*flags):
+    """A sweep whose cells are there and have not run."""
+    from alter.recipe import read_recipe
+    from alter.sweep.plan import plan
+    from alter.sweep.points import grid, read_sets
+
+    recipe = read_recipe(["--config", "recipe.yaml", "--stages", "[stage1]"])
+    return plan(Path("out"), recipe, grid(read_sets(flags)), Path())
+
+
+def test_the_table_tells_every_state(project, capfd, monkeypatch, tmp_path):  # noqa: F811
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text("#!/bin/sh\necho '9_3 PENDING'; echo '9_4 RUNNING'; echo '8_5 RUNNING'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    sweep = planned("data.temperature=1,2,3,4,5,6,7,8")
+    for number, value in ((1, 0.5), (2, 0.25)):
+        (sweep.cell(number) / "result.json").write_text(json.dumps({"value": value, "seconds": 1234.5}))
+    (sweep.folder / "jobs.json").write_text(json.dumps({str(n): f"9_{n}" for n in (1, 3, 4, 5)}))
+    (sweep.cell(5) / "log.txt").write_text("stage1: trains\nslurmstepd: error: oom-kill\n")  # by a job that has gone
+    (sweep.cell(6) / "failed.json").write_text('{"said": "The loss is nan."}')
+    with FileLock(sweep.cell(7) / ".lock"):
+        # in a process of its own: a process may lock what it has locked
+        done = subprocess.run(
+            [sys.executable, "-m", "alter", "sweep", "results", "out"], capture_output=True, text=True
+        )
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["cell", "data.temperature", "val/loss", "seconds", "state"]
+    assert lines[1].split() == ["1", "002", "2", "0.2500", "1,234", "done"]
+    assert lines[2].split() == ["2", "001", "1", "0.5000", "1,234", "done"]
+    rest = {line.split()[0]: line.split()[-1] for line in lines[3:9]}
+    assert rest == {
+        "003": "pending", "004": "running", "007": "running", "008": "waiting", "005": "stopped", "006": "failed",
+    }  # fmt: skip
+    assert "cell 005 stopped: slurmstepd: error: oom-kill (out/cells/005/log.txt)" in lines
+    assert "cell 006 failed: The loss is nan. (out/cells/006/log.txt)" in lines
+    assert yaml.safe_load((sweep.folder / "best.yaml").read_text())["data"]["temperature"] == 2
+
+
+def test_more_is_better_where_the_recipe_says_so(project, capfd):  # noqa: F811
+    chosen = {"monitor": "val/score", "mode": "max", "filename": "best"}
+    change(
+        project,
+        trainer__callbacks=[
+            {"class_path": "alter.callbacks.TaskMetrics"},
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": chosen},
+        ],
+    )
+    sweep = planned("data.temperature=1,2,3")
+    for number, value in ((1, 0.5), (2, None), (3, 0.75)):  # null where it was not a number
+        (sweep.cell(number) / "result.json").write_text(json.dumps({"value": value, "seconds": 1}))
+    main(["sweep", "results", "out"])
+    lines = capfd.readouterr().out.splitlines()
+    assert "val/score" in lines[0]
+    assert [line.split()[1] for line in lines[1:4]] == ["003", "001", "002"]
+    assert yaml.safe_load(Path("out/best.yaml").read_text())["data"]["temperature"] == 3
+    read_recipe(["--config", "out/best.yaml"])
+
+
+def test_a_dry_run_shows_points_and_script_and_writes_nothing(project, capfd):  # noqa: F811
+    flags = ("--slurm", "2", "--dry-run", "--time", "1:00:00", "--nodes", "2")
+    main([*COMMAND, *RATES, "--set", "data.temperature=1,2", *flags])
+    out = capfd.readouterr().out
+    assert "4 waiting of 4" in out
+    assert "#SBATCH --array=1-4%2" in out
+    assert f"#SBATCH --output={project}/out/cells/%3a/log.txt" in out
+    assert (
+        f'-m alter.sweep.cell {project}/out "$SLURM_ARRAY_TASK_ID" --trainer.num_nodes 2 --trainer.devices 1 --trainer.strategy ddp'
+        in out
+    )
+    assert not Path("out").exists()
+
+
+def test_a_folder_keeps_to_its_sweep(project, capfd):  # noqa: F811
+    (sentence,) = refused(capfd, "sweep", "status", "out")
+    assert "no sweep is there" in sentence
+    planned("data.temperature=1,2")
+    (sentence,) = refused(capfd, *COMMAND, "--set", "data.temperature=1,3")
+    assert "started with other settings" in sentence
+    assert "points.1.data.temperature" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "words_of_it"),
+    [
+        ((), "say what to vary"),
+        (("--set", "data.temprature=1,2"), "Did you mean 'temperature'?"),
+        ((*RATES, "--local", "0"), "a number from 1"),
+        ((*RATES, "--random", "0"), "one point at least"),
+        ((*RATES, "--points", "points.yaml"), "either by --set"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence_and_nothing_starts(project, capfd, flags, words_of_it):  # noqa: F811
+    (sentence,) = refused(capfd, *COMMAND, *flags)
+    assert words_of_it in sentence
+    assert not list(Path().glob("out/cells/*/log.txt"))

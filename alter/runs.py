@@ -132,8 +132,8 @@ def _recipe_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterato
     changed = [key for key in keys if key != "run" and before.get(key) != after.get(key)]
     room = (width() - max(map(len, changed), default=0) - 4) // 2  # of a value
     for key in changed:
-        values = [_text(found[key]) if key in found else "-" for found in (before, after)]
-        yield [key, *_where_they_differ(*values, max(room, NARROWEST))]
+        old, new = (_text(found[key]) if key in found else "-" for found in (before, after))
+        yield [key, *_where_they_differ(old, new, max(room, NARROWEST))]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

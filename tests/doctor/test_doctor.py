@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import yaml
@@ -103,6 +104,39 @@ def test_more_memory_than_there_is_has_a_cross():
     assert checks.fits(2**31, None, "host").good is None
     free = checks.available_memory()
     assert free is None or 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_the_machines_cards_its_queue_and_bitsandbytes_are_told(monkeypatch):
+    import torch
+
+    def said(precision="fp32"):
+        return {line.topic: (line.good, line.text) for line in checks.machine(precision)}
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert said()["SLURM"] == (None, "none")
+    assert said()["GPU"] == (None, f"none; {os.cpu_count()} CPU cores")
+    monkeypatch.setattr(checks.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert said()["SLURM"] == (None, "sbatch is here")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert said()["SLURM"] == (True, "inside job 7, 4 tasks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 4 * 2**30))
+    assert said()["GPU"] == (True, "2 x A card; 3.0 GiB free on the first")
+    assert said()["bitsandbytes"][0] is True
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(checks, "version", missing)
+    assert said()["bitsandbytes"] == (None, "not installed")
+    good, text = said("nf4")["bitsandbytes"]
+    assert good is False
+    assert "pip install bitsandbytes" in text
 
 
 @pytest.mark.slow

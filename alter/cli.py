@@ -67,8 +67,9 @@ def _explanation(error: Exception) -> str | None:
     """What to tell of another library's error that a recipe or a machine, not the code, is to blame for."""
     if disk_is_full(error):
         return "The disk is full; free some space and run the same command, it goes on from the last checkpoint."
-    if type(error).__name__ == "MisconfigurationException":  # Lightning's, by name: its import takes seconds
-        return f"trainer: {error}"
+    # Lightning's, by name: its import takes seconds; and the one that it raises as a plain ValueError.
+    if type(error).__name__ == "MisconfigurationException" or str(error).lstrip().startswith("`val_check_interval`"):
+        return f"trainer: {' '.join(str(error).split())}"
     return None
 
 

@@ -80,6 +80,12 @@ def refused(capsys, *arguments):
     return [line for line in error.splitlines() if line.startswith("alter: ")]
 
 
+def test_a_validation_that_would_never_come_is_a_sentence(project, capsys):
+    change(project, trainer__val_check_interval=1000)
+    (sentence,) = refused(capsys)
+    assert sentence.startswith("alter: trainer: `val_check_interval` (1000) must be less than or equal to the number")
+
+
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
 def test_fit_runs_both_stages_tests_and_leaves_the_run_folder(project, capsys):
     fit()

@@ -151,7 +151,7 @@ def _shown(line: Line) -> str:
     )
     indent = " " * len(first)
     for part in line.detail:
-        text += "\n" + textwrap.fill(part, width(), initial_indent=indent, subsequent_indent=f"{indent}  ")
+        text += "\n" + (textwrap.fill(part, width(), initial_indent=indent, subsequent_indent=f"{indent}  ") or indent)
     if plain:
         text = text.replace("█", "#")
     return f"{COLOURS[line.good]}{text[: len(mark)]}\033[0m{text[len(mark) :]}" if sys.stdout.isatty() else text

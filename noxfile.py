@@ -14,7 +14,25 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments after -- go to pytest."""
     session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
     spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # files share fixtures that train
-    session.run("pytest", *(session.posargs or spread), env={"OMP_NUM_THREADS": "1"})
+    env = {"OMP_NUM_THREADS": "1", "ALTER_LLAMA_CPP": str(llama_converter(session))}
+    session.run("pytest", *(session.posargs or spread), env=env)
+
+
+def llama_converter(session: nox.Session) -> Path:
+    """The folder with llama.cpp's converter: PyPI has it in one source package alone, which is not compiled for it."""
+    (wanted,) = [line.strip() for line in Path("constraints.txt").open() if line.startswith("llama-cpp-python==")]
+    folder = session.cache_dir.resolve() / wanted
+    if not folder.is_dir():
+        source = Path(session.create_tmp())
+        session.run(
+            "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(source), wanted
+        )
+        (package,) = source.glob("llama_cpp_python-*.tar.gz")
+        with tarfile.open(package) as archive:
+            archive.extractall(source, filter="data")
+        shutil.copytree(source / package.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp", folder)
+        shutil.rmtree(source)
+    return folder
 
 
 @nox.session
@@ -54,23 +72,3 @@ def fusion(session: nox.Session) -> None:
     session.install("torch", "adapters>=1.3,<2")
     session.run("python", "-c", "import adapters")
     session.log(f"For alter compare in another folder: export ALTER_ADAPTERS_PYTHON={session.bin}/python")
-
-
-@nox.session
-def llama(session: nox.Session) -> None:
-    """Make the environment in which a test lets llama.cpp read a merged checkpoint; compiles for some minutes."""
-    source = Path(session.create_tmp())
-    # llama.cpp's converter is in the source package alone, beside the library of the same version.
-    session.run(
-        "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(source), "llama-cpp-python>=0.3.16,<0.4"
-    )
-    (package,) = source.glob("llama_cpp_python-*.tar.gz")
-    with tarfile.open(package) as archive:
-        archive.extractall(source, filter="data")
-    converter = Path(session.virtualenv.location) / "llama.cpp"
-    shutil.rmtree(converter, ignore_errors=True)
-    shutil.copytree(source / package.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp", converter)
-    session.install("-c", "constraints.txt", "torch", "transformers", "sentencepiece")
-    session.install(str(package))
-    session.run("python", "-c", "import llama_cpp")
-    session.log(f"Then: ALTER_LLAMA_PYTHON={session.bin}/python nox -s tests -- tests/test_export.py")

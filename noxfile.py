@@ -1,7 +1,7 @@
 """Development commands: `nox -l` lists them. Each makes its own environment from constraints.txt."""
 
-import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 import nox
@@ -20,18 +20,17 @@ def tests(session: nox.Session) -> None:
 
 def llama_converter(session: nox.Session) -> Path:
     """The folder with llama.cpp's converter: PyPI has it in one source package alone, which is not compiled for it."""
-    (wanted,) = [line.strip() for line in Path("constraints.txt").open() if line.startswith("llama-cpp-python==")]
+    pinned = Path("constraints.txt").read_text().splitlines()
+    (wanted,) = [line for line in pinned if line.startswith("llama-cpp-python==")]
     folder = session.cache_dir.resolve() / wanted
     if not folder.is_dir():
-        source = Path(session.create_tmp())
-        session.run(
-            "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(source), wanted
-        )
-        (package,) = source.glob("llama_cpp_python-*.tar.gz")
-        with tarfile.open(package) as archive:
-            archive.extractall(source, filter="data")
-        shutil.copytree(source / package.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp", folder)
-        shutil.rmtree(source)
+        with tempfile.TemporaryDirectory(dir=session.cache_dir) as place:
+            source = Path(place)
+            session.run("pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", place, wanted)
+            (package,) = source.glob("llama_cpp_python-*.tar.gz")
+            with tarfile.open(package) as archive:
+                archive.extractall(source, filter="data")
+            (source / package.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp").rename(folder)
     return folder
 
 

@@ -304,7 +304,9 @@ def test_a_merged_smollm2_gives_the_mixtures_logits_and_answers(real_run):
     kept = batch["attention_mask"].bool()
     # The tiny models' logits differ by less than 1e-5. Here they are up to 30, and 30 blocks in fp32 round by more than
     # merging changes.
-    assert (found - expected)[kept].abs().max() <= (found - exact)[kept].abs().max() <= 1e-5 * expected[kept].abs().max()
+    assert (
+        (found - expected)[kept].abs().max() <= (found - exact)[kept].abs().max() <= 1e-5 * expected[kept].abs().max()
+    )
     assert (untouched - expected)[kept].abs().max() > 1
 
 
@@ -326,7 +328,9 @@ print("ANSWERS " + json.dumps([answers, said.strip()]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CONVERTER.is_file(), reason="ALTER_LLAMA_CPP names no folder with llama.cpp's converter; nox -s tests does")
+@pytest.mark.skipif(
+    not CONVERTER.is_file(), reason="ALTER_LLAMA_CPP names no folder with llama.cpp's converter; nox -s tests does"
+)
 def test_llama_cpp_answers_a_merged_checkpoint_as_the_model_does(real_run, tmp_path):
     main(["export", "--run", str(real_run), "--task", "colour", "--out", str(tmp_path)])
     model, gguf = alter.load(real_run), tmp_path / "model.gguf"

@@ -82,31 +82,47 @@ def main():
     args = parser.parse_args()
     quiet()
     content, results = read_recipe(args.run), {}
-    for file in args.task:
-        task = Task.from_file(file, args.data)
-        for size in args.sizes:
-            cells = [one(args, content, task, size, seed) for seed in args.seeds]
-            sides = {side: [cell[side] for cell in cells] for side in ("newcomer", "fresh")}
-            results.setdefault(task.name, {"metric": task.metrics[0]})[str(size)] = sides
-            for side, rows in sides.items():
-                values = [row["value"] for row in rows]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                print(
-                    f"{task.name}, {size} rows, {side}: {task.metrics[0]} {statistics.mean(values):.3f} ± {spread:.3f}",
-                    flush=True,
-                )
-            if args.out:
-                facts = {
-                    "hardware": common.hardware(),
-                    "draws": args.draws,
-                    "validation": args.validation,
-                    "test": args.test,
-                }
-                kept = {
-                    "tasks": [entry["name"] for entry in content["data"]["tasks"]],
-                    "backbone": Path(content["backbone"]).name,
-                }
-                args.out.write_text(json.dumps({**facts, "run": kept, "results": results}, indent=2) + "\n")
+    tasks = [Task.from_file(file, args.data) for file in args.task]
+    for seed in args.seeds:
+        for task in tasks:
+            for size in args.sizes:
+                sides = results.setdefault(task.name, {"metric": task.metrics[0]}).setdefault(str(size), {})
+                for side, found in one(args, content, task, size, seed).items():
+                    sides.setdefault(side, []).append({"seed": seed, **found})
+                if args.out:
+                    args.out.write_text(json.dumps({**facts(args, content), "results": results}, indent=2) + "\n")
+    print("\n".join(table(results)))
+
+
+def facts(args, content):
+    """What the numbers depend on."""
+    return {
+        "hardware": common.hardware(),
+        "draws": args.draws,
+        "validation": args.validation,
+        "test": args.test,
+        "run": {
+            "tasks": [entry["name"] for entry in content["data"]["tasks"]],
+            "backbone": Path(content["backbone"]).name,
+            "draws": content["data"]["examples_per_epoch"],
+            "layers": content["stage1"]["model"]["init_args"]["layers"],
+        },
+    }
+
+
+def table(results):
+    """The rows of a Markdown table: metric and validation loss of both sides, mean and standard deviation over the seeds."""
+    yield "| task | rows | metric | newcomer | fresh | validation loss, newcomer | fresh |"
+    yield "|---|---|---|---|---|---|---|"
+    for task, found in results.items():
+        for size in (key for key in found if key != "metric"):
+            sides = [found[size][side] for side in ("newcomer", "fresh")]
+            cells = [_mean([row[key] for row in rows]) for key in ("value", "validation_loss") for rows in sides]
+            yield f"| {task} | {size} | {found['metric']} | {' | '.join(cells)} |"
+
+
+def _mean(values):
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

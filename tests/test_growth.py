@@ -128,13 +128,51 @@ def test_consolidation_trains_stage_two_for_all_and_tests_all(grown, capsys):
     before = trained(grown / "run")
     main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40", "--consolidate"])
     after = trained(grown / "run")
-    moved = {key.split(".mlp.")[1].split(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert moved == {"shared", "shared_router"}  # stage 2's task_expert_lr is 0
+    assert moved(before, after) == {"shared", "shared_router"}  # stage 2's task_expert_lr is 0
     results = json.loads((grown / "run" / "results.json").read_text())["tasks"]
     assert list(results) == ["echo", "sort", "new"]
     assert refused(capsys, "add-task", "--run", "run", "--task", "new.yaml") == [
         "alter: new.yaml: the run has a task 'new' already; give the new one another name."
     ]
+
+
+def moved(before, after):
+    """The parts of which a tensor has changed."""
+    assert before.keys() == after.keys()
+    return {key.split(".mlp.")[1].split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+
+
+def test_removal_with_consolidation_trains_stage_two_for_those_that_are_left(grown, capsys):
+    before = trained(grown / "run")
+    main(["remove-task", "--run", "run", "--task", "echo", "--consolidate"])
+    assert "stage 2 again, for all tasks" in capsys.readouterr().out
+    assert moved(before, trained(grown / "run")) == {"shared", "shared_router"}
+    assert list(json.loads((grown / "run" / "results.json").read_text())["tasks"]) == ["sort"]
+    assert alter.load("run").tasks == ["sort"]
+    assert not list((grown / "run" / "added").glob("consolidated*"))  # nothing is left of the way there
+
+
+def test_consolidation_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypatch):
+    add = ["add-task", "--task", "new.yaml", "--draws", "40", "--consolidate", "--run"]
+    shutil.copytree("run", "other")
+    main([*add, "other"])
+    from alter.stages import ConsolidateModule
+
+    step = ConsolidateModule.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    monkeypatch.setattr(ConsolidateModule, "training_step", stopped)
+    with pytest.raises(SystemExit):
+        main([*add, "run"])
+    monkeypatch.setattr(ConsolidateModule, "training_step", step)
+    assert alter.load("run").tasks == ["echo", "sort", "new"]  # it had joined
+    main([*add, "run"])
+    one, other = (load_file(f"{run}/model/adapters.safetensors") for run in ("run", "other"))
+    assert same(one, other)
 
 
 def test_what_cannot_be_added_is_one_sentence(grown, capsys):

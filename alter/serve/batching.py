@@ -25,7 +25,7 @@ GATHER_SECONDS = 0.01  # clients that were answered together come back together,
 STEPS = (
     4  # tokens written between two looks at the queue: reading one prompt costs about as much as a token of all rows
 )
-TRIM_SECONDS = 20  # batches of ever other sizes leave holes, by which memory would grow by 4% in five minutes
+TRIM_SECONDS = 5  # batches of ever other sizes leave holes, by which memory would grow by 4% in five minutes
 log = logging.getLogger("alter.serve")
 
 

@@ -3,6 +3,7 @@
 import http.client
 import json
 import logging
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -219,6 +220,30 @@ def test_a_full_queue_is_429_and_too_long_is_504(held):
         assert [answer.result()[0] for answer in waiting] == [504] * 3
         go.set()
         until(lambda: post(address, "/v1/classify", body)[0] == 200)  # what nobody waits for is not in the way
+
+
+def test_what_does_not_arrive_in_time_is_408_and_a_body_of_unknown_size_is_counted(predictor):
+    with serving(predictor, Limits(timeout=1, max_bytes=2000)) as address:
+        place = urlsplit(address)
+        with socket.create_connection((place.hostname, place.port), timeout=20) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 100\r\n\r\n{")
+            reply = slow.makefile("rb").readline()
+        assert reply.split()[1] == b"408"
+        with socket.create_connection((place.hostname, place.port), timeout=20) as endless:
+            endless.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\n")
+            endless.sendall(b"3e8\r\n" + b"w" * 1000 + b"\r\n")
+            endless.sendall(b"3e9\r\n" + b"w" * 1001 + b"\r\n")  # its end does not come
+            reply = endless.makefile("rb").readline()
+        assert reply.split()[1] == b"413"
+        assert ask(address, "GET", "/health")[0] == 200
+
+
+def test_a_stream_that_takes_too_long_ends_with_the_error(held):
+    predictor, go = held
+    with serving(predictor, Limits(timeout=1)) as address:
+        with pytest.raises(openai.APIError, match="no answer within 1 seconds"):
+            list(client(address).completions.create(model="sort", prompt="w1", stream=True))
+        go.set()
 
 
 def gauge(address, name):

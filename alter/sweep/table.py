@@ -16,6 +16,7 @@ from alter.run import write_text
 from alter.slurm import outside
 from alter.sweep.plan import FAILED, RESULT, Sweep
 from alter.sweep.points import Point
+from alter.terminal import columns
 from alter.yaml_file import read_yaml
 
 BEST = "best.yaml"
@@ -100,8 +101,7 @@ def table(sweep: Sweep, cells: Sequence[Row]) -> str:
                 row.state,
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = [columns(lines)]
     counted = {state: sum(row.state == state for row in cells) for state in dict.fromkeys(row.state for row in cells)}
     text += ["", ", ".join(f"{count} {state}" for state, count in counted.items()) + f" of {len(cells)}"]
     for row in cells:

@@ -21,6 +21,7 @@ def _own_home(tmp_path_factory, monkeypatch):
 def _own_environment():
     """Lightning notes seeds and ranks in the environment; the next test must not see them."""
     before = dict(os.environ)
+    os.environ.pop("COLUMNS", None)  # screens are as wide as they are by default, whatever the terminal
     yield
     os.environ.clear()
     os.environ.update(before)

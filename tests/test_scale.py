@@ -99,6 +99,26 @@ def test_adapters_learn_beside_a_quantised_backbone_and_two_processes_agree(proj
 
 
 @pytest.mark.slow
+def test_experts_without_an_example_in_a_batch_hold_nobody_up(project):  # noqa: F811
+    """Batches of one task, and hard routes: in most steps a process has no gradient for some expert, and learns as one would."""
+    hard = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
+    change(
+        project,
+        data__examples_per_epoch=45,
+        data__mixed_batches=False,
+        trainer__max_epochs=1,
+        stage1__model__init_args__router=hard,
+    )
+    flags = ("--test", "false")
+    fit("--run", "one", "--trainer.accumulate_grad_batches", "2", *flags)
+    on_processes("--run", "two", *flags)
+    ours, theirs = (load_file(project / run / "model" / "adapters.safetensors") for run in ("one", "two"))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, atol=1e-5, rtol=1e-5)
+    assert curve(project / "two") == pytest.approx(curve(project / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_three_processes_share_fewer_batches_than_they_are_and_one_goes_on_from_their_checkpoint(project, capsys):  # noqa: F811
     """Seven batches make three steps; validation is one batch, and two processes keep it company."""
     change(project, data__examples_per_epoch=45, data__eval_max_tokens=100000, trainer__max_epochs=1)

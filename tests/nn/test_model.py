@@ -420,7 +420,7 @@ def test_a_routers_loss_is_the_same_with_activation_checkpointing_and_made_anew_
         results.append([noisy_step(model, train_batch(model, seed=seed)) for seed in (0, 1)])
         assert model.routing.losses is None
         assert results[-1][0][0] != 0
-    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)  # of fp32 sums in another order
 
 
 @PAIR

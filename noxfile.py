@@ -1,6 +1,5 @@
 """Development commands: `nox -l` lists them. Each makes its own environment from constraints.txt."""
 
-import os
 import shutil
 import tarfile
 import tempfile
@@ -14,27 +13,25 @@ SPREAD = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # files sh
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests; arguments after -- go to pytest. In CI it counts lines, as coverage does."""
-    run_tests(session, counted=bool(os.environ.get("CI")))
+    """Run the tests; arguments after -- go to pytest."""
+    env = install_tests(session)
+    session.run("pytest", *(session.posargs or SPREAD), env=env)
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Run the tests and fail where they miss more than 10% of the package's lines; lists the lines that are left."""
-    run_tests(session, counted=True)
-
-
-def run_tests(session: nox.Session, counted: bool) -> None:
-    session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
-    arguments = ["-m", "pytest", *(session.posargs or SPREAD)]
-    env = {"OMP_NUM_THREADS": "1", **llama_converter(session)}
-    if not counted:
-        session.run("python", *arguments, env=env)
-        return
+    env = install_tests(session)
     session.run("coverage", "erase")
-    session.run("coverage", "run", *arguments, env=env)
+    session.run("coverage", "run", "-m", "pytest", *(session.posargs or SPREAD), env=env)
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
+
+
+def install_tests(session: nox.Session) -> dict[str, str]:
+    """Makes the environment of the tests, and returns their variables."""
+    session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
+    return {"OMP_NUM_THREADS": "1", **llama_converter(session)}
 
 
 def llama_converter(session: nox.Session) -> dict[str, str]:

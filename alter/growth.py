@@ -18,6 +18,7 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
 from alter.nn.backbone import is_seq2seq, resolve_backbone
+from alter.nn.decoding import Generation
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel, read_config
 from alter.predict import CALIBRATION_FILE, expert_names, load, model_folder, read_recipe
@@ -73,7 +74,8 @@ def add_task(
     if "added" not in records(folder):
         say(f"\n{task.name}: trains in {folder}")
         arguments = newcomer_arguments(run, content, task.name, backbone, draws, lr)
-        facts, cli = train(folder, arguments, data, content["backbone"])
+        generation = Generation(**content.get("generation", {}))
+        facts, cli = train(folder, arguments, data, content["backbone"], generation)
         if not cli.trainer.is_global_zero:
             return {}
         _carry_on(run / "model", folder / "model")
@@ -173,7 +175,7 @@ def consolidate_run(run: Path) -> None:
     init_args = {"task_expert_lr": stage2["task_expert_lr"], "optimizer": stage2["optimizer"]}
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, init_args)
     arguments["trainer"] |= content["stage2"]["trainer"]
-    train(folder, arguments, data, content["backbone"])
+    train(folder, arguments, data, content["backbone"], Generation(**content.get("generation", {})))
     publish(folder / "model", run / "model")
     shutil.rmtree(folder)
     measure(run, data=data)

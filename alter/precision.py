@@ -38,11 +38,15 @@ def check_precision(precision: str) -> list[str]:
     return [f"precision: '{precision}' is not one of {', '.join(known)}.{did_you_mean(precision, known)}"]
 
 
-def choose_precision(config: Mapping[str, Any]) -> str:
+def choose_precision(config: Mapping[str, Any], here: bool = True) -> str:
     """The precision of a complete recipe's backbone; ``auto`` is bf16 where that is fast, else fp32.
 
     A run that has begun keeps the precision that it was begun with, on whatever machine it goes on; a backbone that
     trains takes fp32, since bf16 weights cannot take small steps.
+
+    Args:
+        config: plain.
+        here: whether it runs on this machine; ``auto`` stays open for one that runs on another.
     """
     if config["precision"] != AUTO:
         return str(config["precision"])
@@ -53,6 +57,8 @@ def choose_precision(config: Mapping[str, Any]) -> str:
         known = None  # not a recipe; what is done about it is decided where the folder is claimed
     if known in PRECISIONS:
         return str(known)
+    if not here:
+        return AUTO
     arguments = [config[stage]["model"].get("init_args") or {} for stage in ("stage1", "stage2")]
     trains = any(given.get("backbone_lr") for given in arguments)
     return "bf16" if not trains and computes_bf16(config["trainer"].get("accelerator") or "auto") else "fp32"

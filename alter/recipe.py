@@ -126,11 +126,12 @@ class Recipe:
         }
 
 
-def read_recipe(arguments: Sequence[str]) -> Recipe:
+def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         arguments: of ``alter fit``: ``--config FILE`` and flags.
+        here: whether it runs on this machine; what depends on the machine stays open for one that runs on another.
 
     Raises:
         AlterError: with every mistake found, before anything is loaded or written.
@@ -150,7 +151,7 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
         problems += [] if problems else error.messages
     except Exception as error:
         if not problems:  # what the files have right may still be wrong on the command line
-            problems.append(_one_sentence(error, parser, files))
+            problems.append(_one_sentence(error, ", ".join(map(str, files)) or "the command line"))
     if config is not None and not all(isinstance(config.get(key), Namespace) for key in SECTIONS):
         # Of a section that is empty or no mapping nothing else can be said.
         raise AlterError(
@@ -165,7 +166,7 @@ def read_recipe(arguments: Sequence[str]) -> Recipe:
         problems += _check_values(config)
     if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
-    return _complete(parser, config, tasks)
+    return _complete(parser, config, tasks, here)
 
 
 def _file_problems(files: Sequence[Path]) -> list[str]:
@@ -181,14 +182,14 @@ def _file_problems(files: Sequence[Path]) -> list[str]:
     return problems
 
 
-def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task]) -> Recipe:
+def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here: bool) -> Recipe:
     config.data.tasks = []
     plain = json.loads(parser.dump(config, skip_unset=False, skip_validation=True, format="json"))
     plain["data"]["tasks"] = [task.to_dict() for task in tasks]
     if plain["data"]["root"] is not None:  # whole, so that the run can be tested from another folder
         plain["data"]["root"] = str(Path(plain["data"]["root"]).resolve())
     plain.pop("config", None)
-    plain["precision"] = choose_precision(plain)
+    plain["precision"] = choose_precision(plain, here)
     return Recipe(plain, tasks, dump(plain))
 
 
@@ -208,8 +209,7 @@ def check_config(config: Mapping[str, Any], parser: ArgumentParser, where: str) 
     try:
         parsed = parser.parse_object(copy.deepcopy(dict(config)))
     except Exception as error:
-        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-        return [f"{where}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}".strip()]
+        return [_one_sentence(error, where)]
     return [f"{where}: {problem}" for problem in _check_values(parsed)]
 
 
@@ -269,11 +269,10 @@ def _check_values(config: Namespace) -> list[str]:
     return problems
 
 
-def _one_sentence(error: Exception, parser: ArgumentParser, files: Sequence[Path]) -> str:
+def _one_sentence(error: Exception, where: str) -> str:
     """The shortest true line of jsonargparse's long message."""
     text = str(error)
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    where = ", ".join(map(str, files)) or "the command line"
     unknown = next((line for line in lines if "not accepted" in line or "nrecognized" in line), None)
     return f"{where}: {lines[0]} {unknown or lines[-1] if len(lines) > 1 else ''}".strip()
 

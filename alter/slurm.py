@@ -221,7 +221,7 @@ def submit(arguments: Sequence[str]) -> None:
     options, flags = parser().parse_known_args(arguments)
     from alter.recipe import dump, read_recipe
 
-    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags)
+    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags, here=False)
     _begun(recipe)
     job = read_options(options, recipe.config)
     recipe.config["trainer"] |= job.trainer(recipe.config)

@@ -89,6 +89,13 @@ def test_what_is_named_stays_and_what_was_begun_goes_on(machine, tmp_path):
     assert choose_precision(recipe(tmp_path)) == "bf16"
 
 
+def test_for_another_machine_auto_stays_open_until_the_run_has_begun_there(machine, tmp_path):
+    machine("avx2")
+    assert choose_precision(recipe(tmp_path), here=False) == "auto"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"precision": "bf16"}))
+    assert choose_precision(recipe(tmp_path), here=False) == "bf16"
+
+
 def test_a_name_that_is_none_is_told_with_the_nearest():
     assert check_precision("auto") == check_precision("nf4") == []
     assert check_precision("atuo") == [

@@ -92,6 +92,11 @@ def sbatch(tmp_path, monkeypatch):
     return noted
 
 
+def test_precision_auto_is_left_to_the_machine_that_runs_the_job(project, sbatch):  # noqa: F811
+    main(["submit", "--config", "recipe.yaml", "--run", "run", "--precision", "auto"])
+    assert yaml.safe_load(Path("run/submit.yaml").read_text())["precision"] == "auto"
+
+
 def test_what_slurm_refuses_is_told_in_its_words(project, sbatch, capfd, monkeypatch):  # noqa: F811
     monkeypatch.setenv("REFUSED", "invalid partition specified: gpu")
     (sentence,) = refused(capfd, "submit", "--config", "recipe.yaml", "--partition", "gpu")

@@ -39,7 +39,7 @@ def sweep(arguments: Sequence[str]) -> None:
     from alter.sweep.plan import plan
 
     points = _points(options)
-    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags)
+    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags, here=False)
     folder = options.out or Path("runs/sweep") / recipe.run.name
     base = Path(options.config[0]).parent
     planned = plan(folder, recipe, points, base, options.dry_run)

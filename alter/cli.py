@@ -146,7 +146,11 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     predict = verbs.add_parser("predict", help="answer rows with a finished run, as JSON lines")
     predict.add_argument("--run", required=True, type=Path, help="the run folder")
     predict.add_argument("--task", help="a task of the run; without it each row's is guessed, or told not to be clear")
-    predict.add_argument("--input", required=True, help="JSON lines with the task's fields; - for standard input")
+    predict.add_argument(
+        "--input",
+        required=True,
+        help="rows with the task's fields: JSON lines, CSV, TSV, Parquet or Excel; - for JSON lines on standard input",
+    )
     predict.add_argument("--backbone", help="where the backbone is, when not where it was")
     add = verbs.add_parser("add-task", help="train a new task beside a finished run's, which stay as they are")
     add.add_argument("--run", required=True, type=Path, help="the run folder")
@@ -347,14 +351,13 @@ def _predict(options: argparse.Namespace) -> None:
     named = options.task or (predictor.tasks[0] if len(predictor.tasks) == 1 else None)
     if named:
         predictor.task(named)
-    with _open(options.input) as stream:
-        rows = _rows(stream, options.input)
-        if named:
-            lines = (_line(answer) for answer in predictor.stream(named, rows))
-        else:
-            lines = (_guessed_line(found, answer) for found, answer in predictor.stream_unnamed(rows))
-        for line in lines:
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+    rows = _rows(options.input)
+    if named:
+        lines = (_line(answer) for answer in predictor.stream(named, rows))
+    else:
+        lines = (_guessed_line(found, answer) for found, answer in predictor.stream_unnamed(rows))
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def _line(answer: Answer) -> dict[str, Any]:
@@ -382,11 +385,22 @@ def _open(name: str) -> TextIO:
         return open(name, encoding="utf-8")
     except OSError as error:
         raise AlterError(
-            f"--input: {name} cannot be read ({error.strerror}); name a file of JSON lines, or -."
+            f"--input: {name} cannot be read ({error.strerror}); name a table or a file of JSON lines, or -."
         ) from error
 
 
-def _rows(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
+def _rows(name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table, told by its ending; of anything else, the objects of JSON lines."""
+    from alter.data.sources import TABLES, read_file
+
+    if Path(name).suffix.lower() in TABLES and Path(name).is_file():
+        yield from read_file(Path(name))
+    else:
+        with _open(name) as stream:
+            yield from _json_lines(stream, name)
+
+
+def _json_lines(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue

@@ -266,6 +266,9 @@ def test_predict_streams_answers_as_json_lines(project, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", (project / "rows.jsonl").open())
     main(["predict", "--run", "run", "--task", "echo", "--input", "-"])
     assert [set(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [{"answer"}, {"answer"}]
+    (project / "rows.csv").write_text("number,text\n1,w1 w2\n2,w3\n")
+    main(["predict", "--run", "run", "--task", "sort", "--input", "rows.csv"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
 
 
 def test_a_run_on_few_shots_learns_from_them_alone_and_tests_on_all(project, capsys):

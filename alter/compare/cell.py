@@ -61,14 +61,8 @@ def run_cell(folder: Path, split: str) -> None:
         "tokens_per_second": found["tokens"] / seconds if seconds else None,
         "seconds": time.perf_counter() - started,  # of the last start, where there were more
     }
-    # What the comparison draws from each task's rows: numbers alone, so that cells can be kept where answers must not be.
-    draws = {t.name: bootstrap(metric(t.metrics[0], said, targets, t.choices)) for t, said, targets in answered}
-    np.savez_compressed(folder / f"{split}.npz", **draws)  # type: ignore[arg-type]  # numpy's types take names for options
-    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
-        for task, said, targets in answered:
-            for answer, target in zip(said, targets, strict=True):
-                row = {"task": task.name, "target": target, "answer": answer}
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if answered:
+        _write_answers(folder, split, answered)
     write_json(folder / f"{split}.json", found)  # last: it says that the cell is complete
     for checkpoints in folder.glob("*/stage*/checkpoints"):
         shutil.rmtree(checkpoints)  # the models stay
@@ -120,6 +114,17 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
         if len(plan["recipes"]) == 1:
             found["routing"] = mean_gates(predictor, data)
     return answered
+
+
+def _write_answers(folder: Path, split: str, answered: Answered) -> None:
+    # What the comparison draws from each task's rows: numbers alone, so that cells can be kept where answers must not be.
+    draws = {t.name: bootstrap(metric(t.metrics[0], said, targets, t.choices)) for t, said, targets in answered}
+    np.savez_compressed(folder / f"{split}.npz", **draws)  # type: ignore[arg-type]  # numpy's types take names for options
+    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
+        for task, said, targets in answered:
+            for answer, target in zip(said, targets, strict=True):
+                row = {"task": task.name, "target": target, "answer": answer}
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +242,8 @@ def find_method(name: str) -> tuple[str, Method]:
             f"{', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
     overlay = read_yaml(file) or {}
+    if str(file.parent.resolve()) not in sys.path:
+        sys.path.append(str(file.parent.resolve()))  # as beside a recipe, so that it can name a class in a file there
 
     def plan(config: Config, budget: Budget) -> list[Run]:
         return [Run(_laid_over(copy.deepcopy(config), overlay))]

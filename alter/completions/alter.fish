@@ -1815,7 +1815,7 @@ complete -c alter -n '_shtab_alter_using; and test $_shtab_alter_npos -eq 0' -a 
 complete -c alter -n '_shtab_alter_using predict' -s h -l help -d 'show this help message and exit'
 complete -c alter -n '_shtab_alter_using predict' -l run -xka "(__fish_complete_path (commandline -ct))" -d 'the run folder'
 complete -c alter -n '_shtab_alter_using predict' -l task -x -d 'a task of the run; without it each row'"'"'s is guessed, or told not to be clear'
-complete -c alter -n '_shtab_alter_using predict' -l input -x -d 'JSON lines with the task'"'"'s fields; - for standard input'
+complete -c alter -n '_shtab_alter_using predict' -l input -x -d 'rows with the task'"'"'s fields: JSON lines, CSV, TSV, Parquet or Excel; - for JSON lines on standard input'
 complete -c alter -n '_shtab_alter_using predict' -l backbone -x -d 'where the backbone is, when not where it was'
 complete -c alter -n '_shtab_alter_using predict' -l import -x -d 'import a module of your own first, where the run uses a router or expert from it'
 complete -c alter -n '_shtab_alter_using; and test $_shtab_alter_npos -eq 0' -a add-task -d 'train a new task beside a finished run'"'"'s, which stay as they are'

@@ -1826,7 +1826,7 @@ _shtab_alter_predict_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--run[the run folder]:run:_files"
   "--task[a task of the run\; without it each row\'s is guessed, or told not to be clear]:task:"
-  "--input[JSON lines with the task\'s fields\; - for standard input]:input:"
+  "--input[rows with the task\'s fields\: JSON lines, CSV, TSV, Parquet or Excel\; - for JSON lines on standard input]:input:"
   "--backbone[where the backbone is, when not where it was]:backbone:"
   "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
 )

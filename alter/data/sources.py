@@ -188,14 +188,7 @@ def read_file(path: Path) -> Iterator[Row]:
     """
     if not path.is_file():
         raise AlterError(f"{path}: no such file; correct the path in the task's source.{_near(path)}")
-    readers = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".json": _read_jsonl,
-        ".parquet": _read_parquet,
-        ".xlsx": _read_excel,
-    }
+    readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, **TABLES}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise AlterError(f"{path}: the ending is not one of {', '.join(readers)}; convert the file to one of these.")
@@ -275,6 +268,9 @@ def _read_excel(path: Path) -> Iterator[Row]:
                 yield dict(zip(names, cells + [""] * (len(names) - len(cells)), strict=True))
     finally:
         book.close()
+
+
+TABLES = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".xlsx": _read_excel}
 
 
 def stable_fraction(text: str) -> float:

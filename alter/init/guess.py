@@ -171,8 +171,8 @@ def _useless(column: Column, rows: int) -> str | None:
         return "empty"
     if column.lists:
         return "not the same kind of list in every row" if column.lists < column.filled or column.others else None
-    is_id = re.search(r"(?i:(^|[_\W])(id|uuid|guid|index|idx|key)$)|(?<=[a-z])(Id|ID)$|^Unnamed|^$", column.name)
-    if is_id and column.kinds < MOST_VALUES and 10 <= column.kinds <= 0.8 * column.filled:
+    is_id = re.search(r"(?i:(^|[_\W])(id|uuid|guid|mrn|index|idx|key)$)|(?<=[a-z])(Id|ID)$|^Unnamed|^$", column.name)
+    if is_id and 10 <= column.kinds <= 0.8 * sum(column.values.values()):  # rows of the values that were counted
         return "group"
     if is_id:
         return "it is an id"

@@ -26,5 +26,5 @@ class CosineRouter(Router):
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         """[batch, seq, hidden_size] -> gates [batch, seq, experts] that sum to one."""
         alike = F.normalize(hidden_states, dim=-1) @ F.normalize(self.keys, dim=-1).T
-        tasks = routing.rows(len(hidden_states))  # beams and choices have rows of their own
+        tasks = routing.rows(hidden_states.shape[0])  # beams and choices have rows of their own
         return (alike / self.temperature + self.bias[tasks].unsqueeze(1)).softmax(-1)

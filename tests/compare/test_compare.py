@@ -148,6 +148,17 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):
     assert "other settings" in line
 
 
+def test_an_overlay_names_a_class_beside_it(compared, tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "beside.py").write_text("from alter.nn import TaskSelector\n\n\nclass Mine(TaskSelector):\n    pass\n")
+    router = {"stage1": {"model": {"init_args": {"router": {"class_path": "beside.Mine", "init_args": {}}}}}}
+    (mine / "own.yaml").write_text(yaml.safe_dump(router))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = compare("--methods", f"{mine / 'own.yaml'}", "--seeds", "1")
+    assert result["methods"]["own"]["trainable_parameters"] > 0
+
+
 def test_a_failing_cell_is_told_and_the_others_go_on(compared, capsys):
     Path("bad.yaml").write_text(yaml.safe_dump({"stage1": {"model": {"init_args": {"layers": [99]}}}}))
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from pathlib import Path
 
 import openpyxl
 import pyarrow
@@ -61,6 +62,21 @@ def files(tmp_path, monkeypatch):
         book.active.append([text(2), " ".join(context), context[7]])
     book.save(data / "qa.xlsx")
     return sorted(data.iterdir())
+
+
+def test_rows_of_one_patient_stay_together_however_many_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        f"{patient},note {patient} {visit},{'yes' if patient % 3 else 'no'}"
+        for patient in range(1500)
+        for visit in "ab"
+    ]
+    Path("notes.csv").write_text("\n".join(["mrn,note,admitted", *lines]) + "\n")
+    main(["init", "mine", "notes.csv"])
+    task = Task.from_file(tmp_path / "mine" / "tasks" / "notes.yaml")
+    patients = [{row["mrn"] for row in task.opened.rows(split)} for split in ("train", "validation", "test")]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 1500
+    assert all(patients)
 
 
 def test_every_kind_of_file_and_task_is_told_and_written(files, tmp_path, capsys):

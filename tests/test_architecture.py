@@ -37,6 +37,9 @@ def test_imports_go_down_only(part):
 
 
 def test_the_command_line_starts_without_the_heavy_libraries():
-    code = "import sys, alter.cli; print([m for m in ('torch', 'lightning', 'transformers', 'jsonargparse') if m in sys.modules])"
+    code = (
+        "import sys; from alter.cli import parser; parser()\n"
+        "print([m for m in ('torch', 'lightning', 'transformers', 'jsonargparse') if m in sys.modules])"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

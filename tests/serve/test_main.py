@@ -111,7 +111,8 @@ def test_the_page_answers_shows_probabilities_and_who_answered(browser, predicto
         page.goto(address)
         page.get_by_label("API key").fill("key")  # asked for, since the server wants one
         page.get_by_role("button", name="Answer").click()
-        page.wait_for_function("document.querySelectorAll('#task option').length === 4")
+        page.locator("#task option").nth(3).wait_for(state="attached")
+        assert page.locator("#task option").count() == 4
 
         page.select_option("#task", "sort")
         page.locator("#fields textarea").fill("w5 w9")

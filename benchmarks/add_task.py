@@ -38,7 +38,8 @@ def one(args, content, task, size, seed):
     """The metrics of both sides at one size and seed."""
     backbone = resolve_backbone(content["backbone"])
     limited = replace(task, limit={"train": size, "validation": args.validation, "test": args.test})
-    settings = {**content["data"], "tasks": [limited], "seed": seed, "examples_per_epoch": args.draws, "limit": None}
+    drawn = {"seed": seed, "examples_per_epoch": args.draws, "max_tokens": args.max_tokens}
+    settings = {**content["data"], "tasks": [limited], "limit": None, **drawn}
     found = {}
     for name in ("newcomer", "fresh"):
         data = MultiTaskDataModule(**settings, tokenizer=str(backbone), seq2seq=is_seq2seq(backbone))
@@ -76,6 +77,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--seeds", type=int, nargs="+", default=[13, 14, 15])
     parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a batch: few rows need many steps")
     parser.add_argument("--validation", type=int, default=64, help="rows")
     parser.add_argument("--test", type=int, default=250, help="rows")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -99,6 +101,7 @@ def facts(args, content):
     return {
         "hardware": common.hardware(),
         "draws": args.draws,
+        "max_tokens": args.max_tokens,
         "validation": args.validation,
         "test": args.test,
         "run": {

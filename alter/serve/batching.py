@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from alter.data import Task
+from alter.nn.stepping import StepDecoder
 from alter.predict import MAX_BATCH_TOKENS, Answer, Predictor
 from alter.serve.metrics import Metrics
 
 GATHER_SECONDS = 0.01  # clients that were answered together come back together, but not in the same millisecond
-STEPS = (
-    4  # tokens written between two looks at the queue: reading one prompt costs about as much as a token of all rows
-)
+# Tokens written between two looks at the queue, at least: reading one prompt costs about as much as a token of all rows.
+STEPS = 4
 TRIM_SECONDS = 5  # batches of ever other sizes leave holes, by which memory would grow by 4% in five minutes
 log = logging.getLogger("alter.serve")
 
@@ -179,10 +179,9 @@ class Batcher:
                 trimmed = time.monotonic()
             concerned = [*jobs, *self._writing]
             try:
+                began = time.monotonic()
                 self._start(jobs)
-                if self._decoder:
-                    for _ in range(STEPS):
-                        self._decoder.step()
+                self._write(time.monotonic() - began)
             except Exception as error:  # the next batch must be answered all the same
                 log.exception("A batch of %d failed", len(concerned))
                 self._decoder = self.predictor.step_decoder(self._watch)
@@ -243,6 +242,13 @@ class Batcher:
             self._count([*self._writing, *joining])
             names, prompts = [job.task.name for job in joining], [job.prompt for job in joining]
             self.predictor.join(self._decoder, joining, names, prompts, [job.limit for job in joining])
+
+    def _write(self, seconds: float) -> None:
+        """Writes a few tokens of every row, and as long as others' inputs took: else a long answer waits for all of these at each."""
+        end, steps = time.monotonic() + seconds, 0
+        while self._writing and (steps < STEPS or time.monotonic() < end):
+            cast(StepDecoder, self._decoder).step()
+            steps += 1
 
     def _answer(self, jobs: Sequence[Job]) -> None:
         self._count(jobs)

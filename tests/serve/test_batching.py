@@ -1,0 +1,53 @@
+"""Whose turn it is, with a model and a clock that are made up."""
+
+import asyncio
+from itertools import groupby
+from types import SimpleNamespace
+
+import pytest
+
+from alter.predict import Answer
+from alter.serve import batching
+from alter.serve.batching import STEPS, Batcher, Job
+from alter.serve.metrics import Metrics
+
+SCORED = SimpleNamespace(name="scored", choices=["a", "b"])
+WRITTEN = SimpleNamespace(name="written", choices=None)
+
+
+@pytest.mark.parametrize("cost", [0.5, 10])
+def test_an_answer_is_written_for_as_long_as_others_were_scored(monkeypatch, cost):
+    clock, events, loop = [0.0], [], asyncio.new_event_loop()
+    monkeypatch.setattr(
+        batching, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0], sleep=None)
+    )
+
+    def job(task):
+        return Job(task, [1, 2], limit=40, since=0.0, _loop=loop)
+
+    class Decoder:
+        def __init__(self):
+            self.rows = [SimpleNamespace(key=job(WRITTEN))]
+
+        def step(self):
+            clock[0] += 1
+            events.append("step")
+            batcher.submit([job(SCORED)])  # there is always someone who waits
+            if events.count("step") == 40:
+                self.rows = []
+
+    def answer_mixed(names, *rest):
+        clock[0] += cost
+        events.append("scored")
+        return [Answer("a", None)] * len(names)
+
+    predictor = SimpleNamespace(step_decoder=lambda watch: Decoder(), answer_mixed=answer_mixed)
+    batcher = Batcher(predictor, Metrics(), max_batch=32, max_waiting=64)
+    batcher.submit([job(SCORED)])
+    batcher._closed = True  # ends once all is answered
+    batcher._work()
+    loop.close()
+    turns = [len(list(group)) for event, group in groupby(events) if event == "step"]
+    assert sum(turns) == 40
+    assert set(turns) == {max(STEPS, cost)}
+    assert not batcher._waiting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from alter.errors import AlterError, did_you_mean
 from alter.nn import TrunkCache
 from alter.nn.decoding import Generation
 from alter.precision import check_precision, choose_precision
-from alter.schema import check, check_class
+from alter.schema import check, check_class, find_classes_in
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
@@ -139,8 +138,7 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     arguments = [_find_config(a, previous) for a, previous in zip(arguments, [None, *arguments[:-1]], strict=True)]
     files = [Path(value) for flag, value in _flag_values(arguments) if flag == "--config"]
     for folder in {Path(), *(file.parent for file in files)}:
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))  # so that a recipe can name a class in a file beside it
+        find_classes_in(folder)
     problems = _file_problems(files)
     parser = recipe_parser()
     config: Namespace | None = None

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import typing
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from alter.errors import AlterError, did_you_mean
+
+
+def find_classes_in(folder: Path) -> None:
+    """Lets a recipe name a class of a module that lies in a folder: beside it, or where one is."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
 
 
 def check(

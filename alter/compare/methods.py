@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
+from alter.schema import find_classes_in
 from alter.yaml_file import read_yaml
 
 Config = dict[str, Any]
@@ -242,8 +242,7 @@ def find_method(name: str) -> tuple[str, Method]:
             f"{', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
     overlay = read_yaml(file) or {}
-    if str(file.parent.resolve()) not in sys.path:
-        sys.path.append(str(file.parent.resolve()))  # as beside a recipe, so that it can name a class in a file there
+    find_classes_in(file.parent)
 
     def plan(config: Config, budget: Budget) -> list[Run]:
         return [Run(_laid_over(copy.deepcopy(config), overlay))]

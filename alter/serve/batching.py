@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from alter.data import Task
-from alter.nn.stepping import StepDecoder
 from alter.predict import MAX_BATCH_TOKENS, Answer, Predictor
 from alter.serve.metrics import Metrics
 
@@ -245,9 +244,9 @@ class Batcher:
 
     def _write(self, seconds: float) -> None:
         """Writes a few tokens of every row, and as long as others' inputs took: else a long answer waits for all of these at each."""
-        end, steps = time.monotonic() + seconds, 0
-        while self._writing and (steps < STEPS or time.monotonic() < end):
-            cast(StepDecoder, self._decoder).step()
+        decoder, end, steps = self._decoder, time.monotonic() + seconds, 0
+        while decoder and decoder.rows and (steps < STEPS or time.monotonic() < end):
+            decoder.step()
             steps += 1
 
     def _answer(self, jobs: Sequence[Job]) -> None:

@@ -162,21 +162,7 @@ def test_an_overlay_names_a_class_beside_it(compared, cells_here, tmp_path, monk
 def test_a_failing_cell_is_told_and_the_others_go_on(compared, capsys):
     Path("bad.yaml").write_text(yaml.safe_dump({"stage1": {"model": {"init_args": {"layers": [99]}}}}))
     with pytest.raises(SystemExit):
-        main(
-            [
-                "compare",
-                "--config",
-                "recipe.yaml",
-                "--out",
-                "out",
-                "--methods",
-                "bad.yaml,two_stage",
-                "--seeds",
-                "1",
-                "--processes",
-                "2",
-            ]
-        )
+        compare("--methods", "bad.yaml,two_stage", "--seeds", "1", "--processes", "2")
     error = capsys.readouterr().err
     assert "1 of 2 cells are not complete" in error
     assert "99" in error

@@ -108,7 +108,7 @@ def test_a_function_is_given_the_split_and_its_arguments():
     ("name", "content", "message"),
     [
         ("missing.csv", None, r"no such file.*Did you mean 'missin.csv'"),
-        ("x.ods", b"", r"ending is not one of \.csv"),
+        ("x.ods", b"", r"ending is not one of \.jsonl, \.json, \.csv"),
         ("x.jsonl", b'{"a": 1}\n{"a": \n', r"x.jsonl, line 2: not JSON"),
         ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: not an object"),
         ("x.csv", b"a,b\n1,2\n1\n", r"line 3: not as many fields"),

@@ -27,6 +27,7 @@ from alter.run import measure, publish, quiet, record, records, say, train, writ
 
 FOLDER = "added"  # in the run folder: a folder for each task that was added
 CHECKS = 0.2  # of the draws, between two looks at validation
+OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
 
 
 def add_task(
@@ -110,10 +111,21 @@ def newcomer_arguments(
     optimizer = copy.deepcopy(content["stage1"]["model"]["init_args"]["optimizer"])
     if lr is not None:
         optimizer["init_args"]["lr"] = lr
-    arguments = _arguments(content, "AddTaskModule", [task], run, backbone, {"expert": None, "optimizer": optimizer})
+    given = {"expert": _newcomer_expert(content), "own": OWN, "keep": KEEP, "optimizer": optimizer}
+    arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
     epochs = {} if _drawn(content, draws)["examples_per_epoch"] is None else {"max_epochs": 1}
     arguments["trainer"] |= {**epochs, "val_check_interval": CHECKS}
     return arguments
+
+
+def _newcomer_expert(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's kind of expert, scaled so that with its share of the mixture it counts as much as an adapter alone."""
+    expert: dict[str, Any] = copy.deepcopy(content["stage1"]["model"]["init_args"]["expert"])
+    arguments = expert.get("init_args", {})
+    if "alpha" in arguments:
+        share = OWN * (KEEP if "stage2" in content["stages"] else 1.0)
+        arguments["alpha"] = (arguments["alpha"] or arguments["rank"]) / share
+    return expert
 
 
 def remove_task(run: Path, name: str, consolidate: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from safetensors.torch import load_file
 
 import alter
 from alter.cli import main
+from alter.growth import newcomer_arguments
+from alter.nn import LoRA
+from alter.nn.gates import newcomer_gates
+from alter.nn.model import MTAModel
 from tests.data.conftest import task_dict, words  # noqa: F401 (fixtures)
 from tests.test_cli import project, refused  # noqa: F401 (a fixture)
 
@@ -100,6 +105,21 @@ def test_a_task_joins_and_leaves_and_the_others_answer_bit_for_bit_the_same(grow
     assert refused(capsys, "remove-task", "--run", "run", "--task", "sort")
     main(["test", "--run", "run"])
     assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort"]
+
+
+def test_a_newcomer_starts_as_strong_as_an_adapter_alone(grown):
+    """What its expert adds, times its shares of the mixture, is what the run's expert adds by itself."""
+    content = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    given = newcomer_arguments(Path("run"), content, "new", Path(content["backbone"]), 40, None)["model"]["init_args"]
+    alone = content["stage1"]["model"]["init_args"]["expert"]["init_args"]
+    assert given["expert"]["init_args"]["rank"] == alone["rank"]
+    model = MTAModel.from_pretrained(Path("run/model"), content["backbone"], "fp32")
+    model.add_newcomer("new", LoRA(**given["expert"]["init_args"]), given["own"], given["keep"])
+    shares = newcomer_gates(model, 0)
+    for layer, mixture in model.layers.items():
+        expert = mixture.newcomers[0].expert
+        weight = float(shares["experts"][layer][-1] * shares["shared"][layer][0])
+        assert weight * expert.alpha / expert.rank == pytest.approx((alone["alpha"] or alone["rank"]) / alone["rank"])
 
 
 def test_an_addition_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypatch):

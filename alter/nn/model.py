@@ -146,7 +146,7 @@ class MTAModel(nn.Module):
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
         self._place_adapters()
 
-    def add_newcomer(self, task: str, expert: Expert | None = None, own: float = 0.5, keep: float = 0.5) -> None:
+    def add_newcomer(self, task: str, expert: Expert | None = None, own: float = 0.8, keep: float = 0.8) -> None:
         """Adds a task to a trained model; what the others compute stays the same, bit for bit.
 
         Args:

@@ -87,8 +87,8 @@ class AddTaskModule(GrowthModule):
     def __init__(
         self,
         expert: Expert | None = None,
-        own: float = 0.5,
-        keep: float = 0.5,
+        own: float = 0.8,
+        keep: float = 0.8,
         rates_lr: float = 10.0,
         **kwargs: Any,
     ) -> None:

@@ -64,15 +64,19 @@ def test_where_the_system_does_not_say_auto_is_fp32_and_bf16_is_left_alone(machi
     assert answering_precision("bf16") == "bf16"
 
 
-def test_the_doctor_has_a_cross_where_bf16_would_crawl(machine):
-    def crosses(asked):
-        return [line.topic for line in checks.machine(asked) if line.good is False]
+def test_the_doctor_has_a_cross_where_bf16_would_crawl(machine, monkeypatch):
+    def crosses(asked, accelerator="auto"):
+        return [line.topic for line in checks.machine(asked, accelerator) if line.good is False]
 
     machine("avx2")
     assert crosses("bf16") == ["precision"]
     assert crosses("fp32") == []
     machine("avx512_bf16")
     assert crosses("bf16") == []
+    machine("avx2", gpu=True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    assert crosses("bf16") == []
+    assert crosses("bf16", "cpu") == ["precision"]  # the recipe leaves the GPU out
 
 
 def test_a_backbone_that_trains_takes_fp32(machine, tmp_path):

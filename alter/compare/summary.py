@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -106,8 +106,9 @@ def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task]
             },
             "average": {k: v for k, v in _spread(averages[name]).items() if k != "seeds"},
             "trainable_parameters": any_seed["trainable_parameters"],
-            "tokens": _mean([own[seed]["tokens"] for seed in seeds]),
-            "tokens_per_second": _mean([own[seed]["tokens_per_second"] for seed in seeds]),
+            "tokens": _over_seeds(fmean, [own[seed]["tokens"] for seed in seeds]),
+            # a median, since the first cell to draw an example computes its trunk for all
+            "tokens_per_second": _over_seeds(median, [own[seed]["tokens_per_second"] for seed in seeds]),
             "peak_memory_bytes": max(own[seed]["peak_memory_bytes"] for seed in seeds),
             "learning_rate_factor": _factor(cells[name][seeds[0]]),
             "vs_best_baseline": (
@@ -128,9 +129,9 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None, "seeds": list(values)}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _over_seeds(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    return statistic(known) if known else None
 
 
 def _factor(folder: Path) -> float:

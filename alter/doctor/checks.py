@@ -172,8 +172,8 @@ def backbone(name: str, folder: Path, precision: str, arguments: dict[str, Any])
     return Line(True, "backbone", f"{name}: {type(model).__name__}, {size / 1e6:,.0f}M parameters, in {folder}", detail)
 
 
-def machine(precision: str) -> Iterator[Line]:
-    """GPU, SLURM, bf16 and bitsandbytes."""
+def machine(precision: str, accelerator: str = "auto") -> Iterator[Line]:
+    """GPU, SLURM, bf16 and bitsandbytes, for a recipe's precision and Lightning's accelerator."""
     import torch
 
     if torch.cuda.is_available():
@@ -187,7 +187,7 @@ def machine(precision: str) -> Iterator[Line]:
         yield Line(True, "SLURM", f"inside job {job}, {os.environ.get('SLURM_NTASKS', '1')} tasks")
     else:
         yield Line(None, "SLURM", "sbatch is here" if shutil.which("sbatch") else "none")
-    if slow := slow_precision(precision):
+    if slow := slow_precision(precision, accelerator):
         yield Line(False, "precision", slow)
     try:
         found = version("bitsandbytes")

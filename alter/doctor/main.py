@@ -62,12 +62,14 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
         return
     stages = " and ".join(recipe.config["stages"])
     yield Line(True, "recipe", f"{len(recipe.tasks)} tasks, {stages}, run folder {recipe.run}")
+    accelerator = recipe.config["trainer"].get("accelerator") or "auto"
+    machine = list(checks.machine(recipe.config["precision"], accelerator))
     try:
         folder = resolve_backbone(recipe.config["backbone"])
         end = load_tokenizer(folder).eos_token_id
     except AlterError as error:
         yield from (Line(False, "backbone", message) for message in error.messages)
-        yield from checks.machine(recipe.config["precision"])
+        yield from machine
         return
     bad = 0
     tasks = []
@@ -91,7 +93,6 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
     model = recipe.config["stage1"]["model"].get("init_args") or {}
     found = checks.backbone(recipe.config["backbone"], folder, recipe.config["precision"], model)
     yield found
-    machine = list(checks.machine(recipe.config["precision"]))
     yield from machine
     if bad or not all(line.good is not False for line in [found, *machine]):
         yield Line(None, "trial", "of memory and time: not made, since there is a cross above")

@@ -167,7 +167,7 @@ def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequen
     """Finds the likeliest choice for every prompt, the first of equals, without scoring all of many.
 
     A choice is at most as likely as its first token, which the prompt's own pass tells for all. So the few with the
-    likeliest first tokens are scored, and the others only where one could still be above the best of these.
+    likeliest first tokens are scored, then the next as many again, until none of the others could be above the best.
 
     Args:
         model: in evaluation mode.
@@ -185,16 +185,20 @@ def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequen
         read = _read(model, part)
         first = read.first_tokens()
         bounds = first[:, tokens[:, 0]]
-        chosen = bounds.topk(SCORED_FIRST).indices.sort().values
-        scores = read.score(tokens[chosen], first)
-        best = chosen.gather(1, scores.argmax(1, keepdim=True)).squeeze(1)
-        others = bounds.scatter(1, chosen, -torch.inf).amax(1)
-        # rounding may make a bound seem lower than it is
-        open_rows = (others >= scores.amax(1) - 1e-3).nonzero().squeeze(1)
-        if len(open_rows):
-            rest = {name: value[open_rows] for name, value in part.items()}
-            best[open_rows] = choice_log_likelihoods(model, rest, choices).argmax(1)
-        found.append(best)
+        order = bounds.argsort(dim=1, descending=True)
+        chosen = order[:, :SCORED_FIRST]
+        scores = torch.full_like(bounds, -torch.inf).scatter(1, chosen, read.score(tokens[chosen], first))
+        done = SCORED_FIRST
+        while done < len(choices):
+            # rounding may make a bound seem lower than it is
+            rows = (bounds.gather(1, order[:, done : done + 1]) >= scores.amax(1, keepdim=True) - 1e-3).nonzero()[:, 0]
+            if not len(rows):
+                break
+            chosen = order[rows, done : 2 * done]
+            rest = {name: value[rows] for name, value in part.items()}
+            scores[rows.unsqueeze(1), chosen] = _scores(model, rest, tokens[chosen])
+            done *= 2
+        found.append(scores.argmax(1))
     return torch.cat(found)
 
 

@@ -17,7 +17,9 @@ from alter.predict import model_folder, read_recipe
 UNKNOWN = "not stated in the task file"
 
 
-def model_card(run: Path, usage: str, tasks: Sequence[str] | None = None, library: str = "alter-mta") -> ModelCard:
+def model_card(
+    run: Path, usage: str, tasks: Sequence[str] | None = None, library: str = "alter-mta", measured: bool = True
+) -> ModelCard:
     """Writes the card of a model from what its run folder holds.
 
     Args:
@@ -25,6 +27,7 @@ def model_card(run: Path, usage: str, tasks: Sequence[str] | None = None, librar
         usage: Markdown that says how to load what the card is for.
         tasks: the tasks that it does; by default all.
         library: that loads it, as the hub names libraries.
+        measured: whether the card is for the model that the run's results are of, and not for an earlier stage's.
 
     Returns:
         a card with the metadata that the hub reads: base model, licences, tasks and metrics.
@@ -35,11 +38,14 @@ def model_card(run: Path, usage: str, tasks: Sequence[str] | None = None, librar
     content, config = read_recipe(run), read_config(model_folder(run))
     all_tasks = [Task.from_dict(entry, str(run / "recipe.yaml")) for entry in content["data"]["tasks"]]
     chosen = [task for task in all_tasks if task.name in (tasks or config["tasks"])]
-    results = _results(run)
+    results = _results(run) if measured else {}
+    stages = " in two stages" if measured and config["num_shared"] else ""
     backbone = _backbone(str(config["backbone"]["name"]))
     name = f"{run.resolve().name}: " + (chosen[0].name if len(chosen) == 1 else f"{len(chosen)} tasks")
     data = ModelCardData(
         base_model=backbone if "/" in backbone else None,
+        license="other",  # the backbone's, and each task's data's: the card's table
+        license_name="backbone-and-data",
         library_name=library,
         pipeline_tag="text-generation",
         tags=["alter", "mixture-of-task-adapters"],
@@ -49,7 +55,7 @@ def model_card(run: Path, usage: str, tasks: Sequence[str] | None = None, librar
     parts = [
         f"# {name}",
         f"A small language model for {_list(task.name for task in chosen)}: `{backbone}` with task adapters that were "
-        "trained in two stages by [ALTER](https://arxiv.org/abs/2309.11042).",
+        f"trained{stages} by [ALTER](https://arxiv.org/abs/2309.11042).",
         "## How to use it",
         usage.strip(),
         "## Tasks and data",
@@ -57,7 +63,8 @@ def model_card(run: Path, usage: str, tasks: Sequence[str] | None = None, librar
         "Read each licence at its source before you pass the model on. The backbone has a licence of its own"
         + (f" ({EMBEDDED[n].licence})." if (n := str(config["backbone"]["name"])) in EMBEDDED else "."),
         "## Metrics",
-        "\n".join(_metric_table(chosen, results)) or "Not measured; `alter test` does.",
+        "\n".join(_metric_table(chosen, results))
+        or f"Not measured{'; `alter test` does' if measured else ' by itself'}.",
         "## Intended use",
         "Short answers to inputs of the kinds above, in the form of the prompts below, checked by somebody who can judge them.",
         "\n".join(line for task in chosen for line in (f"`{task.name}`:", "```", task.prompt.rstrip(), "```")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
@@ -24,7 +25,7 @@ from alter.nn.collapse import merged, one_adapter
 from alter.nn.hub import weight_files
 from alter.nn.model import WEIGHTS_FILE, MTAModel, read_config
 from alter.predict import CALIBRATION_FILE, line_ends, model_folder, read_recipe
-from alter.publish import new_folder, publish, write_recipe
+from alter.publish import example_call, new_folder, publish, write_recipe
 
 FORMATS = ("hf", "adapter", "onnx", "alter")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,7 @@ ADAPTER_USAGE = """
 ```python
 import alter
 
-print(alter.load("FOLDER").{verb}(["..."]))
+print(alter.load("FOLDER").{call})
 ```
 """
 
@@ -68,8 +69,9 @@ class Exporter:
         self.content = read_recipe(run)
         self.folder = run / stage / "model" if stage else model_folder(run)
         config = read_config(self.folder)
-        self.config = {**config, "tasks": [name for name in config["tasks"] if name not in config.get("retired", [])]}
         self.entries = {entry["name"]: entry for entry in self.content["data"]["tasks"]}
+        # an earlier stage's model still has the tasks that were removed from the run
+        self.config = {**config, "tasks": [name for name in config["tasks"] if name in self.entries]}
         self.backbone = backbone
 
     def write(self, form: str, names: Sequence[str] = (), dtype: str = "fp32") -> list[Path]:
@@ -133,9 +135,8 @@ class Exporter:
         if dtype != "fp32":
             auto.from_pretrained(out, dtype=DTYPES[dtype]).save_pretrained(out)
         self._add_tokenizer(model.backbone, task, out, where, model.is_seq2seq)
-        example = task.render_prompt(dict.fromkeys(task.fields, "..."))
         cut = "" if model.is_seq2seq else '[inputs["input_ids"].shape[1]:]'
-        usage = HF_USAGE.format(auto=auto.__name__, prompt=example, cut=cut)
+        usage = HF_USAGE.format(auto=auto.__name__, prompt=_example(task), cut=cut)
         self._card(usage, task, "transformers").save(out / "README.md")
 
     def _adapter(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
@@ -144,7 +145,7 @@ class Exporter:
         if (self.folder / CALIBRATION_FILE).is_file():
             known = json.loads((self.folder / CALIBRATION_FILE).read_text())
             (out / CALIBRATION_FILE).write_text(json.dumps({k: v for k, v in known.items() if k == task.name}))
-        usage = ADAPTER_USAGE.format(verb="classify" if task.choices else "generate")
+        usage = ADAPTER_USAGE.format(call=example_call(task))
         self._card(usage, task, "alter-mta").save(out / "README.md")
 
     def _onnx(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
@@ -159,7 +160,7 @@ class Exporter:
     def _add_tokenizer(self, backbone: PreTrainedModel, task: Task, out: Path, where: Path, is_seq2seq: bool) -> None:
         """Adds the tokenizer, and how an answer ends: at a line's end, greedily, as ALTER's do."""
         tokenizer = load_tokenizer(where)
-        tokenizer.chat_template = None if is_seq2seq else _chat_template(task)
+        tokenizer.chat_template = None if is_seq2seq else _chat_template(tokenizer, task)
         tokenizer.save_pretrained(out)
         known = backbone.generation_config
         ends = known.eos_token_id if known.eos_token_id is not None else tokenizer.eos_token_id
@@ -176,14 +177,29 @@ class Exporter:
         GenerationConfig.from_dict(settings).save_pretrained(out)
 
     def _card(self, usage: str, task: Task, library: str) -> Any:
-        return model_card(self.run, usage, [task.name], library)
+        return model_card(self.run, usage, [task.name], library, measured=self.folder == model_folder(self.run))
 
 
-def _chat_template(task: Task) -> str | None:
-    """A chat template that makes the task's prompt of the last message, where the prompt names one field alone."""
+def _example(task: Task) -> str:
+    """A prompt for the card; the template itself where it does more with a field than to print it."""
+    try:
+        return task.render_prompt(dict.fromkeys(task.fields, "..."))
+    except AlterError:
+        return task.prompt.strip()
+
+
+def _chat_template(tokenizer: Any, task: Task) -> str | None:
+    """A chat template that makes the task's prompt of the last message; None where none would make the same."""
     if len(task.fields) != 1:
         return None
-    return f"{{%- set {task.fields[0]} = messages[-1]['content'] -%}}\n{task.prompt.strip()}"
+    (field,) = task.fields
+    template = f"{{%- set {field} = messages[-1]['content'] -%}}\n{task.prompt.strip()}"
+    message = {"role": "user", "content": "one line\n  and another"}
+    try:
+        made = tokenizer.apply_chat_template([message], chat_template=template, tokenize=False)
+        return template if made == task.render_prompt({field: message["content"]}) else None
+    except (TemplateError, AlterError):  # a field whose name is no identifier, or that is no text
+        return None
 
 
 @contextlib.contextmanager

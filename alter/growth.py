@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel, read_config
 from alter.predict import CALIBRATION_FILE, expert_names, load, model_folder, read_recipe
 from alter.results import peak_memory_bytes, render_table, run_results, write_json
-from alter.run import measure, publish, quiet, record, records, say, train, write_text
+from alter.run import differences, measure, publish, quiet, record, records, say, train, write_text
 
 FOLDER = "added"  # in the run folder: a folder for each task that was added
 CHECKS = 0.2  # of the draws, between two looks at validation
@@ -64,15 +65,17 @@ def add_task(
     folder = run / FOLDER / task.name
     if consolidate:
         _require_stage2(run, content)
-    if task.name in known:
-        if consolidate and "added" in records(folder):  # stopped while it consolidated
-            consolidate_run(run)
-            return borrowed(load(run).model, task.name)
+    begun = records(folder)
+    if task.name in known and "tested" in begun and consolidate:  # stopped while it consolidated
+        consolidate_run(run)
+        return borrowed(load(run).model, task.name)
+    if task.name in known and ("tested" in begun or "added" not in begun):
         raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
     backbone = resolve_backbone(content["backbone"])
     data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(content, draws)}, backbone)
+    _claim(folder, {"task": task.to_dict(), "shots": shots, "draws": draws, "lr": lr})
     say(data.summary())
-    if "added" not in records(folder):
+    if "added" not in begun:
         say(f"\n{task.name}: trains in {folder}")
         arguments = newcomer_arguments(run, content, task.name, backbone, draws, lr)
         generation = Generation(**content.get("generation", {}))
@@ -81,7 +84,8 @@ def add_task(
             return {}
         _carry_on(run / "model", folder / "model")
         record(folder, "added", **facts)
-    _join(run, folder, [*content["data"]["tasks"], task.to_dict()])
+    if task.name not in known:
+        _join(run, folder, [*content["data"]["tasks"], task.to_dict()])
     started = time.perf_counter()
     predictor = load(run)
     found = borrowed(predictor.model, task.name)
@@ -97,6 +101,7 @@ def add_task(
     memory = max(peak_memory_bytes(), trained["peak_memory_bytes"])
     print(render_table(run_results(results, seconds, memory, trained["trainable_parameters"])))
     print(f"\n{describe(task.name, found)}")
+    record(folder, "tested", seconds["test"])
     if consolidate:
         consolidate_run(run)
     else:
@@ -119,7 +124,7 @@ def newcomer_arguments(
 
 
 def _newcomer_expert(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's kind of expert, scaled so that with its share of the mixture it counts as much as an adapter alone."""
+    """The run's kind of expert; a LoRA is scaled so that with its share of the mixture it counts as much as alone."""
     expert: dict[str, Any] = copy.deepcopy(content["stage1"]["model"]["init_args"]["expert"])
     arguments = expert.get("init_args", {})
     if "alpha" in arguments:
@@ -143,6 +148,11 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
     content = _finished_run(run)
     if consolidate:
         _require_stage2(run, content)
+        if (
+            name not in _names(content) and _consolidation(run, _names(content)).is_dir()
+        ):  # stopped while it consolidated
+            consolidate_run(run)
+            return
     model = MTAModel.from_pretrained(run / "model", str(resolve_backbone(content["backbone"])), content["precision"])
     trained_together = name in model.tasks[: model.base_tasks]
     lenders = _borrowers(model, name) if trained_together else []
@@ -180,7 +190,7 @@ def consolidate_run(run: Path) -> None:
     backbone = resolve_backbone(content["backbone"])
     data = _data(content["data"], backbone)
     names = [task.name for task in data.tasks]
-    folder = run / FOLDER / f"consolidated {' '.join(names)}"
+    folder = _consolidation(run, names)
     print(f"\nstage 2 again, for all tasks: trains in {folder}")
     print(data.summary())
     stage2 = content["stage2"]["model"]["init_args"]
@@ -237,6 +247,33 @@ def _finished_run(run: Path) -> dict[str, Any]:
         raise AlterError(f"{run}: what save_pretrained wrote has no recipe to go on with; name the run folder itself.")
     read_config(run / "model")
     return content
+
+
+def _names(content: Mapping[str, Any]) -> list[str]:
+    return [task["name"] for task in content["data"]["tasks"]]
+
+
+def _consolidation(run: Path, tasks: Sequence[str]) -> Path:
+    """Where a consolidation of these tasks trains, and goes on."""
+    return run / FOLDER / f"consolidated-{hashlib.sha256(' '.join(tasks).encode()).hexdigest()[:12]}"
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Notes what an addition was begun with.
+
+    Raises:
+        AlterError: it was begun with something else.
+    """
+    file = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    begun = file.is_file() and (folder / "checkpoints").is_dir()
+    if begun and (changed := differences(json.loads(file.read_text()), settings)):
+        raise AlterError(
+            f"{file}: this addition was begun with another setting of {', '.join(changed)}; give the same again, or remove "
+            f"{folder} to begin anew."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
 
 
 def _require_stage2(run: Path, content: Mapping[str, Any]) -> None:

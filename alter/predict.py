@@ -175,7 +175,7 @@ class Predictor:
         Args:
             texts: the inputs.
             task: of all, or of each; where it is left out, each input's is guessed.
-            answers: to each input, where they are known; by default the model's own.
+            answers: to each input, where they are known, up to ``max_target_tokens`` of each; by default the model's own.
 
         Returns:
             for each input ``{"experts": {layer: {expert: gate}}}``; with stage 2 also ``"shared"``, whose first is the share of
@@ -194,7 +194,7 @@ class Predictor:
         }
         found = []
         for own, prompt, answer in zip(tasks, prompts, answers, strict=True):
-            target = target_ids([answer], self.tokenizer, self.model.is_seq2seq)[0]
+            target = target_ids([answer], self.tokenizer, self.model.is_seq2seq)[0][: own.max_target_tokens]
             example = {"prompt_ids": prompt, "target_ids": target, "task_id": self._id(own.name)}
             batch = {key: value.to(device) for key, value in self.collator([example]).items()}
             with self._announced():

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from alter.card import model_card
+from alter.data import Task
 from alter.errors import AlterError
 from alter.guess import TASK_PREDICTOR_FILE
 from alter.nn.model import CONFIG_FILE, WEIGHTS_FILE
@@ -48,9 +49,15 @@ def publish(run: Path, out: Path) -> None:
     if (run / "results.json").is_file():
         shutil.copy(run / "results.json", out / "results.json")
     write_recipe(out, content, content["data"]["tasks"])
-    first = content["data"]["tasks"][0]
-    verb = "classify" if first.get("choices") else "generate"
-    model_card(run, USAGE.replace("{call}", f'model.{verb}(["..."], task="{first["name"]}")')).save(out / "README.md")
+    first = Task.from_dict(content["data"]["tasks"][0], str(run / "recipe.yaml"))
+    call = f"model.{example_call(first, named=True)}"
+    model_card(run, USAGE.replace("{call}", call)).save(out / "README.md")
+
+
+def example_call(task: Task, named: bool = False) -> str:
+    """How Python asks for a task's answer, for a card."""
+    given = '"..."' if len(task.fields) == 1 else "{" + ", ".join(f'"{field}": "..."' for field in task.fields) + "}"
+    return f"{'classify' if task.choices else 'generate'}([{given}]{f', task={task.name!r}' if named else ''})"
 
 
 def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]) -> None:

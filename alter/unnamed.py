@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def measure_unnamed(run: Path, predictor: Predictor, data: MultiTaskDataModule, 
         }
         for view, texts in views.items():
             guesses = predictor.guess(texts)
-            guessed = _answers(predictor, name, texts, guesses, named)
+            guessed = _answers(predictor, name, view, texts, guesses, named)
             measured = _metrics(task.metrics, guessed, targets, task.choices)
             for key, entry in measured.items():
                 entry["loss"] = found["named"][key]["value"] - entry["value"]
@@ -76,16 +77,27 @@ def measure_unnamed(run: Path, predictor: Predictor, data: MultiTaskDataModule, 
 
 
 def _answers(
-    predictor: Predictor, name: str, texts: Sequence[Text], guesses: Sequence[Guess], named: Sequence[str]
+    predictor: Predictor,
+    name: str,
+    view: str,
+    texts: Sequence[Text],
+    guesses: Sequence[Guess],
+    named: Sequence[str],
 ) -> list[str]:
-    """Those of the guessed tasks; where the guess is right it is the answer with the name."""
-    given = list(named)
+    """Those of the guessed tasks; where task and view of the text are guessed right it is the answer with the name."""
+    given = [MISSING] * len(texts)
     for task in predictor.tasks:
-        rows = [row for row, found in enumerate(guesses) if found.task == task != name]
-        prompts = [predictor.guessed_prompt(texts[row], guesses[row], f"row {row + 1}") for row in rows]
-        for row, answer in zip(rows, predictor.answer(task, prompts, probabilities=False), strict=True):
+        prompts = {}
+        for row, found in enumerate(guesses):
+            if found.task == task == name and found.is_prompt == (view == "prompt"):
+                given[row] = named[row]
+            elif found.task == task:
+                with suppress(AlterError):  # it does not fit what it was taken for: no answer
+                    prompts[row] = predictor.guessed_prompt(texts[row], found, f"row {row + 1}")
+        answered = predictor.answer(task, list(prompts.values()), probabilities=False)
+        for row, answer in zip(prompts, answered, strict=True):
             given[row] = answer.text
-    return [MISSING if found.task is None else text for found, text in zip(guesses, given, strict=True)]
+    return given
 
 
 def _unknown(

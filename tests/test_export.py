@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import alter
 from alter.card import model_card
 from alter.cli import main
+from alter.data import Task
+from alter.export import _chat_template, _example
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
-from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.runs import make_run
 from tests.test_cli import refused
 
@@ -97,6 +99,19 @@ def test_the_chat_template_makes_the_tasks_prompt(tmp_path, words):  # noqa: F81
     )  # its prompt has two fields
 
 
+def test_a_prompt_that_chats_would_render_otherwise_gets_no_chat_template(tmp_path, words):  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    for prompt, fits in [
+        ("w9 {{ text }} :", True),
+        ("w9\n{% if text %}\n  {{ text }}\n{% endif %}\nw8", False),  # chat templates trim what stands around blocks
+        ("w9 {{ row['a name'] }} :", False),
+        ("{% for turn in turns %}{{ turn.said }} {% endfor %}:", False),
+    ]:
+        task = Task.from_dict(task_dict(tmp_path, "t", prompt=prompt, choices=None), "t.yaml")
+        assert (_chat_template(tokenizer, task) is not None) == fits, prompt
+        assert _example(task)  # for the card
+
+
 @pytest.mark.parametrize("shared", [None, Polytropon()], ids=["stage1", "stage2"])
 def test_bottlenecks_leave_as_one_adapter_with_its_calibration(shared, tmp_path, words, monkeypatch):  # noqa: F811
     run = make_run(tmp_path, words, "t5", Bottleneck(rank=4), shared=shared)
@@ -113,6 +128,7 @@ def test_bottlenecks_leave_as_one_adapter_with_its_calibration(shared, tmp_path,
             one, other = alone.classify(TEXTS, return_probs=True), whole.classify(TEXTS, task=task, return_probs=True)
             for a, b in zip(one, other, strict=True):
                 assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+    assert 'generate([{"label": "...", "text": "..."}])' in Path("out/pair/README.md").read_text()
     assert alone.generate({"text": "w1", "label": "no"}) == whole.generate({"text": "w1", "label": "no"}, task="pair")
 
 
@@ -173,6 +189,13 @@ def test_the_hub_folder_loads_and_its_card_tells_tasks_licences_metrics_and_limi
     assert named.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "(Apache-2.0)" in named.text
     Path("hub/alter.json").write_text(json.dumps(config))
+    assert card.data.license == "other"
+    assert "trained in two stages" in card.text
+    main(["export", "--run", "run", "--stage", "stage1", "--task", "sort", "--out", "plain"])
+    of_stage1 = ModelCard.load("plain/sort/README.md")  # the results are those of the whole model
+    assert of_stage1.data.eval_results is None
+    assert "Not measured by itself" in of_stage1.text
+    assert "two stages" not in of_stage1.text
     copy.save_pretrained("again")
     assert {p.name for p in Path("again").iterdir()} == names
     assert alter.load("again").generate(TEXTS, task=tasks) == whole.generate(TEXTS, task=tasks)

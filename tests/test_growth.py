@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import alter
+from alter import growth
 from alter.cli import main
 from alter.growth import newcomer_arguments
 from alter.nn import LoRA
@@ -103,6 +104,8 @@ def test_a_task_joins_and_leaves_and_the_others_answer_bit_for_bit_the_same(grow
     assert model.classify(TEXTS, task="sort", return_probs=True) == before[0]
     assert refused(capsys, "predict", "--run", "run", "--task", "echo", "--input", "-")
     assert refused(capsys, "remove-task", "--run", "run", "--task", "sort")
+    main(["export", "--run", "run", "--stage", "stage1", "--out", "plain"])  # that model still has both
+    assert [folder.name for folder in Path("plain").iterdir()] == ["sort"]
     main(["test", "--run", "run"])
     assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort"]
 
@@ -142,6 +145,27 @@ def test_an_addition_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypat
     main(["add-task", "--run", "run", "--task", "new.yaml", "--shots", "8", "--draws", "200"])
     one, other = (load_file(f"{run}/model/adapters.safetensors") for run in ("run", "other"))
     assert same(one, other)
+
+
+def test_an_addition_that_was_stopped_after_it_joined_is_tested_by_the_same_command(grown, capsys, monkeypatch):
+    add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, "calibrate", stopped)
+        with pytest.raises(SystemExit):
+            main(add)
+    assert alter.load("run").tasks == ["echo", "sort", "new"]  # it had joined
+    before = load_file("run/model/adapters.safetensors")
+    assert "lr" in " ".join(refused(capsys, *add, "--lr", "0.5"))  # what it was begun with
+    main(add)
+    assert same(before, load_file("run/model/adapters.safetensors"))
+    assert alter.load("run").temperatures.keys() == {"sort", "new"}
+    assert "new" in json.loads(Path("run/results.json").read_text())["tasks"]
+    assert Path("run/added/new/borrowed.json").is_file()
+    assert "has a task 'new' already" in " ".join(refused(capsys, *add))
 
 
 def test_consolidation_trains_stage_two_for_all_and_tests_all(grown, capsys):
@@ -193,6 +217,28 @@ def test_consolidation_that_was_stopped_goes_on_and_ends_the_same(grown, monkeyp
     main([*add, "run"])
     one, other = (load_file(f"{run}/model/adapters.safetensors") for run in ("run", "other"))
     assert same(one, other)
+
+
+def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkeypatch):
+    remove = ["remove-task", "--run", "run", "--task", "echo", "--consolidate"]
+    from alter.stages import ConsolidateModule
+
+    step = ConsolidateModule.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsolidateModule, "training_step", stopped)
+        with pytest.raises(SystemExit):
+            main(remove)
+    before = trained(grown / "run")
+    assert alter.load("run").tasks == ["sort"]  # it had gone
+    main(remove)
+    assert moved(before, trained(grown / "run")) == {"shared", "shared_router"}
+    assert "there is no task 'echo'" in " ".join(refused(capsys, *remove))
 
 
 def test_what_cannot_be_added_is_one_sentence(grown, capsys):

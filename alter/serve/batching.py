@@ -234,13 +234,21 @@ class Batcher:
             self._answer(whole)
         for job in jobs:
             if isinstance(job, RoutingJob):
-                given = None if job.given is None else [job.given]
-                (gates,) = self.predictor.routing([job.row], job.task.name, given)
-                job.tell(Done(gates))
+                self._tell_routing(job)
         if joining and self._decoder:
             self._count([*self._writing, *joining])
             names, prompts = [job.task.name for job in joining], [job.prompt for job in joining]
             self.predictor.join(self._decoder, joining, names, prompts, [job.limit for job in joining])
+
+    def _tell_routing(self, job: RoutingJob) -> None:
+        """By itself, so that what goes wrong with it is no other's."""
+        try:
+            given = None if job.given is None else [job.given]
+            (gates,) = self.predictor.routing([job.row], job.task.name, given)
+            job.tell(Done(gates))
+        except Exception as error:
+            log.exception("A request for routing failed")
+            job.tell(error)
 
     def _write(self, seconds: float) -> None:
         """Writes a few tokens of every row, and as long as others' inputs took: else a long answer waits for all of these at each."""

@@ -135,6 +135,11 @@ def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):
         for kind, layers in routing.items():
             for layer, gates in layers.items():
                 assert told[kind][layer] == pytest.approx(gates, abs=1e-5)
+        told = [
+            post(address, "/v1/routing", {"model": "echo", "input": TEXTS[0], "answer": " ".join(["w3"] * count)})
+            for count in (3, 2000)
+        ]
+        assert told[0] == told[1]  # echo writes three tokens at most, and no more are read
 
 
 def test_the_model_auto_guesses_each_inputs_task_or_says_that_it_is_not_clear(unnamed_run):  # noqa: F811

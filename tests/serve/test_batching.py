@@ -8,11 +8,32 @@ import pytest
 
 from alter.predict import Answer
 from alter.serve import batching
-from alter.serve.batching import STEPS, Batcher, Job
+from alter.serve.batching import STEPS, Batcher, Job, RoutingJob
 from alter.serve.metrics import Metrics
 
 SCORED = SimpleNamespace(name="scored", choices=["a", "b"])
 WRITTEN = SimpleNamespace(name="written", choices=None)
+
+
+def test_a_failing_request_for_routing_is_no_others_failure():
+    loop = asyncio.new_event_loop()
+    answered, asked = (kind(SCORED, [1], limit=4, _loop=loop) for kind in (Job, RoutingJob))
+
+    def routing(*args):
+        raise ValueError("longer than the model's table of positions")
+
+    def answer_mixed(*args):
+        return [Answer("a", None)]
+
+    predictor = SimpleNamespace(step_decoder=lambda watch: None, answer_mixed=answer_mixed, routing=routing)
+    batcher = Batcher(predictor, Metrics(), max_batch=32, max_waiting=64)
+    batcher.submit([asked, answered])
+    batcher._closed = True
+    batcher._work()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert isinstance(asked._events.get_nowait(), ValueError)
+    assert answered._events.get_nowait().answer.text == "a"
 
 
 @pytest.mark.parametrize("cost", [0.5, 10])

@@ -545,26 +545,30 @@ def line_ends(tokenizer: Any) -> list[int]:
     return [piece[0] for piece in pieces if len(piece) == 1 and piece[0] != unknown]
 
 
-def load(run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel) -> Predictor:
+def load(
+    run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel, stage: str | None = None
+) -> Predictor:
     """Loads a finished run, or what ``save_pretrained`` wrote.
 
     Args:
         run: the folder.
         backbone: where the backbone is, when not where it was.
         kind: of the model, for one that is not an `MTAModel` itself.
+        stage: whose model, of a run folder; by default that of the last.
 
     Raises:
         AlterError: the folder holds no finished run, or it is damaged.
     """
-    folder, content = model_folder(Path(run)), read_recipe(Path(run))
+    content = read_recipe(Path(run))
+    folder = Path(run) / stage / "model" if stage else model_folder(Path(run))
     tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
     model = kind.from_pretrained(folder, str(where), answering_precision(content["precision"]))
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
-    found = Predictor(
-        model, load_tokenizer(where), [by_name[name] for name in model.tasks if name not in model.retired], generation
-    )
+    # an earlier stage's model still has the tasks that were removed from the run
+    known = [by_name[name] for name in model.tasks if name not in model.retired and (name in by_name or not stage)]
+    found = Predictor(model, load_tokenizer(where), known, generation)
     found.folder = Path(run)
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)

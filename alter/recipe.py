@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,9 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
         problems += [] if problems else error.messages
     except Exception as error:
         if not problems:  # what the files have right may still be wrong on the command line
-            problems.append(_one_sentence(error, ", ".join(map(str, files)) or "the command line"))
+            problems.append(
+                _unknown_flag(error, parser) or _one_sentence(error, ", ".join(map(str, files)) or "the command line")
+            )
     if config is not None and not all(isinstance(config.get(key), Namespace) for key in SECTIONS):
         # Of a section that is empty or no mapping nothing else can be said.
         raise AlterError(
@@ -265,6 +268,18 @@ def _check_values(config: Namespace) -> list[str]:
     for stage in STAGES:
         problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
     return problems
+
+
+def _unknown_flag(error: Exception, parser: ArgumentParser) -> str | None:
+    """What to say where the error is a flag that no recipe has; else None."""
+    found = re.search(r"nrecognized arguments: (--[^\s=]+)", str(error))
+    if found is None:
+        return None
+    known = [option for action in parser._actions for option in action.option_strings]
+    return (
+        f"the command line: unknown flag '{found[1]}'; --print_config shows all keys of a recipe."
+        f"{did_you_mean(found[1], known)}"
+    )
 
 
 def _one_sentence(error: Exception, where: str) -> str:

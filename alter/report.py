@@ -17,12 +17,16 @@ from alter import html, pictures
 from alter.data import MultiTaskDataModule
 from alter.inside import expert_similarity, mean_gates
 from alter.metrics import metric
-from alter.predict import Predictor
+from alter.predict import Predictor, load
 from alter.results import REFERENCES, verdict, write_json
 
 WORST = 10
 ANSWERS, INSIDE, REPORT, PICTURES = "answers.jsonl", "inside.json", "report.html", "report"
-KINDS = {"experts": "Stage 1: the task experts", "shared": "Stage 2: the task experts' mixture and the shared experts"}
+KINDS = {
+    "stage1": "The task experts, after stage 1",
+    "experts": "The task experts, at the end",
+    "shared": "The task experts' mixture and the shared experts, at the end",
+}
 
 
 def look_inside(
@@ -56,6 +60,12 @@ def look_inside(
         "routing": mean_gates(predictor, data),
         "similarity": expert_similarity(predictor, data),
     }
+    if (
+        "shared" in found["routing"] and (run / "stage1" / "model").is_dir()
+    ):  # a second stage, where they went on learning
+        first = load(run, stage="stage1")
+        first.model.to(next(predictor.model.parameters()).device)
+        found["stage1"] = {"tasks": first.tasks, "routing": mean_gates(first, data)["experts"]}
     write_json(run / INSIDE, found)
 
 
@@ -207,14 +217,17 @@ class _Report:
         yield self._picture("mixture", pictures.bars({name: task["rate"] for name, task in mixture.items()}, title))
 
     def routing(self) -> Iterator[str]:
-        for kind, layers in self.inside["routing"].items():
+        found = {kind: (list(self.tasks), layers) for kind, layers in self.inside["routing"].items()}
+        if first := self.inside.get("stage1"):
+            found = {"stage1": (first["tasks"], first["routing"]), **found}
+        for kind, (tasks, layers) in found.items():
             count = len(next(iter(layers.values()))[0])
-            columns = [str(i) for i in range(count)] if kind == "experts" else ["e", *map(str, range(1, count))]
-            own = "Expert 0 started as the first task's own, and so on." if count == len(self.tasks) else ""
+            columns = ["e", *map(str, range(1, count))] if kind == "shared" else [str(i) for i in range(count)]
+            own = "Expert 0 started as the first task's own, and so on." if count == len(tasks) else ""
             yield f"<h3>{KINDS[kind]}</h3>"
             yield self._picture(
                 f"routing_{kind}",
-                pictures.heatmaps(_by_block(layers), list(self.tasks), columns),
+                pictures.heatmaps(_by_block(layers), tasks, columns),
                 "Mean gate of each task (rows) on each expert (columns), a picture a layer, on validation examples. "
                 + ("Column e is the mixture of the task experts." if kind == "shared" else own),
             )

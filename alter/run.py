@@ -157,6 +157,7 @@ def fit(recipe: Recipe) -> None:
     if results.is_file() and (run / report.REPORT).is_file() and not any(trained):  # the report is written last
         say(f"test: finished before ({results}), skipped; `alter test --run {run}` tests again.\n")
         print(render_table(json.loads(results.read_text())))
+        print(_last_words(run, recipe.tasks[0].name))
     else:
         measure(run, data=data)
 
@@ -183,10 +184,15 @@ def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "te
     print(render_table(results))
     if split == "test":
         report.look_inside(run, predictor, data, answers)
-        print(f"\nReport:  {report.write_report(run)}")
-    print(f"Results: {run / name}")
-    print(f"Next:    alter predict --run {run} --task {predictor.tasks[0]} --input FILE")
+        report.write_report(run)
+    print(_last_words(run, predictor.tasks[0], name))
     return results
+
+
+def _last_words(run: Path, task: str, results: str = "results.json") -> str:
+    """Where everything is, and what to do with it."""
+    drawn = f"\nReport:  {run / report.REPORT}\n" if results == "results.json" else ""
+    return f"{drawn}Results: {run / results}\nNext:    alter predict --run {run} --task {task} --input FILE"
 
 
 def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor, MultiTaskDataModule]:

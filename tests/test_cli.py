@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -113,6 +114,15 @@ def test_fit_runs_both_stages_tests_and_leaves_the_run_folder(project, capsys):
     assert results["peak_memory_bytes"] > 10**8
     assert results["trainable_parameters"] > 0
     assert "accuracy" in out
+    assert "run folder: run\n" in out
+    for stage in ("stage1", "stage2"):
+        assert f"{stage}: trains in run/{stage}" in out
+    assert re.search(r"^backbone +[\d,]+ +no$", out, re.MULTILINE)
+    assert re.search(r"^experts +[\d,]+ +yes$", out, re.MULTILINE)
+    end = "\nReport:  run/report.html\nResults: run/results.json\nNext:    alter predict --run run --task echo --input FILE\n"
+    assert end in out
+    fit()
+    assert end in capsys.readouterr().out  # all was done before
     assert str(run.relative_to(project) / "results.json") in out
 
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -437,7 +447,10 @@ def test_all_mistakes_of_a_recipe_and_its_tasks_come_at_once_before_anything_is_
     ("flags", "message"),
     [
         (["--config", "recipes.yaml"], "recipes.yaml: no such recipe"),
-        (["--config", "recipe.yaml", "--data.temprature", "2"], "temprature"),
+        (
+            ["--config", "recipe.yaml", "--data.temprature", "2"],
+            "unknown flag '--data.temprature'; --print_config shows all keys of a recipe. Did you mean '--data.temperature'?",
+        ),
         (["--config", "recipe.yaml", "--stage1.model.layrs", "2"], "layrs"),
         (["--config", "recipe.yaml", "--data.temperature", "hot"], "temperature"),
     ],

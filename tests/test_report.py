@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import alter
 from alter.cli import main
 from alter.metrics import metric
 from alter.pictures import confusion, heatmaps, svg
@@ -71,7 +72,7 @@ def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: 
     assert right == pytest.approx(results["tasks"]["sort"]["accuracy"]["value"], abs=1e-6)
     assert {row["task"] for row in answers} == {"sort", "echo"}
     names = {
-        "learning_curves", "mixture", "routing_experts", "routing_shared", "similarity_experts", "similarity_shared",
+        "learning_curves", "mixture", "routing_stage1", "routing_experts", "routing_shared", "similarity_experts", "similarity_shared",
         "confusion_sort",
     }  # fmt: skip
     assert {file.stem for file in (run / "report").iterdir()} == names
@@ -81,6 +82,11 @@ def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: 
         assert head[:8] == b"\x89PNG\r\n\x1a\n"
         assert min(struct.unpack(">II", head[16:24])) > 100
     inside = json.loads((run / "inside.json").read_text())
+    # stage 1's gates are those of its own model
+    first = alter.load(run, stage="stage1").model
+    for layer, table in inside["stage1"]["routing"].items():
+        for task, row in enumerate(table):
+            assert row == pytest.approx(first.layers[layer].router.task_gates(task).tolist(), abs=1e-4)
     for layers in inside["routing"].values():
         for table in layers.values():
             assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in table)

@@ -18,10 +18,11 @@ from alter.stages.base import StageModule
 
 LINE_SECONDS = 30.0
 TASKS = 4  # named in a line
+ALL_TASKS = 24  # below a bar, where there is room
 
 
 class Bar(Progress):
-    """The bar with steps, times, speed and memory, and below it a line of losses; both fit 80 columns."""
+    """The bar with steps, times, speed and memory, and below it the losses; both fit 80 columns."""
 
     def __init__(self, console: Console) -> None:
         wide = console.width >= 100
@@ -35,7 +36,7 @@ class Bar(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """What is drawn: rich's table of bars, and the losses."""
         yield self.make_tasks_table(self.tasks)
-        yield from (Text(task.fields["losses"], no_wrap=True, overflow="ellipsis") for task in self.tasks)
+        yield from (Text(task.fields["losses"]) for task in self.tasks)
 
 
 class StageProgress(ProgressBar):
@@ -85,7 +86,7 @@ class StageProgress(ProgressBar):
         if not self._enabled:
             return
         if self._bar is not None:
-            losses = _losses(trainer, cast(StageModule, pl_module), "train/loss")
+            losses = _losses(trainer, cast(StageModule, pl_module), "train/loss", ALL_TASKS)
             self._bar.update(self._row, completed=trainer.global_step, facts=self._facts(), losses=losses)
         elif time.monotonic() - max(self._told, self._started) > LINE_SECONDS:
             self._tell(trainer, pl_module)
@@ -128,13 +129,13 @@ class StageProgress(ProgressBar):
         return f"{speed:,.0f} tokens/s, {peak_memory_bytes() / 2**30:.1f} GiB"
 
 
-def _losses(trainer: Trainer, module: StageModule, name: str) -> str:
+def _losses(trainer: Trainer, module: StageModule, name: str, most: int = TASKS) -> str:
     """The loss over all, and in brackets the tasks', the highest first, as far as they have been logged."""
     known = trainer.callback_metrics
     losses = {task: float(known[key]) for task in module.model.tasks if (key := f"{name}/{task}") in known}
     highest = sorted(losses, key=lambda task: -losses[task])
-    tasks = [f"{task} {losses[task]:.3f}" for task in highest[:TASKS]]
-    if len(highest) > TASKS:
-        tasks.append(f"{len(highest) - TASKS} more below")
+    tasks = [f"{task} {losses[task]:.3f}" for task in highest[:most]]
+    if len(highest) > most:
+        tasks.append(f"{len(highest) - most} lower")
     whole = f"{float(known[name]):.3f}" if name in known else "-"
     return f"loss {whole} ({', '.join(tasks)})" if tasks else f"loss {whole}"

@@ -54,10 +54,11 @@ def look_inside(
         }
         for task, rate in zip(data.tasks, data.rates.tolist(), strict=True)
     }
-    found = {
+    routing = mean_gates(predictor, data)
+    found: dict[str, Any] = {
         "mixture": mixture,
         "draws": data.draws,
-        "routing": mean_gates(predictor, data),
+        "routing": routing,
         "similarity": expert_similarity(predictor, data),
     }
     if (

@@ -1,6 +1,7 @@
 """Every command and Python block of the pages runs; the settings that make them short are docs/examples/small.yaml."""
 
 import ast
+import importlib
 import re
 import shutil
 
@@ -96,6 +97,22 @@ def literals():
                 yield "…".join(part.value for part in node.values if isinstance(part, ast.Constant))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
+
+
+def test_the_map_of_the_code_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(?:alter/)?([\w/]+(?:\.py|/))`", page))
+    modules = [file.relative_to(ROOT / "alter") for file in (ROOT / "alter").rglob("[a-z]*.py")]
+    folders = tuple(name for name in named if name.endswith("/"))
+    missing = [str(m) for m in modules if m.name not in named and str(m) not in named]
+    assert not [name for name in missing if not name.startswith(folders)]
+
+
+@pytest.mark.parametrize("package", ["nn", "data", "stages", "callbacks"])
+def test_the_reference_has_every_public_name(package):
+    text = "".join(file.read_text() for file in (ROOT / "docs" / "reference").glob("*.md"))
+    names = importlib.import_module(f"alter.{package}").__all__
+    assert not [name for name in names if not re.search(rf"alter\.{package}\.{name}$", text, re.MULTILINE)]
 
 
 def test_every_quoted_error_exists_in_the_code():

@@ -1,12 +1,15 @@
 """What TensorBoard is told, read by its own reader."""
 
+import io
 import math
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import alter
+from alter import pictures
 from alter.cli import main
 from alter.inside import mean_gates
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -36,7 +39,7 @@ def test_losses_rates_norms_gates_loads_heatmaps_and_answers_are_there(project):
         assert "**answer**" in text
 
 
-def test_the_entropy_is_that_of_the_mean_gates(project):  # noqa: F811
+def test_gates_loads_picture_and_answer_are_the_models(project):  # noqa: F811
     main(["fit", "--config", "recipe.yaml", "--stages", "[stage1]", "--test", "false", "--trainer.max_epochs", "1"])
     from alter.data import MultiTaskDataModule
 
@@ -50,3 +53,13 @@ def test_the_entropy_is_that_of_the_mean_gates(project):  # noqa: F811
     mean = np.mean(list(mean_gates(model, data, 2)["experts"].values()), axis=0)
     expected = float(np.mean(-(mean * np.log(mean)).sum(1)))
     assert events.Scalars("gates/experts/entropy")[-1].value == pytest.approx(expected, abs=1e-4)
+    for name, load in zip(model.tasks, mean.mean(0), strict=True):
+        assert events.Scalars(f"gates/experts/load/{name}")[-1].value == pytest.approx(load, abs=1e-4)
+    expected = pictures.pixels(pictures.heatmaps({"mean over layers": mean.tolist()}, model.tasks, model.tasks))
+    drawn = np.asarray(Image.open(io.BytesIO(events.Images("gates/experts")[-1].encoded_image_string)), dtype=int)
+    assert np.abs(drawn - expected).mean() < 1
+    row = data.examples("sort", "validation")[0]
+    (answer,) = model.answer("sort", [row["prompt_ids"]], probabilities=False)
+    text = events.Tensors("answers/sort/text_summary")[-1].tensor_proto.string_val[0].decode()
+    for part in (row["prompt"], row["target"], answer.text):
+        assert all(f"    {line}" in text.splitlines() for line in part.splitlines())

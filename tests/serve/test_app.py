@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import alter
 from alter.errors import AlterError
+from alter.serve import guard
 from alter.serve.app import Limits
 from tests.runs import make_run
 from tests.serve.conftest import serving
@@ -140,6 +141,20 @@ def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):
             for count in (3, 2000)
         ]
         assert told[0] == told[1]  # echo writes three tokens at most, and no more are read
+
+
+def test_keys_are_compared_in_constant_time(predictor, monkeypatch):
+    compared = []
+
+    def digest(given, expected):
+        compared.append((given, expected))
+        return given == b"Bearer kex"  # what this says counts, and nothing else
+
+    monkeypatch.setattr(guard.hmac, "compare_digest", digest)
+    with serving(predictor, api_key="key") as address:
+        assert ask(address, "GET", "/v1/models", headers={"authorization": "Bearer key"})[0] == 401
+        assert ask(address, "GET", "/v1/models", headers={"authorization": "Bearer kex"})[0] == 200
+    assert compared == [(b"Bearer key", b"Bearer key"), (b"Bearer kex", b"Bearer key")]
 
 
 def test_the_model_auto_guesses_each_inputs_task_or_says_that_it_is_not_clear(unnamed_run):  # noqa: F811

@@ -1,6 +1,7 @@
 """`alter serve` as it is started and stopped, and its page in a browser."""
 
 import json
+import logging
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 import alter
 from alter.cli import main
 from alter.errors import AlterError
-from alter.serve.main import bind, is_loopback, read_key
+from alter.serve.main import WithoutMessages, bind, is_loopback, read_key
 from tests.serve.conftest import serving
 from tests.serve.test_app import ask, post
 from tests.test_cli import refused
@@ -42,6 +43,7 @@ def started(run):
 @pytest.mark.slow
 def test_at_sigterm_what_was_asked_is_answered_and_nothing_more_is_taken(started, run):
     server, address = started
+    assert address.startswith("http://127.0.0.1:")  # unless told otherwise
     answers, key = [], {"authorization": "Bearer key"}
     body = {"model": "echo", "prompt": ["w1 w2 w3"] * 100}
     assert ask(address, "GET", "/v1/models")[0] == 401
@@ -87,6 +89,19 @@ def test_what_is_wrong_with_its_options_is_one_sentence(run, capsys, tmp_path, m
         read_key(None)
     with pytest.raises(SystemExit):
         main(["serve"])
+
+
+def test_the_log_tells_where_an_answer_failed_and_not_what_was_asked():
+    asked = "of a" + " patient"  # a traceback quotes the line that raises
+    try:
+        raise RuntimeError(asked)
+    except RuntimeError:
+        record = logging.makeLogRecord({"msg": "A batch of %d failed", "args": (2,), "exc_info": sys.exc_info()})
+    told = WithoutMessages("%(message)s").format(record)
+    assert told.startswith("A batch of 2 failed")
+    assert Path(__file__).name in told
+    assert told.endswith("RuntimeError")
+    assert asked not in told
 
 
 @pytest.mark.parametrize(

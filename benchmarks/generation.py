@@ -11,27 +11,34 @@ from alter.nn.decoding import generate
 
 
 def measure(name, backbone, args):
-    """One row; both sides make just as many tokens."""
+    """A row for each size of batch; both sides make just as many tokens."""
     found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval()
     bare = common.load_backbone(backbone, args.precision)
-    prompts = common.prompts(args.batch, args.length, 8)
-    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
+    rows = []
+    for batch in args.batch:
+        prompts = common.prompts(batch, args.length, 8)
+        inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
 
-    def plain():
-        with torch.inference_mode():
-            bare.generate(**inputs, do_sample=False, num_beams=1, **new)
+        def plain(inputs=inputs):
+            with torch.inference_mode():
+                bare.generate(**inputs, do_sample=False, num_beams=1, **new)
 
-    seconds = common.alternate(args.rounds, mixed=lambda: generate(found, prompts, **new), bare=plain)
-    speed = common.ratios(seconds["bare"], seconds["mixed"])
-    return [common.row(f"{name} {args.layers}: tokens/s of mixed tasks over the bare backbone", speed, 0.9)]
+        def mixed(prompts=prompts):
+            generate(found, prompts, **new)
+
+        seconds = common.alternate(args.rounds, mixed=mixed, bare=plain)
+        speed = common.ratios(seconds["bare"], seconds["mixed"])
+        told = f"{name} {args.layers}, batch of {batch}: tokens/s of mixed tasks over the bare backbone"
+        rows.append(common.row(told, speed, 0.9))
+    return rows
 
 
 def main():
     """Both backbones."""
     parser = common.options(__doc__)
     parser.add_argument("--layers", default="last:4")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--new", type=int, default=24, help="tokens to make")
     args = parser.parse_args()

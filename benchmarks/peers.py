@@ -4,7 +4,7 @@
 
 Training: each side is a process of its own, in turn; tokens are counted without padding. peft's side is used as its
 documentation shows it: random batches of a fixed number of examples (as many as ours hold on average), padded by
-DataCollatorForSeq2Seq. Generation: a batch of mixed tasks against peft's ``adapter_names``.
+DataCollatorForSeq2Seq.
 """
 
 import argparse
@@ -149,44 +149,8 @@ def child(args):
     )
 
 
-def generation(args, layers):
-    """Tokens a second of a batch of mixed tasks, over peft's adapter_names."""
-    import common
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from alter.nn import LoRA, TaskSelector
-    from alter.nn.decoding import generate
-
-    tasks, new = 8, {"max_new_tokens": 24, "min_new_tokens": 24}
-    ours = common.model(args.smollm2, "fp32", tasks, LoRA(rank=args.rank), TaskSelector(hard=True), layers).eval()
-    backbone = common.load_backbone(args.smollm2)
-    last = backbone.config.num_hidden_layers
-    config = LoraConfig(
-        r=args.rank,
-        target_modules=["gate_proj", "up_proj", "down_proj"],
-        layers_to_transform=None if layers == "all" else list(range(last - int(layers.split(":")[1]), last)),
-        task_type="CAUSAL_LM",
-    )
-    theirs = get_peft_model(backbone, config, adapter_name="task0")
-    for index in range(1, tasks):
-        theirs.add_adapter(f"task{index}", config)
-    theirs.eval()
-    prompts = common.prompts(16, 48, tasks)
-    inputs = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-    names = [f"task{int(i)}" for i in prompts["task_ids"]]
-
-    def peft():
-        with torch.inference_mode():
-            theirs.generate(**inputs, adapter_names=names, do_sample=False, **new)
-
-    seconds = common.alternate(args.rounds, ours=lambda: generate(ours, prompts, **new), peft=peft)
-    speed = common.ratios(seconds["peft"], seconds["ours"])
-    return common.row(f"SmolLM2-135M {layers}: mixed-task generation over peft's adapter_names", speed, 1.2)
-
-
 def main():
-    """Both comparisons."""
+    """The sides in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if "--side" in sys.argv:
         parser.add_argument("--side", choices=SIDES)
@@ -240,8 +204,6 @@ def main():
             1.0,
             at_most=True,
         ),
-        # the recipes adapt 40% of 30 blocks; peft, unless told otherwise, all
-        *(generation(args, layers) for layers in (args.layers, "last:12", "all")),
     ]
     common.save(rows, args.out)
 

@@ -14,7 +14,16 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("fused_mixture", "choices", "trunk_cache", "batches", "generation", "loading", "peers")
+BENCHMARKS = (
+    "fused_mixture",
+    "choices",
+    "trunk_cache",
+    "batches",
+    "generation",
+    "loading",
+    "peers",
+    "mixed_generation",
+)
 PAGE = HERE.parent / "docs" / "performance.md"
 
 

@@ -14,6 +14,7 @@ from alter.errors import AlterError
 from alter.nn.body import IGNORED
 from alter.nn.loss import token_losses
 from alter.nn.model import MTAModel
+from alter.nn.thin import ThinProducts
 
 
 @dataclass
@@ -76,12 +77,13 @@ def generate(
     if watch is not None:
         settings["stopping_criteria"] = [_Watched(watch, limits, ends)]
     backbone: Any = model.backbone  # what generates is mixed into the model's own class
-    output = backbone.generate(
-        input_ids=prompts["input_ids"],
-        attention_mask=prompts["attention_mask"],
-        max_new_tokens=max(limits),
-        **settings,
-    )
+    with ThinProducts():
+        output = backbone.generate(
+            input_ids=prompts["input_ids"],
+            attention_mask=prompts["attention_mask"],
+            max_new_tokens=max(limits),
+            **settings,
+        )
     start = 1 if model.is_seq2seq else prompts["input_ids"].shape[1]
     return [_until(row[:limit], ends) for row, limit in zip(output[:, start:].tolist(), limits, strict=True)]
 

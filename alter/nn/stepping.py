@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from alter.nn.decoding import CausalPrompts, end_tokens
 from alter.nn.model import MTAModel
+from alter.nn.thin import ThinProducts
 
 # What a backbone may have in its generation settings without changing a greedy answer.
 HARMLESS = {
@@ -104,14 +105,15 @@ class StepDecoder:
         self._mask = F.pad(self._mask, (0, 1), value=1)
         routing = self.model.routing
         routing.task_ids, routing.prompt, routing.positions, routing.masks = self._task_ids, self._prompts, None, {}
-        output = self.model.body.decode(
-            self._last.unsqueeze(1),
-            attention_mask=self._mask,
-            position_ids=self._mask.sum(1, keepdim=True) - 1,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        self._last = self.model.body.logits(output.last_hidden_state[:, -1]).float().argmax(-1)
+        with ThinProducts():
+            output = self.model.body.decode(
+                self._last.unsqueeze(1),
+                attention_mask=self._mask,
+                position_ids=self._mask.sum(1, keepdim=True) - 1,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+            self._last = self.model.body.logits(output.last_hidden_state[:, -1]).float().argmax(-1)
         self._note(0, self._last.tolist())
 
     def _note(self, first: int, tokens: Sequence[int]) -> None:

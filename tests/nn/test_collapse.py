@@ -118,6 +118,14 @@ def test_parallel_bottlenecks_become_one_adapter(family, shared, tmp_path):
     assert (logits(plain, "b") - logits(model, "b")).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("router", BY_TASK, ids=lambda router: f"{type(router).__name__}{getattr(router, 'hard', '')}")
+def test_bottlenecks_of_every_router_by_task_become_one_adapter(router):
+    model = mixture("llama", Bottleneck(rank=4), router)
+    for task in TASKS:
+        plain = one_adapter(model, task, tiny_model("llama"))
+        assert (logits(plain, task) - logits(model, task)).abs().max() <= 1e-5
+
+
 def test_an_expert_that_a_hard_selector_leaves_out_takes_no_room():
     model = mixture("llama", Bottleneck(rank=4, activation="silu"), TaskSelector(hard=True))
     plain = one_adapter(model, "a", tiny_model("llama"))

@@ -1,0 +1,67 @@
+"""Products of few rows are the usual products, and made for few rows alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alter.nn.thin import MOST_ROWS, ThinProducts
+
+
+class Products(TorchDispatchMode):
+    """Notes the left side's rows of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def linear(x, weight, bias=None):
+    """F.linear within the mode, and the rows of the left side of its product."""
+    with torch.no_grad(), ThinProducts(), Products() as products:
+        found = F.linear(x, weight, bias)
+    return found, products.rows
+
+
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=0, max_size=3),
+    features=st.integers(1, 9),
+    outputs=st.integers(1, 9),
+    strided=st.booleans(),
+)
+def test_of_any_shape_it_is_the_usual_product(shape, features, outputs, strided):
+    x = torch.randn(*shape, features, dtype=torch.float32)
+    weight = torch.randn(features, outputs).t() if strided else torch.randn(outputs, features)
+    found, _ = linear(x, weight)
+    expected = (x.double().unsqueeze(-2) * weight.double()).sum(-1)
+    assert found.shape == expected.shape
+    assert found.is_contiguous()  # as views of it are taken
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "thin"), [(1, False), (2, True), (MOST_ROWS, True), (MOST_ROWS + 1, False)])
+def test_the_weight_is_on_the_left_for_few_rows_alone(rows, thin):
+    _, left = linear(torch.randn(rows, 1, 7), torch.randn(100, 7))
+    assert left == [100 if thin else rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions_are_left_alone(dtype):
+    _, left = linear(torch.randn(4, 7, dtype=dtype), torch.randn(100, 7, dtype=dtype))
+    assert left == [4]
+
+
+def test_a_bias_and_gradients_are_left_alone():
+    x, weight, bias = torch.randn(4, 7), torch.randn(100, 7, requires_grad=True), torch.randn(100)
+    torch.testing.assert_close(linear(x, weight, bias)[0], F.linear(x, weight, bias))
+    with ThinProducts(), Products() as products:
+        F.linear(x, weight).sum().backward()
+    assert products.rows[0] == 4
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(100, -1))

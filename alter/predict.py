@@ -345,11 +345,12 @@ class Predictor:
 
     def stream_unnamed(self, rows: Iterable[Text], size: int = 32) -> Iterator[tuple[Guess, Answer | None]]:
         """Answers inputs without a task's name, ``size`` at a time, in order; None where their task is not clear."""
-        for chunk in batched(rows, size):
+        for number, chunk in enumerate(batched(rows, size)):
             guesses = self.guess(chunk)
-            clear = [(text, found) for text, found in zip(chunk, guesses, strict=True) if found.task is not None]
-            prompts = [self.guessed_prompt(text, found, "input") for text, found in clear]
-            answers = iter(self._answered([self.task(str(found.task)) for _, found in clear], prompts, True))
+            inputs = enumerate(zip(chunk, guesses, strict=True), number * size + 1)
+            clear = [(n, text, found) for n, (text, found) in inputs if found.task is not None]
+            prompts = [self.guessed_prompt(text, found, f"input {n}") for n, text, found in clear]
+            answers = iter(self._answered([self.task(str(found.task)) for *_, found in clear], prompts, True))
             yield from ((found, None if found.task is None else next(answers)) for found in guesses)
 
     def _read(

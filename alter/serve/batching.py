@@ -191,6 +191,8 @@ class Batcher:
     def _take(self) -> list[Job] | None:
         """Takes the oldest jobs that fit beside what is being written; waits only where that is nothing.
 
+        A generation that does not fit yet holds up the generations behind it and no classification, and the reverse.
+
         Returns:
             the jobs, perhaps none; None once it is closed and all is answered.
         """
@@ -204,14 +206,20 @@ class Batcher:
                     self._changed.wait_for(lambda: len(self._waiting) >= self.max_batch, GATHER_SECONDS)
                 self._forget()
             taken: list[Job] = []
+            left: list[Job] = []
             # classifications and generations run as batches of their own
             together = {True: [], False: [job.size for job in writing]}
             while self._waiting and len(writing) + len(taken) < self.max_batch:
-                sizes = together[bool(self._waiting[0].task.choices)]
-                sizes.append(self._waiting[0].size)
-                if len(sizes) > 1 and len(sizes) * max(sizes) > MAX_BATCH_TOKENS:
-                    break
-                taken.append(self._waiting.popleft())
+                job = self._waiting.popleft()
+                scored = bool(job.task.choices)
+                sizes = [*together[scored], job.size]
+                fits = len(sizes) == 1 or len(sizes) * max(sizes) <= MAX_BATCH_TOKENS
+                if fits and not any(bool(other.task.choices) == scored for other in left):
+                    together[scored] = sizes
+                    taken.append(job)
+                else:
+                    left.append(job)
+            self._waiting.extendleft(reversed(left))
             self._note_waiting()
             return [job for job in taken if not job.abandoned]
 

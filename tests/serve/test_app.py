@@ -53,6 +53,13 @@ def post(address, path, body, **headers):
     return status, json.loads(content)
 
 
+def samples(address, **key):
+    """The values at /metrics, by name; of one with labels the last."""
+    _, text, _ = ask(address, "GET", "/metrics", headers=key)
+    families = text_string_to_metric_families(text.decode())
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
 def test_openais_client_gets_what_the_model_says(predictor, alone):
     with serving(predictor) as address:
         server = client(address)
@@ -111,15 +118,10 @@ def test_mixed_company_changes_no_answer(tmp_path, words, family):
             return server.completions.create(model=given[0], prompt=given[1]).choices[0].text
 
         answers = list(clients.map(asked, wanted))
-        _, text, _ = ask(address, "GET", "/metrics")
+        found = samples(address)
     for (task, text_given), answer in zip(wanted, answers, strict=True):
         row = json.loads(text_given) if task == "pair" else text_given
         assert answer == said(alone, task, row)
-    found = {
-        sample.name: sample.value
-        for family in text_string_to_metric_families(text.decode())
-        for sample in family.samples
-    }
     assert found["alter_batch_inputs_sum"] > found["alter_batch_inputs_count"]  # they shared batches
 
 
@@ -266,22 +268,12 @@ def test_a_stream_that_takes_too_long_ends_with_the_error(held):
         go.set()
 
 
-def gauge(address, name):
-    _, text, _ = ask(address, "GET", "/metrics")
-    return next(
-        sample.value
-        for family in text_string_to_metric_families(text.decode())
-        for sample in family.samples
-        if sample.name == name
-    )
-
-
 def waits(address):
-    return gauge(address, "alter_inputs_waiting")
+    return samples(address)["alter_inputs_waiting"]
 
 
 def in_flight(address):
-    return gauge(address, "alter_requests_in_flight") - 1  # the question itself
+    return samples(address)["alter_requests_in_flight"] - 1  # the question itself
 
 
 def until(holds):

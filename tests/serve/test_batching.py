@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alter.predict import Answer
+from alter.predict import MAX_BATCH_TOKENS, Answer
 from alter.serve import batching
 from alter.serve.batching import STEPS, Batcher, Job, RoutingJob
 from alter.serve.metrics import Metrics
@@ -69,3 +69,20 @@ def test_an_answer_is_written_for_as_long_as_others_were_scored(monkeypatch, cos
     assert sum(turns) == 40
     assert set(turns) == {max(STEPS, cost)}
     assert not batcher._waiting
+
+
+def test_an_input_that_does_not_fit_yet_holds_up_its_own_kind_alone():
+    def job(task, tokens, limit=0):
+        return Job(task, [1] * tokens, limit=limit, _loop=SimpleNamespace(call_soon_threadsafe=lambda *given: None))
+
+    writing = job(WRITTEN, 10, 90)
+    predictor = SimpleNamespace(step_decoder=lambda watch: SimpleNamespace(rows=[SimpleNamespace(key=writing)]))
+    batcher = Batcher(predictor, Metrics(), max_batch=8, max_waiting=64)
+    small, large, behind = job(WRITTEN, 50, 50), job(WRITTEN, MAX_BATCH_TOKENS - 100, 50), job(WRITTEN, 50, 50)
+    scored = [job(SCORED, 30), job(SCORED, 40)]
+    batcher.submit([small, large, scored[0], behind, scored[1]])
+    assert batcher._take() == [small, *scored]
+    assert batcher._take() == []  # while the others are written
+    batcher._decoder.rows.clear()
+    assert batcher._take() == [large]
+    assert batcher._take() == [behind]

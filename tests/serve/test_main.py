@@ -18,7 +18,7 @@ from alter.cli import main
 from alter.errors import AlterError
 from alter.serve.main import WithoutMessages, bind, is_loopback, read_key
 from tests.serve.conftest import serving
-from tests.serve.test_app import ask, post
+from tests.serve.test_app import ask, post, samples
 from tests.test_cli import refused
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +50,10 @@ def test_at_sigterm_what_was_asked_is_answered_and_nothing_more_is_taken(started
     clients = [threading.Thread(target=lambda: answers.append(post(address, "/v1/completions", body, **key)))]
     for client in clients:
         client.start()
-    time.sleep(0.15)
+    while not samples(address, **key).get("alter_batch_inputs_count"):  # until they are being answered
+        time.sleep(0.01)
     server.send_signal(signal.SIGTERM)
+    assert not answers
     for client in clients:
         client.join(20)
     assert server.wait(20) == 0
@@ -138,9 +140,14 @@ def test_the_page_answers_shows_probabilities_and_who_answered(browser, predicto
         label = page.get_attribute("#bars svg", "aria-label")
         for name, share in answer.probabilities.items():
             assert f"{name} {100 * share:.1f}%" in label
-        squares = page.locator("#who svg .cell")
         routing = alone.routing("w5 w9", task="sort", answers=[answer.text])[0]
-        assert squares.count() == sum(len(gates) for layers in routing.values() for gates in layers.values())
+        cells = [
+            (name, gate) for layers in routing.values() for gates in layers.values() for name, gate in gates.items()
+        ]
+        squares = page.locator("#who svg .cell").all()
+        for square, (name, gate) in zip(squares, cells, strict=True):
+            assert float(square.get_attribute("fill-opacity")) == pytest.approx(gate, abs=1e-4)
+            assert f"{name}: " in square.text_content()
 
         page.select_option("#task", "pair")
         boxes = page.locator("#fields textarea")

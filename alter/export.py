@@ -222,7 +222,9 @@ def _routed(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
                 + ("export stage 1's model (--stage stage1), or " if router is layer.shared_router else "")
                 + "use the model as it is (--format alter, alter.load)."
             )
-    model.set_examples({"task_ids": torch.tensor([model.tasks.index(task)])})
+    task_id = model.tasks.index(task)
+    model.set_examples({"task_ids": torch.tensor([task_id])})
+    model.routing.only_task = task_id
     yield model.backbone
 
 

@@ -4,6 +4,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+import alter
 from alter.nn import LoRA, MTAModel, SharedGate, TaskSelector
 from tests.data.conftest import task_dict
 from tests.nn.tiny import tiny_model
@@ -65,3 +66,18 @@ def perturb(model):
         for parameter in parameters:
             if name != "backbone" or parameter.requires_grad:
                 parameter.data += 0.2 * torch.randn_like(parameter)
+
+
+def add_newcomer(run, name="new"):
+    """Lets a task join a finished run, without training, with parts that are not at their start."""
+    model = alter.load(run).model
+    model.add_newcomer(name)
+    torch.manual_seed(3)
+    for part, parameters in model.part_parameters().items():
+        for parameter in parameters if part.startswith("newcomers") else ():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(run / "model", str(run.parent / "backbone"))
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    task = task_dict(run.parent, name, choices=None, prompt="w9 {{ text }} :", max_target_tokens=4)
+    content["data"]["tasks"].append(task)
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))

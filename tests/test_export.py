@@ -22,7 +22,7 @@ from alter.data import Task
 from alter.export import _chat_template, _example
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
-from tests.runs import make_run
+from tests.runs import add_newcomer, make_run
 from tests.test_cli import refused
 
 TEXTS = ["w11 w12 w13", "w14", "w15 w16", "w17 w18 w19 w20"]
@@ -248,25 +248,33 @@ def until(tokens, ends):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"),
-    [("llama", {"shared": None}), ("llama", {}), ("t5", {"shared": None})],
-    ids=["merged", "stage2", "merged-t5"],
+    ("family", "kind", "joined", "task"),
+    [
+        ("llama", {"shared": None}, False, "echo"),
+        ("llama", {}, True, "echo"),
+        ("llama", {}, True, "new"),
+        ("t5", {}, False, "echo"),
+    ],
+    ids=["merged", "beside-newcomer", "newcomer", "t5"],
 )
-def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, tmp_path, words):  # noqa: F811
+def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, joined, task, tmp_path, words):  # noqa: F811
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     run = make_run(tmp_path, words, family, **kind)
-    main(["export", "--run", str(run), "--format", "onnx", "--task", "echo", "--out", str(tmp_path / "out")])
-    folder = tmp_path / "out" / "echo"
+    if joined:
+        add_newcomer(run)
+    main(["export", "--run", str(run), "--format", "onnx", "--task", task, "--out", str(tmp_path / "out")])
+    folder = tmp_path / "out" / task
     model, tokenizer = alter.load(run), AutoTokenizer.from_pretrained(folder)
-    prompts = [tokenizer(model.prompt(text, "echo")).input_ids for text in TEXTS]
+    prompts = [tokenizer(model.prompt(text, task)).input_ids for text in TEXTS]
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     if family == "t5":
         encoder, decoder = (ort.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
         tokens = [seq2seq_greedy(encoder, decoder, [*prompt, 1], ends, 3) for prompt in prompts]
     else:
-        tokens = causal_greedy(ort.InferenceSession(folder / "model.onnx"), prompts, ends, 3)
-    expected = model.generate(TEXTS, task="echo")
+        limit = model.task(task).max_target_tokens
+        tokens = causal_greedy(ort.InferenceSession(folder / "model.onnx"), prompts, ends, limit)
+    expected = model.generate(TEXTS, task=task)
     assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == expected
     assert len(set(expected)) > 1
 

@@ -270,7 +270,7 @@ class MTAModel(nn.Module):
             batch: ``task_ids`` [batch]; where a router reads the prompt also ``input_ids`` and ``attention_mask``
                 [batch, seq], and ``labels`` where targets stand behind the prompts.
         """
-        self.routing.task_ids = batch["task_ids"]
+        self.routing.task_ids, self.routing.only_task = batch["task_ids"], None
         self.routing.positions, self.routing.masks = None, {}
         if any(router.reads_prompt for router in self.routers()):
             self.routing.prompt = self._pooled_prompt(batch)

@@ -142,7 +142,10 @@ class MixtureOfTaskAdapters(nn.Module):
             return self._mix(hidden_states.float(), ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
 
     def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
-        if not self.newcomers or not (routing.task_ids >= self.num_tasks).any():
+        task = routing.only_task
+        if task is not None and task >= self.num_tasks:
+            return self._mix_new(self.newcomers[task - self.num_tasks], x, ffn_output, routing)
+        if not self.newcomers or task is not None or not (routing.task_ids >= self.num_tasks).any():
             return self._mix_trained(x, ffn_output, routing)
         tasks = routing.rows(x.shape[0])
         groups = [(tasks < self.num_tasks).nonzero().flatten()]

@@ -65,8 +65,8 @@ class Newcomer(nn.Module):
         """
         g, a = self.gates()
         own = g[-1]
-        borrowed = (g[:-1] / (1 - own)).expand(len(x), 1, -1)
-        whole = torch.ones(len(x), 1, 1, device=x.device)
+        borrowed = (g[:-1] / (1 - own)).expand(x.shape[0], 1, -1)
+        whole = torch.ones(x.shape[0], 1, 1, device=x.device)
         parts = [
             (a[0] * (1 - own), experts.mix(x, borrowed, frozen, None, routing), experts.contains_ffn),
             (a[0] * own, self.expert.mix(x, whole, frozen, None, routing), self.expert.contains_ffn),

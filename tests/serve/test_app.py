@@ -18,7 +18,7 @@ import alter
 from alter.errors import AlterError
 from alter.serve import guard
 from alter.serve.app import Limits
-from tests.runs import make_run
+from tests.runs import add_newcomer, make_run
 from tests.serve.conftest import serving
 from tests.test_unnamed import PAIR, SORT
 from tests.test_unnamed import run as unnamed_run  # noqa: F401 (a fixture)
@@ -337,23 +337,8 @@ def test_limits_that_make_no_sense_are_told():
     assert len(refused.value.messages) == 2
 
 
-def test_a_task_that_joined_later_is_served_beside_the_others(run, alone):
-    import yaml
-
-    from tests.data.conftest import task_dict
-
-    alone.model.add_newcomer("new")
-    torch.manual_seed(3)
-    for name, parameters in alone.model.part_parameters().items():
-        if name.startswith("newcomers"):
-            for parameter in parameters:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-    alone.model.save_pretrained(run / "model", str(run.parent / "backbone"))
-    content = yaml.safe_load((run / "recipe.yaml").read_text())
-    content["data"]["tasks"].append(
-        task_dict(run.parent, "new", choices=None, prompt="w9 {{ text }} :", max_target_tokens=4)
-    )
-    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+def test_a_task_that_joined_later_is_served_beside_the_others(run):
+    add_newcomer(run)
     again = alter.load(run)
     with serving(alter.load(run)) as address, ThreadPoolExecutor(8) as pool:
         server = client(address)

@@ -19,6 +19,7 @@ class Routing:
 
     Attributes:
         task_ids: [batch], the task of each example.
+        only_task: the task of all rows, where that is told apart from ``task_ids``, whose values an exporter's trace does not know.
         prompt: [batch, prompt_size], the mean of each prompt's input embeddings, where a router reads it.
         positions: [batch, n], the positions whose output matters after the last block, while training; None for all.
         cached: tokens that came before the hidden states, in the cache of the stack that runs; 0 at a sequence's start.
@@ -32,6 +33,7 @@ class Routing:
     """
 
     task_ids: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
+    only_task: int | None = None
     prompt: Tensor = field(default_factory=lambda: torch.zeros(1, 0))
     positions: Tensor | None = None
     cached: int = 0

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import alter

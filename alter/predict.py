@@ -542,8 +542,8 @@ def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
 def line_ends(tokenizer: Any) -> list[int]:
     """Tokens at which an answer of one line ends; the untouched backbone often does not end by itself."""
     pieces = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "\n\n"))
-    unknown = tokenizer.unk_token_id
-    return [piece[0] for piece in pieces if len(piece) == 1 and piece[0] != unknown]
+    # SentencePiece makes of a line's end the piece of a space, which stands within lines
+    return [piece[0] for piece in pieces if len(piece) == 1 and "\n" in tokenizer.decode(piece)]
 
 
 def load(

@@ -8,11 +8,14 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import alter
 from alter.calibrate import BOUNDS, fit_temperature, mean_surprise
 from alter.errors import AlterError
 from alter.nn import Bottleneck, Description, FirstPositionGate
+from alter.predict import line_ends
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.runs import CHOICES, make_run
 
@@ -72,6 +75,28 @@ def test_probabilities_of_a_mixed_batch_are_the_softmax_of_likelihoods_over_the_
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
+def pieces_of_words():
+    """As SentencePiece's: a line's end is a space, and so the piece of one."""
+    found = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("▁a", -2.0), ("69", -3.0)], 0))
+    found.normalizer = normalizers.Replace(Regex(r"\s"), " ")
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>")
+
+
+def pieces_of_bytes():
+    """As GPT-2's: a line's end is a byte as others are."""
+    letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    found = Tokenizer(models.BPE({**letters, "ĊĊ": len(letters)}, [("Ċ", "Ċ")]))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=found)
+
+
+@pytest.mark.parametrize(("tokenizer", "ends"), [(pieces_of_words(), []), (pieces_of_bytes(), ["Ċ", "ĊĊ"])])
+def test_an_answer_ends_at_a_lines_end_and_at_no_space(tokenizer, ends):
+    assert tokenizer.convert_ids_to_tokens(line_ends(tokenizer)) == ends
+    assert tokenizer.decode(tokenizer("a 69").input_ids) == "a 69"
+
+
 def test_what_does_not_fit_is_refused_in_one_sentence(model):
     for call, message in [
         (lambda: model.generate(["w1"]), "no task predictor, so name one of sort, pick, echo, pair"),

@@ -21,6 +21,7 @@ from alter.precision import slow_precision
 
 MOST_REPEATED = 0.01  # of the test prompts also in train
 MOST_TRUNCATED = 0.1  # of the prompts
+MOST_MISSPELT = 0.01  # of the targets
 EXAMPLES = 3
 BAR = 40
 
@@ -110,6 +111,28 @@ def lengths(task: Task, data: MultiTaskDataModule, end: int) -> Line:
     if cut > MOST_TRUNCATED:
         return Line(False, "tokens", f"{said}; raise max_prompt_tokens, or shorten the prompt.")
     return Line(True, "tokens", said)
+
+
+def spelled(task: Task, data: MultiTaskDataModule, tokenizer: Any) -> Line:
+    """Whether the tokenizer can write the targets: what it has no token for can neither be learned nor answered."""
+    train = data.examples(task.name, "train")
+    whole = [
+        (target, tokenizer.decode(ids, skip_special_tokens=True))
+        for target, ids in zip(train["target"], train["target_ids"], strict=True)
+        if ids[-1] == tokenizer.eos_token_id
+    ]
+    # how many spaces there are is the metrics' matter
+    wrong = [(target, written) for target, written in whole if "".join(target.split()) != "".join(written.split())]
+    share = len(wrong) / max(len(whole), 1)
+    if share > MOST_MISSPELT:
+        target, written = wrong[0]
+        return Line(
+            False,
+            "letters",
+            f"{task.name}: the tokenizer cannot write {share:.1%} of the targets; {_short(target)!r} becomes {_short(written)!r}; "
+            "put other signs into the target, or take another backbone.",
+        )
+    return Line(True, "letters", f"{task.name}: the tokenizer can write {1 - share:.1%} of the targets")
 
 
 def _quantiles(values: np.ndarray) -> list[float]:

@@ -66,7 +66,7 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
     machine = list(checks.machine(recipe.config["precision"], accelerator))
     try:
         folder = resolve_backbone(recipe.config["backbone"])
-        end = load_tokenizer(folder).eos_token_id
+        tokenizer = load_tokenizer(folder)
     except AlterError as error:
         yield from (Line(False, "backbone", message) for message in error.messages)
         yield from machine
@@ -86,7 +86,8 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
         yield checks.disjoint(task, data)
         if (line := checks.balance(task, data)) is not None:
             yield line
-        yield checks.lengths(task, data, end)
+        yield checks.lengths(task, data, tokenizer.eos_token_id)
+        yield checks.spelled(task, data, tokenizer)
         yield checks.examples(task, data)
     if tasks:
         yield checks.rates(_data(recipe, folder, tasks))

@@ -84,13 +84,19 @@ def test_each_fault_of_the_data_has_its_cross_and_the_rest_is_looked_at(project,
     echo = yaml.safe_load((project / "tasks" / "echo.yaml").read_text())
     (project / "tasks" / "echo.yaml").write_text(yaml.safe_dump({**echo, "max_prompt_tokens": 3, "truncate": "text"}))
     (project / "tasks" / "zero.yaml").write_text(yaml.safe_dump({**echo, "name": "zero", "target": "{{ lable }}"}))
+    signs = {**echo, "name": "signs", "target": "{{ text }} {}", "max_target_tokens": 30}
+    (project / "tasks" / "signs.yaml").write_text(yaml.safe_dump(signs))
     code, lines = doctor(capsys, "--no-trial")
     assert code == 1
     crosses = {(topic, " ".join(text.split()).split(":")[0]) for mark, topic, text in lines if mark == "✗"}
     assert {("splits", "sort"), ("labels", "sort"), ("tokens", "echo")} <= crosses
     assert any(topic == "data" and "lable" in text for mark, topic, text in lines if mark == "✗")
-    assert "6 of 6 test prompts are in train too" in " ".join(texts(lines, "splits")[1].split())
-    assert "no training row has 'no'" in texts(lines, "labels")[0]
+    assert any("sort: 0 of 6 validation prompts, 6 of 6 test" in " ".join(t.split()) for t in texts(lines, "splits"))
+    letters = {text.split(":")[0]: (mark, " ".join(text.split())) for mark, topic, text in lines if topic == "letters"}
+    assert letters["signs"][0] == "✗"
+    assert re.search(r"cannot write 100\.0% of the targets; 'w\d.* \{\}' becomes 'w\d", letters["signs"][1])
+    assert letters["sort"] == ("✓", "sort: the tokenizer can write 100.0% of the targets")
+    assert "sort: no training row has 'no'" in texts(lines, "labels")[0]
     assert texts(lines, "backbone")
 
 

@@ -1,5 +1,6 @@
 """The report of a run: complete, of one file, and true to the results."""
 
+import csv
 import json
 import struct
 from html.parser import HTMLParser
@@ -9,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alter
+from alter import pictures
 from alter.cli import main
 from alter.metrics import metric
 from alter.pictures import confusion, heatmaps, svg
-from alter.report import worst_answers
+from alter.report import worst_answers, write_report
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import fit, project  # noqa: F401 (a fixture)
 
@@ -49,8 +51,34 @@ class Page(HTMLParser):
         self.texts.append(text)
 
 
+def drawn_curves(run, monkeypatch):
+    """The points of each line of the learning curves, and where stage 2 begins."""
+    drawn, draw = [], pictures.curves
+    monkeypatch.setattr(pictures, "curves", lambda *given: drawn.append(given) or draw(*given))
+    write_report(run)
+    ((panels, begins),) = drawn
+    return [{name.lstrip("_"): points for name, points in lines.items()} for lines in panels.values()], begins
+
+
+def noted_losses(run):
+    """The same from the log of the two stages, whose steps go on from one to the other."""
+    rows, begins = [], 0
+    for stage in ("stage1", "stage2"):
+        with (run / stage / "metrics.csv").open(newline="") as stream:
+            noted = [(row["metric"], int(row["step"]), float(row["value"])) for row in csv.DictReader(stream)]
+        first = 1 + max(step for _, step, _ in rows) if rows else 0
+        begins, rows = first, rows + [(metric, first + step, value) for metric, step, value in noted]
+
+    def line(metric):
+        return [(step, value) for name, step, value in rows if name == metric]
+
+    tasks = {name.removeprefix("val/loss/") for name, *_ in rows if name.startswith("val/loss/")}
+    both = {"training": line("train/loss"), "validation": line("val/loss")}
+    return [both, {task: line(f"val/loss/{task}") for task in tasks}], begins
+
+
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
-def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: F811
+def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys, monkeypatch):  # noqa: F811
     fit()
     run = project / "run"
     assert "Report:  run/report.html" in capsys.readouterr().out
@@ -66,6 +94,15 @@ def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: 
         for entry in metrics.values():
             assert f"{entry['value']:.3f}" in page.texts
             assert f"{entry['low']:.3f} to {entry['high']:.3f}" in page.texts
+            for other in filter(None, entry["references"].values()):
+                value, low, high = (f"{other[key]:.3f}" for key in ("value", "low", "high"))
+                assert any(text.startswith(f"{value} [{low}, {high}]") for text in page.texts)
+    firsts = [next(iter(metrics.values())) for metrics in results["tasks"].values()]
+    mean = sum(entry["value"] for entry in firsts) / len(firsts)
+    assert f"Mean of the tasks' first metrics on the test split: {mean:.3f}." in page.texts
+    majority = results["tasks"]["sort"]["accuracy"]["references"]["majority"]
+    higher = results["tasks"]["sort"]["accuracy"]["value"] > majority["value"]
+    assert any(text.startswith(f"Above the majority class in {int(higher)} of 1 tasks") for text in page.texts)
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     of_sort = [row for row in answers if row["task"] == "sort"]
     right = sum(row["answer"] == row["target"] for row in of_sort) / len(of_sort)
@@ -91,6 +128,11 @@ def test_a_run_ends_with_a_report_of_all_that_it_did(project, capsys):  # noqa: 
         for table in layers.values():
             assert all(sum(row) == pytest.approx(1, abs=1e-4) for row in table)
     assert sum(task["rate"] for task in inside["mixture"].values()) == pytest.approx(1)
+    assert all(f"{task['rate']:.1%}" in page.texts for task in inside["mixture"].values())
+    for record in json.loads((run / "progress.json").read_text()).values():
+        if record.get("trainable_parameters"):
+            assert {f"{record['trainable_parameters']:,}", f"{record['tokens']:,}"} <= set(page.texts)
+    assert drawn_curves(run, monkeypatch) == noted_losses(run)
     (run / "report.html").unlink()
     main(["test", "--run", "run"])
     assert Page((run / "report.html").read_text()).sections == SECTIONS

@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import inspect
 import re
 import shutil
 
 import pytest
 import yaml
+from lightning import Trainer
 
-from alter.data import load_tasks
+from alter.data import MultiTaskDataModule, load_tasks
+from alter.stages import Stage1Module, Stage2Module
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.docs import stand_in
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, blocks, run, runnable
@@ -73,6 +76,12 @@ def test_the_recipe_page_tells_every_key_of_the_medical_recipe():
     page = (ROOT / "docs" / "recipe.md").read_text().partition("## Line by line")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([\w.]+)` \| `([^`]*)` \|", page, re.MULTILINE)
     assert dict(rows) == dict(leaves(recipe))
+    set_by = re.findall(r"^\| `[\w.]*?(\w+)` \| `[^`]*` \| `(\w+)\((\w+)\)`", page, re.MULTILINE)
+    assert len(set_by) > 20
+    classes = {cls.__name__: cls for cls in (MultiTaskDataModule, Stage1Module, Stage2Module, Trainer)}
+    for key, cls, argument in set_by:
+        assert argument == key
+        assert argument in inspect.signature(classes[cls]).parameters
 
 
 def leaves(value, key=""):

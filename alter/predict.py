@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from alter.yaml_file import read_yaml
 MAX_BATCH_TOKENS = 2048
 CALIBRATION_FILE = "calibration.json"
 Text = str | Mapping[str, Any]
+Item = TypeVar("Item")
 
 
 class Answer(NamedTuple):
@@ -334,21 +335,17 @@ class Predictor:
     def stream(self, name: str, rows: Iterable[Mapping[str, Any]], size: int = 32) -> Iterator[Answer]:
         """Answers rows of a task's fields, ``size`` at a time, in order."""
         task = self.task(name)
-        chunk: list[list[int]] = []
-        for row in rows:
-            chunk.append(encode_prompt(task, row, self.tokenizer, self.model.is_seq2seq))
-            if len(chunk) == size:
-                yield from self.answer(name, chunk)
-                chunk = []
-        if chunk:
+        prompts = (encode_prompt(task, row, self.tokenizer, self.model.is_seq2seq) for row in rows)
+        for chunk in batched(prompts, size):
             yield from self.answer(name, chunk)
 
     def stream_unnamed(self, rows: Iterable[Text], size: int = 32) -> Iterator[tuple[Guess, Answer | None]]:
         """Answers inputs without a task's name, ``size`` at a time, in order; None where their task is not clear."""
-        for number, chunk in enumerate(batched(rows, size)):
-            guesses = self.guess(chunk)
-            inputs = enumerate(zip(chunk, guesses, strict=True), number * size + 1)
-            clear = [(n, text, found) for n, (text, found) in inputs if found.task is not None]
+        for chunk in batched(enumerate(rows, 1), size):
+            guesses = self.guess([text for _, text in chunk])
+            clear = [
+                (n, text, found) for (n, text), found in zip(chunk, guesses, strict=True) if found.task is not None
+            ]
             prompts = [self.guessed_prompt(text, found, f"input {n}") for n, text, found in clear]
             answers = iter(self._answered([self.task(str(found.task)) for *_, found in clear], prompts, True))
             yield from ((found, None if found.task is None else next(answers)) for found in guesses)
@@ -517,9 +514,9 @@ def expert_names(model: MTAModel) -> list[str]:
     return [*own, *added]
 
 
-def batched(rows: Iterable[Text], size: int) -> Iterator[list[Text]]:
-    """Lists of up to ``size`` rows."""
-    iterator = iter(rows)
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of up to ``size`` items."""
+    iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
 

@@ -74,7 +74,6 @@ def test_probabilities_of_a_mixed_batch_are_the_softmax_of_likelihoods_over_the_
     assert {len(answer.probabilities) for answer in found} == {2, len(CHOICES)}
 
 
-@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def pieces_of_words():
     """As SentencePiece's: a line's end is a space, and so the piece of one."""
     found = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("▁a", -2.0), ("69", -3.0)], 0))
@@ -97,6 +96,7 @@ def test_an_answer_ends_at_a_lines_end_and_at_no_space(tokenizer, ends):
     assert tokenizer.decode(tokenizer("a 69").input_ids) == "a 69"
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_what_does_not_fit_is_refused_in_one_sentence(model):
     for call, message in [
         (lambda: model.generate(["w1"]), "no task predictor, so name one of sort, pick, echo, pair"),

@@ -207,18 +207,19 @@ class Batcher:
                 self._forget()
             taken: list[Job] = []
             left: list[Job] = []
+            full: set[bool] = set()
             # classifications and generations run as batches of their own
             together = {True: [], False: [job.size for job in writing]}
-            while self._waiting and len(writing) + len(taken) < self.max_batch:
+            while self._waiting and len(full) < len(together) and len(writing) + len(taken) < self.max_batch:
                 job = self._waiting.popleft()
                 scored = bool(job.task.choices)
                 sizes = [*together[scored], job.size]
-                fits = len(sizes) == 1 or len(sizes) * max(sizes) <= MAX_BATCH_TOKENS
-                if fits and not any(bool(other.task.choices) == scored for other in left):
+                if scored in full or (len(sizes) > 1 and len(sizes) * max(sizes) > MAX_BATCH_TOKENS):
+                    full.add(scored)
+                    left.append(job)
+                else:
                     together[scored] = sizes
                     taken.append(job)
-                else:
-                    left.append(job)
             self._waiting.extendleft(reversed(left))
             self._note_waiting()
             return [job for job in taken if not job.abandoned]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,40 @@ def test_the_page_answers_shows_probabilities_and_who_answered(browser, predicto
         assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out
         assert not errors
         assert all(url.startswith(address) for url in asked)  # it loads nothing from elsewhere
+        page.close()
+
+
+@pytest.mark.slow
+def test_a_list_of_tasks_that_comes_late_clears_no_answer(browser, predictor):
+    from playwright.sync_api import Error
+
+    with serving(predictor, api_key="key") as address:
+        page = browser.new_page()
+        held = []
+
+        def hold_the_first(route):
+            if "authorization" in route.request.headers and not held:
+                held.append(route)
+            else:
+                route.continue_()
+
+        page.route("**/v1/models", hold_the_first)
+        page.goto(address)
+        page.get_by_label("API key").fill("key")
+        page.get_by_role("button", name="Answer").click()  # leaves the key's field too, which asks as well
+        page.locator("#task option").nth(3).wait_for(state="attached")
+        page.select_option("#task", "sort")
+        page.locator("#fields textarea").fill("w5 w9")
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_selector("#who svg")
+        answer = page.inner_text("#answer")
+        assert answer
+        (late,) = held
+        with suppress(Error):  # the page has given it up
+            late.continue_()
+        page.wait_for_timeout(300)
+        assert page.inner_text("#answer") == answer
+        assert page.input_value("#fields textarea") == "w5 w9"
         page.close()
 
 

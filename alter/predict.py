@@ -470,14 +470,13 @@ class Predictor:
         return answers  # type: ignore[return-value]
 
     def _chosen(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """The same for one task, without probabilities."""
-        choices = tasks[0].choices or []
+        """The same without probabilities."""
         answers: list[Answer | None] = [None] * len(prompts)
         for rows, batch in self._batches(tasks, prompts, [0] * len(prompts)):
             with self._announced():
-                best = best_choices(self.model, batch, self._encoded_choices(tasks[0])).tolist()
+                best = best_choices(self.model, batch, [self._encoded_choices(tasks[row]) for row in rows])
             for row, choice in zip(rows, best, strict=True):
-                answers[row] = Answer(choices[choice], None)
+                answers[row] = Answer((tasks[row].choices or [])[choice], None)
         return answers  # type: ignore[return-value]
 
     def _batches(
@@ -531,7 +530,7 @@ def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
     if not task.choices:
         return "generate", None
     if not probabilities and len(task.choices) > SCORED_FIRST:
-        return "choose", task.name
+        return "choose", None
     # rows are filled up to the most choices, to twice their own at most
     return "score", (len(task.choices) - 1).bit_length()
 

@@ -52,6 +52,20 @@ def test_beams_of_tasks_with_other_limits_are_answered_as_each_alone(model):
     assert mixed == [model.generate(given, task=task)[0] for given, task in zip(INPUTS, TASKS, strict=True)]
 
 
+def test_tasks_of_many_choices_share_a_batch(model, monkeypatch):
+    names = ["sort", "pick", "sort", "pick", "pick"]
+    alone = model.classify(TEXTS[:5], task=names)
+    monkeypatch.setattr("alter.predict.SCORED_FIRST", 1)
+    monkeypatch.setattr("alter.nn.decoding.SCORED_FIRST", 1)
+    found, seen = alter.predict.best_choices, []
+    monkeypatch.setattr(
+        "alter.predict.best_choices",
+        lambda m, batch, own: seen.append(batch["task_ids"].tolist()) or found(m, batch, own),
+    )
+    assert model.classify(TEXTS[:5], task=names) == alone
+    assert sorted(seen[0]) == [0, 0, 1, 1, 1]
+
+
 def test_probabilities_of_a_mixed_batch_are_the_softmax_of_likelihoods_over_the_temperature(model):
     names = ["sort", "pick", "sort", "pick", "pick"]
     model.temperatures = {"sort": 3.0}

@@ -149,9 +149,7 @@ def own_choice_log_likelihoods(
     Returns:
         for each prompt the summed log-probabilities of its choices.
     """
-    most = max(map(len, choices))
-    filled = [choice for own in choices for choice in [*own, *[own[-1]] * (most - len(own))]]
-    tokens = _padded(filled, prompts["input_ids"].device).unflatten(0, (len(choices), most))
+    tokens, _ = _filled(choices, prompts["input_ids"].device)
     return [row[: len(own)] for row, own in zip(_scores(model, prompts, tokens), choices, strict=True)]
 
 
@@ -165,8 +163,10 @@ def _scores(model: MTAModel, prompts: Mapping[str, Tensor], tokens: Tensor) -> T
 
 
 @torch.inference_mode()
-def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[int]]) -> Tensor:
-    """Finds the likeliest choice for every prompt, the first of equals, without scoring all of many.
+def best_choices(
+    model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequence[Sequence[Sequence[int]]]
+) -> list[int]:
+    """Finds the likeliest of every prompt's own choices, the first of equals, without scoring all of many.
 
     A choice is at most as likely as its first token, which the prompt's own pass tells for all. So the few with the
     likeliest first tokens are scored, then the next as many again, until none of the others could be above the best.
@@ -174,34 +174,45 @@ def best_choices(model: MTAModel, prompts: Mapping[str, Tensor], choices: Sequen
     Args:
         model: in evaluation mode.
         prompts: as for ``generate``.
-        choices: token ids of each choice, with the end-of-sequence token.
+        choices: of each prompt, token ids of each choice, with the end-of-sequence token.
 
     Returns:
-        [batch], which choice.
+        for each prompt, which of its choices.
     """
-    if len(choices) <= SCORED_FIRST:
-        return choice_log_likelihoods(model, prompts, choices).argmax(1)
-    tokens = _padded(choices, prompts["input_ids"].device)
-    found = []
-    for part in _parts(prompts, _rows_at_once(prompts, SCORED_FIRST, tokens.shape[-1])):
+    tokens, beyond = _filled(choices, prompts["input_ids"].device)
+    size, found = _rows_at_once(prompts, SCORED_FIRST, tokens.shape[-1]), []
+    for part, own, none in zip(_parts(prompts, size), tokens.split(size), beyond.split(size), strict=True):
         read = _read(model, part)
         first = read.first_tokens()
-        bounds = first[:, tokens[:, 0]]
+        bounds = first.gather(1, own[:, :, 0]).masked_fill(none, -torch.inf)
         order = bounds.argsort(dim=1, descending=True)
-        chosen = order[:, :SCORED_FIRST]
-        scores = torch.full_like(bounds, -torch.inf).scatter(1, chosen, read.score(tokens[chosen], first))
-        done = SCORED_FIRST
-        while done < len(choices):
+        chosen, done = order[:, :SCORED_FIRST], SCORED_FIRST
+        scores = torch.full_like(bounds, -torch.inf).scatter(1, chosen, read.score(_taken(own, chosen), first))
+        while done < own.shape[1]:
             # rounding may make a bound seem lower than it is
             rows = (bounds.gather(1, order[:, done : done + 1]) >= scores.amax(1, keepdim=True) - 1e-3).nonzero()[:, 0]
             if not len(rows):
                 break
             chosen = order[rows, done : 2 * done]
             rest = {name: value[rows] for name, value in part.items()}
-            scores[rows.unsqueeze(1), chosen] = _scores(model, rest, tokens[chosen])
+            scores[rows.unsqueeze(1), chosen] = _scores(model, rest, _taken(own[rows], chosen))
             done *= 2
-        found.append(scores.argmax(1))
-    return torch.cat(found)
+        found += scores.masked_fill(none, -torch.inf).argmax(1).tolist()
+    return found
+
+
+def _filled(choices: Sequence[Sequence[Sequence[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each row's choices, filled up to the most by its last: [batch, choices, length], and which are beyond its own."""
+    most = max(map(len, choices))
+    filled = [choice for own in choices for choice in [*own, *[own[-1]] * (most - len(own))]]
+    counts = torch.tensor([len(own) for own in choices], device=device)
+    beyond = torch.arange(most, device=device) >= counts.unsqueeze(1)
+    return _padded(filled, device).unflatten(0, (len(choices), most)), beyond
+
+
+def _taken(tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Some of each row's choices: [batch, choices, length] at [batch, chosen]."""
+    return tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
 def _read(model: MTAModel, prompts: Mapping[str, Tensor]) -> CausalPrompts | _Seq2seqPrompts:

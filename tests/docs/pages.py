@@ -73,10 +73,10 @@ def run(block, backbone, namespace):
     parts = [INSTALL.sub("", part) for part in _logical_lines(commands(block))]
     text = "".join(part for part in parts if not DEVELOPMENT.match(part))
     lines = [line for line in text.splitlines() if line.strip()]
-    if lines and all(line.startswith("alter ") and not set("|><&$*~") & set(line) for line in _joined(text)):
+    if lines and all(line.startswith("alter ") and not set("|><&*~") & set(line) for line in _joined(text)):
         for line in _joined(text):
             with suppress_exit():
-                main(small(shlex.split(line, comments=True)[1:], backbone))
+                main(small(shlex.split(os.path.expandvars(line), comments=True)[1:], backbone))
         return ""
     bin_folder = Path("bin").absolute()
     _wrapper(bin_folder, backbone)

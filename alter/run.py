@@ -17,6 +17,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,7 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
     return [] if before == after else [key]
 
 
+@cache
 def _environment() -> str:
     versions = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"

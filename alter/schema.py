@@ -7,10 +7,14 @@ import inspect
 import sys
 import typing
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alter.errors import AlterError, did_you_mean
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def find_classes_in(folder: Path) -> None:
@@ -57,13 +61,8 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     base = template_base(cls, key)
     if base is not None and isinstance(value, Mapping):
         return check_class(value, base, f"{where}.{key}")
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    others = set(inspect.signature(cls).parameters) - {key}
-    parser.add_class_arguments(cls, skip=others, instantiate=False, fail_untyped=False)
     try:
-        parser.parse_object({key: value})
+        _parser(cls, key).parse_object({key: value})
     except Exception:
         hint = _hints(cls).get(key, cls.__annotations__.get(key))
         wanted = (
@@ -73,6 +72,17 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
         )
         return [f"{where}: the key '{key}' is {value!r}, which is not {wanted}; correct it."]
     return []
+
+
+@cache  # making one takes longer than what it is used for, and a domain's tasks all have the same keys
+def _parser(cls: type, key: str) -> ArgumentParser:
+    """A parser of one argument of a class."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    others = set(inspect.signature(cls).parameters) - {key}
+    parser.add_class_arguments(cls, skip=others, instantiate=False, fail_untyped=False)
+    return parser
 
 
 def _hints(cls: type) -> dict[str, Any]:

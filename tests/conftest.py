@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import sys
@@ -10,6 +11,12 @@ from alter.errors import AlterError
 
 settings.register_profile("shared", deadline=None)  # a busy machine is no defect
 settings.load_profile("shared")
+
+
+def pytest_collection_finish():
+    """What the imports made stays: each of the many collections of garbage would walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

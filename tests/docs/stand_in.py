@@ -1,6 +1,7 @@
 """Made-up rows with the columns of the public data sets that docs/data.md names, so that its commands can be run."""
 
 import random
+from functools import cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ TASKS = shipped_recipes() / "tasks"
 WORDS = [f"w{i}" for i in range(60)]
 
 
+@cache
 def _choices(task):
     (file,) = TASKS.rglob(f"{task}.yaml")
     return yaml.safe_load(file.read_text())["choices"]

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from alter.errors import AlterError
+from tests import warm as warm_python
 
 settings.register_profile("shared", deadline=None)  # a busy machine is no defect
 settings.load_profile("shared")
@@ -51,6 +52,20 @@ def cells_here(monkeypatch):
         return []
 
     monkeypatch.setattr(grid, "run_cells", run_cells)
+
+
+@pytest.fixture(scope="session")
+def _warm_python(tmp_path_factory):
+    server, python = warm_python.start(tmp_path_factory.mktemp("warm"))
+    yield python
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def warm(_warm_python, monkeypatch):
+    """Processes of ``alter`` that this process starts begin at once; see ``tests/warm.py``."""
+    monkeypatch.setattr(sys, "executable", str(_warm_python))
 
 
 def _real(name):

@@ -1,5 +1,8 @@
 """Run folders as training leaves them, made without training: tiny models with random adapters."""
 
+import os
+from contextlib import chdir, contextmanager
+
 import torch
 import yaml
 from transformers import AutoTokenizer
@@ -30,9 +33,9 @@ def tasks(folder):
     ]
 
 
-def make_run(folder, words, family="llama", expert=None, router=None, shared="gate", own_backbone=False):
+def make_run(folder, words, family="llama", expert=None, router=None, shared="gate", own_backbone=False, blocks=None):
     """A finished run of both stages, or without ``shared`` of stage 1 alone; returns its folder."""
-    backbone = tiny_model(family)
+    backbone = tiny_model(family, blocks)
     backbone.resize_token_embeddings(510)
     torch.manual_seed(2)
     backbone.get_input_embeddings().weight.data.normal_(std=0.02)  # resizing makes new words all alike
@@ -58,6 +61,19 @@ def make_run(folder, words, family="llama", expert=None, router=None, shared="ga
         perturb(model)
     model.save_pretrained(run / "model", folder / "backbone")
     return run
+
+
+@contextmanager
+def inside(folder):
+    """What a fixture of a whole module runs in a folder leaves the environment as it was; the tests' own fixtures come later."""
+    before = dict(os.environ)
+    os.environ["ALTER_HOME"] = str(folder / "home")
+    try:
+        with chdir(folder):
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def perturb(model):

@@ -16,19 +16,31 @@ from alter.growth import newcomer_arguments
 from alter.nn import LoRA
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
-from tests.data.conftest import task_dict, words  # noqa: F401 (fixtures)
-from tests.test_cli import project, refused  # noqa: F401 (a fixture)
+from tests.data.conftest import make_words, task_dict, words  # noqa: F401 (a fixture)
+from tests.runs import inside
+from tests.test_cli import make_project, project, refused  # noqa: F401 (a fixture)
 
 TEXTS = ["w5 w9", "w7", "w12 w3 w4"]
 
 
-@pytest.fixture
-def grown(project):  # noqa: F811
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
     """A finished run, and the file of a task that is to join."""
-    main(["fit", "--config", "recipe.yaml"])
-    task = task_dict(project, "new", 40, choices=["yes", "no"], metrics=["accuracy"], prompt="w8 {{ text }} :")
-    (project / "new.yaml").write_text(yaml.safe_dump(task))
-    return project
+    folder = tmp_path_factory.mktemp("finished")
+    with inside(folder):
+        make_project(folder, make_words(folder / "tokenizer"))
+        main(["fit", "--config", "recipe.yaml"])
+    task = task_dict(folder, "new", 40, choices=["yes", "no"], metrics=["accuracy"], prompt="w8 {{ text }} :")
+    (folder / "new.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+@pytest.fixture
+def grown(finished, tmp_path, monkeypatch):
+    """A copy of it."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def outputs(run):

@@ -19,6 +19,7 @@ from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, fit, project, refused  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 def curve(run, stages=("stage1", "stage2")):
@@ -50,8 +51,7 @@ def on_processes(*flags, count=2, overlay="ddp"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
-@pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
+@pytest.mark.parametrize(("project", "overlay"), [("llama", "ddp"), ("t5", "fsdp")], indirect=["project"])
 def test_two_processes_learn_what_one_does_on_the_same_global_batches(project, overlay):  # noqa: F811
     change(project, data__examples_per_epoch=45, trainer__max_epochs=1)
     fit("--run", "one", "--trainer.accumulate_grad_batches", "2", "--test", "false")

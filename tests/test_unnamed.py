@@ -1,6 +1,7 @@
 """Inputs without a task's name, as a user gives them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import yaml
 import alter
 from alter.cli import main
 from alter.errors import AlterError
-from tests.data.conftest import task_dict, words, write_jsonl  # noqa: F401 (fixtures)
-from tests.runs import make_run
+from tests.data.conftest import make_words, task_dict, write_jsonl
+from tests.runs import inside, make_run
 from tests.test_cli import refused
 
 
@@ -38,21 +39,29 @@ def write(folder, name, first, prompt, **changes):
     return task
 
 
-@pytest.fixture
-def run(tmp_path, words, monkeypatch):  # noqa: F811
-    monkeypatch.chdir(tmp_path)
-    made = make_run(tmp_path, words, router=None)
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tested")
+    made = make_run(folder, make_words(folder / "tokenizer"), router=None)
     content = yaml.safe_load((made / "recipe.yaml").read_text())
     names = [task["name"] for task in content["data"]["tasks"]]  # sort, pick, echo, pair
     content["data"]["tasks"] = [
-        write(tmp_path, names[0], 20, f"{asking(400)} {{{{ text }}}} :"),
-        write(tmp_path, names[1], 120, f"{asking(410)} {{{{ text }}}} :"),
-        write(tmp_path, names[2], 120, f"{asking(420)} {{{{ text }}}} :", choices=None),
-        write(tmp_path, names[3], 320, f"{asking(430)} {{{{ text }}}} {{{{ note }}}} :", choices=None),
+        write(folder, names[0], 20, f"{asking(400)} {{{{ text }}}} :"),
+        write(folder, names[1], 120, f"{asking(410)} {{{{ text }}}} :"),
+        write(folder, names[2], 120, f"{asking(420)} {{{{ text }}}} :", choices=None),
+        write(folder, names[3], 320, f"{asking(430)} {{{{ text }}}} {{{{ note }}}} :", choices=None),
     ]
     (made / "recipe.yaml").write_text(yaml.safe_dump(content))
-    main(["test", "--run", "run"])
-    return made
+    with inside(folder):
+        main(["test", "--run", "run"])
+    return folder
+
+
+@pytest.fixture
+def run(tested, tmp_path, monkeypatch):
+    shutil.copytree(tested, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
 
 
 def test_each_input_goes_to_its_task_and_what_fits_two_alike_or_none_is_not_clear(run):

@@ -21,6 +21,7 @@ from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("warm")
 pytest.importorskip("peft")
 
 

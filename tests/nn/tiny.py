@@ -53,9 +53,11 @@ def config(family):
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[family](**_DECODER)
 
 
-def tiny_model(family):
+def tiny_model(family, blocks=None):
     """A seeded model in evaluation mode; large enough weights that generated answers differ."""
     torch.manual_seed(0)
     found = config(family)
+    if blocks is not None:
+        found.num_hidden_layers = found.num_decoder_layers = blocks
     model = (AutoModelForSeq2SeqLM if found.is_encoder_decoder else AutoModelForCausalLM).from_config(found)
     return model.eval()

@@ -19,7 +19,11 @@ from alter.serve import guard
 from alter.serve.app import Limits
 from tests.runs import add_newcomer, make_run
 from tests.serve.conftest import serving
-from tests.test_unnamed import PAIR, SORT
+from tests.test_unnamed import (
+    PAIR,
+    SORT,
+    tested,  # noqa: F401 (what it copies)
+)
 from tests.test_unnamed import run as unnamed_run  # noqa: F401 (a fixture)
 
 TEXTS = ["w5 w9", "w7", "w12 w3 w4", "w1 w2 w3 w8", "w33"]

@@ -17,6 +17,7 @@ from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("warm")
 COMMAND = ("sweep", "--config", "recipe.yaml", "--out", "out", "--stages", "[stage1]")
 RATES = ("--set", "stage1.model.optimizer.lr=1e-3,3e-2")
 

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -70,7 +71,8 @@ def start(folder: Path) -> tuple[subprocess.Popen, Path]:
 def serve(address: str) -> None:
     """Imports, and forks for each who asks."""
     for name in IMPORTED:
-        importlib.import_module(name)
+        with suppress(ImportError):  # not all is installed everywhere
+            importlib.import_module(name)
     from transformers import LlamaForCausalLM, T5ForConditionalGeneration  # noqa: F401
 
     gc.collect()

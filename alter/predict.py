@@ -411,7 +411,7 @@ class Predictor:
     ) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(prompts)
         wanted = [probabilities] * len(prompts) if isinstance(probabilities, bool) else probabilities
-        groups: dict[tuple[str, Any], list[int]] = {}
+        groups: dict[tuple[str, int | None], list[int]] = {}
         for row, task in enumerate(tasks):
             groups.setdefault(_together(task, wanted[row]), []).append(row)
         for (how, _), rows in sorted(
@@ -470,7 +470,7 @@ class Predictor:
         return answers  # type: ignore[return-value]
 
     def _chosen(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> list[Answer]:
-        """The same without probabilities."""
+        """Answers classifications without probabilities, for which not every choice has to be scored."""
         answers: list[Answer | None] = [None] * len(prompts)
         for rows, batch in self._batches(tasks, prompts, [0] * len(prompts)):
             with self._announced():
@@ -525,13 +525,13 @@ def _renumbered(watch: Watch, rows: Sequence[int]) -> Watch:
     return lambda row, tokens, ended: watch(rows[row], tokens, ended)
 
 
-def _together(task: Task, probabilities: bool) -> tuple[str, Any]:
+def _together(task: Task, probabilities: bool) -> tuple[str, int | None]:
     """What rows must have in common to be answered in one batch."""
     if not task.choices:
         return "generate", None
     if not probabilities and len(task.choices) > SCORED_FIRST:
         return "choose", None
-    # rows are filled up to the most choices, to twice their own at most
+    # all are scored, and rows filled up to the most choices: to twice their own at most
     return "score", (len(task.choices) - 1).bit_length()
 
 

@@ -61,8 +61,9 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     base = template_base(cls, key)
     if base is not None and isinstance(value, Mapping):
         return check_class(value, base, f"{where}.{key}")
+    parser = _parser(cls, key)
     try:
-        _parser(cls, key).parse_object({key: value})
+        parser.parse_object({key: value})
     except Exception:
         hint = _hints(cls).get(key, cls.__annotations__.get(key))
         wanted = (

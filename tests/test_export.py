@@ -255,7 +255,7 @@ def until(tokens, ends):
 def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, task, tmp_path, words):  # noqa: F811
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    run = make_run(tmp_path, words, family, blocks=2, **kind)  # the translation takes seconds a block
+    run = make_run(tmp_path, words, family, blocks=3, **kind)  # the translation takes seconds a block
     if task == "new":
         add_newcomer(run)
     main(["export", "--run", str(run), "--format", "onnx", "--task", task, "--out", str(tmp_path / "out")])

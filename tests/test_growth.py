@@ -16,9 +16,9 @@ from alter.growth import newcomer_arguments
 from alter.nn import LoRA
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
-from tests.data.conftest import make_words, task_dict, words  # noqa: F401 (a fixture)
+from tests.data.conftest import make_words, task_dict
 from tests.runs import inside
-from tests.test_cli import make_project, project, refused  # noqa: F401 (a fixture)
+from tests.test_cli import make_project, refused
 
 TEXTS = ["w5 w9", "w7", "w12 w3 w4"]
 

@@ -3,6 +3,9 @@
 Imports are most of what a tiny run takes, and the tests start runs in processes of their own by the dozen. With the fixture
 ``warm``, ``sys.executable`` is a small program that sends ``-m alter ...`` here, with its streams, folder, environment and
 signals, and ends as that process does; anything else it hands to the real Python.
+
+What is read while modules are imported (``OMP_NUM_THREADS``, ``HF_*``, ``PYTHON*``) is the server's, and a fork's peak of memory
+begins at the server's: a test of these starts the real Python.
 """
 
 import atexit
@@ -23,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+START_SECONDS = 300
 IMPORTED = (
     "alter.cli", "alter.run", "alter.compare.cell", "alter.doctor.trial", "alter.predict",
     # what these import when they need it
@@ -35,14 +39,15 @@ if given[:1] != ["-m"] or given[1].partition(".")[0] not in ("alter", "tests"):
     os.execv({python!r}, [{python!r}, *given])
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-for number in {signals}:
-    signal.signal(number, lambda number, frame: server.send(bytes([number])))
 request = json.dumps([given[1], given[2:], os.getcwd(), dict(os.environ), {client!r}]).encode()
 socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(request)
+for number in {signals}:
+    signal.signal(number, lambda number, frame: server.send(bytes([number])))
 code = int(server.recv(16) or -9)
 if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+    if code != -9:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 sys.exit(code)
 """
@@ -59,11 +64,12 @@ def start(folder: Path) -> tuple[subprocess.Popen, Path]:
     client.chmod(0o755)
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.warm", str(address)], env=environment, cwd=root, stdin=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "tests.warm", str(address)]
+    server = subprocess.Popen(command, env=environment, cwd=root, stdin=subprocess.PIPE)  # ends when this process does
+    began = time.monotonic()
     while not address.exists():
         assert server.poll() is None, "the warm Python did not start"
+        assert time.monotonic() - began < START_SECONDS, "the warm Python does not start"
         time.sleep(0.1)
     return server, client
 
@@ -77,12 +83,13 @@ def serve(address: str) -> None:
 
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waits for them is _attend
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: who asked ends, and so do they
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the attendants
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{address}.new")
     listening.listen(64)
     os.rename(f"{address}.new", address)
-    while True:
+    while sys.stdin not in select.select([sys.stdin, listening], [], [])[0]:
         asking, _ = listening.accept()
         if not os.fork():
             listening.close()
@@ -93,10 +100,8 @@ def serve(address: str) -> None:
 def _attend(asking: socket.socket) -> None:
     """Runs what is asked for in a further fork, hands signals on, and tells how it ended; ends it where nobody waits any more."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, streams, *_ = socket.recv_fds(asking, 4, 3)
-    request = b""
-    while len(request) < int.from_bytes(size, "big"):
-        request += asking.recv(1 << 16)
+    head, streams, *_ = socket.recv_fds(asking, 4, 3)
+    request = _received(asking, int.from_bytes(head, "big"))
     worker = os.fork()
     if not worker:
         asking.close()
@@ -104,15 +109,28 @@ def _attend(asking: socket.socket) -> None:
     for stream in streams:
         os.close(stream)
     ended = os.pidfd_open(worker)
-    while True:
-        ready, *_ = select.select([asking, ended], [], [])
-        if ended in ready:
-            asking.sendall(str(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])).encode())
-            os._exit(0)
+    while ended not in select.select([asking, ended], [], [])[0]:
         if received := asking.recv(1):
             os.kill(worker, received[0])
-        else:
-            os.killpg(worker, signal.SIGKILL)  # with what it has started
+            continue
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+            os.killpg(worker, signal.SIGKILL)  # and what it has started
+        os.waitpid(worker, 0)
+        os._exit(0)
+    with suppress(OSError):
+        asking.sendall(str(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])).encode())
+    os._exit(0)
+
+
+def _received(asking: socket.socket, size: int) -> bytes:
+    """So many bytes; ends this process where they do not come."""
+    found = b""
+    while len(found) < size:
+        if not (part := asking.recv(size - len(found))):
+            os._exit(0)
+        found += part
+    return found
 
 
 def _run(
@@ -120,6 +138,7 @@ def _run(
 ) -> None:
     """What ``python -m module arguments`` would do; does not return."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.chdir(folder)
@@ -128,6 +147,7 @@ def _run(
     sys.path[:] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)), *sys.path[1:]]
     sys.argv = [module, *arguments]
     sys.executable = python
+    sys.modules.pop(module, None)  # runpy warns of a module that has been imported
     code: object = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

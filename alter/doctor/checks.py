@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -117,7 +118,7 @@ def lengths(task: Task, data: MultiTaskDataModule, end: int) -> Line:
 def spelled(task: Task, data: MultiTaskDataModule, tokenizer: Any) -> Line:
     """Whether the tokenizer can write the targets: what it has no token for can neither be learned nor answered."""
     train = data.examples(task.name, "train")
-    train = train.select(range(0, len(train), max(1, len(train) // MOST_SPELT)))
+    train = train.select(sorted(random.Random(0).sample(range(len(train)), min(len(train), MOST_SPELT))))
     whole = [
         (target, tokenizer.decode(ids, skip_special_tokens=True))
         for target, ids in zip(train["target"], train["target_ids"], strict=True)

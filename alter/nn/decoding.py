@@ -203,16 +203,21 @@ def best_choices(
 
 def _filled(choices: Sequence[Sequence[Sequence[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Each row's choices, filled up to the most by its last: [batch, choices, length], and which are beyond its own."""
-    most = max(map(len, choices))
-    filled = [choice for own in choices for choice in [*own, *[own[-1]] * (most - len(own))]]
-    counts = torch.tensor([len(own) for own in choices], device=device)
+    kinds = list({id(own): own for own in choices}.values())  # the rows of a task share theirs
+    most = max(map(len, kinds))
+    filled = [choice for own in kinds for choice in [*own, *[own[-1]] * (most - len(own))]]
+    tokens = _padded(filled, device).unflatten(0, (len(kinds), most))
+    counts = torch.tensor([len(own) for own in kinds], device=device)
     beyond = torch.arange(most, device=device) >= counts.unsqueeze(1)
-    return _padded(filled, device).unflatten(0, (len(choices), most)), beyond
+    places = {id(own): place for place, own in enumerate(kinds)}
+    rows = torch.tensor([places[id(own)] for own in choices], device=device)
+    return tokens[rows], beyond[rows]
 
 
 def _taken(tokens: Tensor, chosen: Tensor) -> Tensor:
-    """Some of each row's choices: [batch, choices, length] at [batch, chosen]."""
-    return tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    """Some of each row's choices, [batch, choices, length] at [batch, chosen], as long as the longest of them."""
+    found = tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    return found[..., : int((found >= 0).sum(-1).max())]
 
 
 def _read(model: MTAModel, prompts: Mapping[str, Tensor]) -> CausalPrompts | _Seq2seqPrompts:

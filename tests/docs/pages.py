@@ -51,6 +51,18 @@ def commands(block):
     return "\n".join(lines) + "\n"
 
 
+def shell_text(block):
+    """What a shell is given of a block: not what installs, nor what .ci/run does."""
+    parts = [INSTALL.sub("", part) for part in _logical_lines(commands(block))]
+    return "".join(part for part in parts if not DEVELOPMENT.match(part))
+
+
+def alter_commands(block):
+    """The arguments of each line of a block that begins with ``alter``."""
+    lines = _joined(shell_text(block))
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("alter ")]
+
+
 def small(arguments, backbone):
     """A command's arguments at the small setting that docs/index.md tells of."""
     if arguments[:1] not in (["fit"], ["compare"], ["doctor"], ["sweep"], ["submit"]) or "--config" not in arguments:
@@ -70,13 +82,13 @@ def run(block, backbone, namespace):
     if block.language == "python":
         exec(compile(block.body, "page", "exec"), namespace)
         return ""
-    parts = [INSTALL.sub("", part) for part in _logical_lines(commands(block))]
-    text = "".join(part for part in parts if not DEVELOPMENT.match(part))
-    lines = [line for line in text.splitlines() if line.strip()]
-    if lines and all(line.startswith("alter ") and not set("|><&*~") & set(line) for line in _joined(text)):
-        for line in _joined(text):
+    text = shell_text(block)
+    lines = _joined(text)
+    if lines and all(line.startswith("alter ") and not set("|><&*~(") & set(line) for line in lines):
+        for line in map(os.path.expandvars, lines):
+            assert "$" not in line  # a variable that nobody has set
             with suppress_exit():
-                main(small(shlex.split(os.path.expandvars(line), comments=True)[1:], backbone))
+                main(small(shlex.split(line, comments=True)[1:], backbone))
         return ""
     bin_folder = Path("bin").absolute()
     _wrapper(bin_folder, backbone)

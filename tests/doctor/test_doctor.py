@@ -107,6 +107,18 @@ def test_each_fault_of_the_data_has_its_cross_and_the_rest_is_looked_at(project,
     assert texts(lines, "backbone")
 
 
+def test_of_many_targets_some_are_drawn_to_be_spelled(project, capsys, monkeypatch):  # noqa: F811
+    distinct(project)
+    labels = {**yaml.safe_load((project / "tasks" / "sort.yaml").read_text()), "choices": ["yes", "no {}"]}
+    labels["target"] = "{{ label }}{{ ' {}' if label == 'no' else '' }}"  # every other row's cannot be written
+    (project / "tasks" / "sort.yaml").write_text(yaml.safe_dump(labels))
+    monkeypatch.setattr(checks, "MOST_SPELT", 20)
+    _, lines = doctor(capsys, "--no-trial")
+    (said,) = [" ".join(text.split()) for text in texts(lines, "letters") if text.startswith("sort")]
+    share = float(re.search(r"cannot write ([\d.]+)%", said)[1])
+    assert share in {5.0 * count for count in range(1, 20)}  # of 20
+
+
 def test_a_wrong_recipe_or_backbone_is_a_cross_and_no_traceback(project, capsys):  # noqa: F811
     code, lines = doctor(capsys, "--data.temprature", "5")
     assert code == 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
-from alter.nn.task_predictor import Kind, TaskPredictor, text_features
+from alter.nn.task_predictor import Features, Kind, TaskPredictor, text_features
 
 if TYPE_CHECKING:
     from alter.predict import Predictor
@@ -85,7 +85,7 @@ def joined(task: Task, row: Mapping[str, Any]) -> str:
     return "\n".join(str(value) for value in task.inputs(row).values())
 
 
-def _features(predictor: Predictor, texts: Sequence[str]) -> Tensor:
+def _features(predictor: Predictor, texts: Sequence[str]) -> Features:
     ids = predictor.tokenizer(list(texts), add_special_tokens=False).input_ids
     return text_features(predictor.model, ids)
 
@@ -119,9 +119,9 @@ def texts_of(predictor: Predictor, data: MultiTaskDataModule, name: str, split: 
 
 def fit_kinds(
     predictor: Predictor, data: MultiTaskDataModule, tasks: Sequence[str]
-) -> tuple[dict[Kind, Tensor], dict[Kind, Tensor]]:
+) -> tuple[dict[Kind, Features], dict[Kind, Features]]:
     """The features of some tasks' training and validation texts, by kind."""
-    found: dict[str, dict[Kind, Tensor]] = {"train": {}, "validation": {}}
+    found: dict[str, dict[Kind, Features]] = {"train": {}, "validation": {}}
     for split, most in ROWS.items():
         for name in tasks:
             for view in ("prompt", "input"):

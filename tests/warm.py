@@ -20,13 +20,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-START_SECONDS = 300
 IMPORTED = (
     "alter.cli", "alter.run", "alter.compare.cell", "alter.doctor.trial", "alter.predict",
     # what these import when they need it
@@ -55,27 +54,21 @@ sys.exit(code)
 
 def start(folder: Path) -> tuple[subprocess.Popen, Path]:
     """Starts a server; returns it and the program that stands for Python."""
-    address, client = folder / "server", folder / "python"
-    client.write_text(
-        CLIENT.format(
-            python=sys.executable, address=str(address), client=str(client), signals=[int(number) for number in SIGNALS]
-        )
-    )
+    address, client = f"\0alter-{uuid.uuid4()}", folder / "python"  # no file: paths of sockets may not be long
+    numbers = [int(number) for number in SIGNALS]
+    client.write_text(CLIENT.format(python=sys.executable, address=address, client=str(client), signals=numbers))
     client.chmod(0o755)
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.warm", str(address)]
-    server = subprocess.Popen(command, env=environment, cwd=root, stdin=subprocess.PIPE)  # ends when this process does
-    began = time.monotonic()
-    while not address.exists():
-        assert server.poll() is None, "the warm Python did not start"
-        assert time.monotonic() - began < START_SECONDS, "the warm Python does not start"
-        time.sleep(0.1)
+    command = [sys.executable, "-m", "tests.warm", address[1:]]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}  # it ends when its stdin does, with this process
+    server = subprocess.Popen(command, env=environment, cwd=root, **pipes)
+    assert server.stdout.readline() == b"ready\n", "the warm Python did not start"
     return server, client
 
 
 def serve(address: str) -> None:
-    """Imports, and forks for each who asks."""
+    """Imports, says that it is ready, and forks for each who asks."""
     for name in IMPORTED:
         with suppress(ImportError):  # not all is installed everywhere
             importlib.import_module(name)
@@ -86,9 +79,9 @@ def serve(address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: who asked ends, and so do they
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the attendants
     listening = socket.socket(socket.AF_UNIX)
-    listening.bind(f"{address}.new")
+    listening.bind(f"\0{address}")
     listening.listen(64)
-    os.rename(f"{address}.new", address)
+    print("ready", flush=True)
     while sys.stdin not in select.select([sys.stdin, listening], [], [])[0]:
         asking, _ = listening.accept()
         if not os.fork():

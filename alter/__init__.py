@@ -15,7 +15,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str) -> Any:
     # Imported on first use: torch and transformers take seconds, `alter --help` should not.
     if name == "load":
-        from alter.predict import load
+        from alter.loading import load
 
         return load
     raise AttributeError(f"module 'alter' has no attribute '{name}'")

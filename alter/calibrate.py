@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alter.data import MultiTaskDataModule
-from alter.predict import CALIBRATION_FILE, Predictor
+from alter.loading import CALIBRATION_FILE
+from alter.predict import Predictor
 from alter.results import write_json
 
 BOUNDS = (0.05, 20.0)  # validation that is all right would drive the temperature to zero

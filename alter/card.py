@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from alter.data import Task
+from alter.loading import model_folder, read_recipe
 from alter.nn.embedded import EMBEDDED
 from alter.nn.model import read_config
-from alter.predict import model_folder, read_recipe
 
 UNKNOWN = "not stated in the task file"
 

@@ -18,8 +18,8 @@ from alter import __version__
 from alter.errors import AlterError, disk_is_full
 
 if TYPE_CHECKING:
+    from alter.answering import Answer
     from alter.guess import Guess
-    from alter.predict import Answer
 
 DESCRIPTION = "One small language model, good at all the tasks of a domain."
 EPILOG = """examples:
@@ -344,7 +344,7 @@ def _completion(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from alter.predict import load
+    from alter.loading import load
 
     disable_progress_bar()
     predictor = load(options.run, options.backbone)

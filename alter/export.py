@@ -17,14 +17,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
+from alter.answering import line_ends
 from alter.card import model_card
 from alter.data import Task
 from alter.errors import AlterError, did_you_mean
+from alter.loading import CALIBRATION_FILE, model_folder, read_recipe
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import merged, one_adapter
 from alter.nn.hub import weight_files
 from alter.nn.model import WEIGHTS_FILE, MTAModel, read_config
-from alter.predict import CALIBRATION_FILE, line_ends, model_folder, read_recipe
 from alter.publish import example_call, new_folder, publish, write_recipe
 
 FORMATS = ("hf", "adapter", "onnx", "alter")

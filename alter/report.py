@@ -16,8 +16,9 @@ import yaml
 from alter import html, pictures
 from alter.data import MultiTaskDataModule
 from alter.inside import expert_similarity, mean_gates
+from alter.loading import load
 from alter.metrics import metric
-from alter.predict import Predictor, load
+from alter.predict import Predictor
 from alter.results import REFERENCES, verdict, write_json
 
 WORST = 10

@@ -38,10 +38,11 @@ from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
+from alter.loading import load, read_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
-from alter.predict import Predictor, load, read_recipe
+from alter.predict import Predictor
 from alter.recipe import STAGES, Recipe
 from alter.requeue import REQUEUE
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json

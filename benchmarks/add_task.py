@@ -19,9 +19,10 @@ import common
 from alter.data import MultiTaskDataModule, Task
 from alter.evaluate import answers
 from alter.growth import borrowed, newcomer_arguments
+from alter.loading import read_recipe
 from alter.metrics import metric
 from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone
-from alter.predict import Predictor, read_recipe
+from alter.predict import Predictor
 from alter.run import quiet, train
 
 

@@ -21,9 +21,9 @@ import openai
 import yaml
 
 from alter.data import Task, load_tasks
+from alter.loading import read_recipe
 from alter.nn import LoRA, SharedGate
 from alter.nn.backbone import resolve_backbone
-from alter.predict import read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ROWS = 64  # of each task

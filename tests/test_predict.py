@@ -12,10 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 import alter
+from alter.answering import line_ends
 from alter.calibrate import BOUNDS, fit_temperature, mean_surprise
 from alter.errors import AlterError
 from alter.nn import Bottleneck, Description, FirstPositionGate
-from alter.predict import line_ends
+from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.runs import CHOICES, make_run
 
@@ -38,7 +39,7 @@ def test_a_mixed_batch_is_answered_as_each_input_by_itself(model, monkeypatch):
     assert max(len(answer.split()) for answer, task in zip(mixed, TASKS, strict=True) if task == "echo") <= 3
     seen = []
     monkeypatch.setattr(
-        "alter.predict.generate",
+        "alter.answering.generate",
         lambda m, batch, *a, **k: seen.append(batch["task_ids"].tolist()) or [[5]] * len(batch["task_ids"]),
     )
     model.generate(INPUTS, task=TASKS)
@@ -47,7 +48,7 @@ def test_a_mixed_batch_is_answered_as_each_input_by_itself(model, monkeypatch):
 
 
 def test_beams_of_tasks_with_other_limits_are_answered_as_each_alone(model):
-    model.generation = alter.predict.Generation(num_beams=3)
+    model.generation = Generation(num_beams=3)
     mixed = model.generate(INPUTS, task=TASKS)
     assert mixed == [model.generate(given, task=task)[0] for given, task in zip(INPUTS, TASKS, strict=True)]
 
@@ -55,11 +56,11 @@ def test_beams_of_tasks_with_other_limits_are_answered_as_each_alone(model):
 def test_tasks_of_many_choices_share_a_batch(model, monkeypatch):
     names = ["sort", "pick", "sort", "pick", "pick"]
     alone = model.classify(TEXTS[:5], task=names)
-    monkeypatch.setattr("alter.predict.SCORED_FIRST", 1)
+    monkeypatch.setattr("alter.answering.SCORED_FIRST", 1)
     monkeypatch.setattr("alter.nn.decoding.SCORED_FIRST", 1)
-    found, seen = alter.predict.best_choices, []
+    found, seen = alter.answering.best_choices, []
     monkeypatch.setattr(
-        "alter.predict.best_choices",
+        "alter.answering.best_choices",
         lambda m, batch, own: seen.append(batch["task_ids"].tolist()) or found(m, batch, own),
     )
     assert model.classify(TEXTS[:5], task=names) == alone
@@ -194,7 +195,7 @@ def test_hf_serves_routers_that_read_the_prompt_or_a_position(family, special, t
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, num_beams=2, do_sample=False
         )
         start = 1 if model.model.is_seq2seq else ids.shape[1]
-        model.generation = alter.predict.Generation(num_beams=2)
+        model.generation = Generation(num_beams=2)
         assert (
             model.tokenizer.decode(output[0, start:], skip_special_tokens=True) == model.generate(text, task="echo")[0]
         )

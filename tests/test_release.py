@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import alter
-from alter import predict
+from alter import answering
 from alter.cli import main
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
@@ -28,13 +28,13 @@ TINY += ["--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false"]
 @pytest.mark.parametrize("project", ["t5"], indirect=True)
 def test_the_recipe_trains_all_parameters_chooses_by_metrics_and_answers_with_beams(project, capsys, monkeypatch):  # noqa: F811
     asked = []
-    kept = predict.generate
+    kept = answering.generate
 
     def generate(*args, **options):
         asked.append(options)
         return kept(*args, **options)
 
-    monkeypatch.setattr(predict, "generate", generate)
+    monkeypatch.setattr(answering, "generate", generate)
     main(["fit", *RECIPE, *TINY])
     out = capsys.readouterr().out
     assert out.count("trunk cache: off (the backbone trains") == 2

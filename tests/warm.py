@@ -27,7 +27,7 @@ from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 IMPORTED = (
-    "alter.cli", "alter.run", "alter.compare.cell", "alter.doctor.trial", "alter.predict",
+    "alter.cli", "alter.run", "alter.compare.cell", "alter.doctor.trial", "alter.loading",
     # what these import when they need it
     "bitsandbytes", "datasets", "functorch.compile", "peft", "torch.utils.tensorboard", "transformers.optimization",
 )  # fmt: skip

@@ -22,11 +22,12 @@ from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.inside import mean_gates
+from alter.loading import load
 from alter.metrics import bootstrap, metric
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
-from alter.predict import Predictor, load
+from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
 from alter.results import peak_memory_bytes, write_json
 

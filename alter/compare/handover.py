@@ -11,12 +11,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from alter.answering import MAX_BATCH_TOKENS, line_ends
 from alter.data import MultiTaskDataModule, Task, encode_choices, eval_batches
 from alter.data.sampler import MixtureBatchSampler
 from alter.errors import AlterError
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards, select_layers
-from alter.predict import MAX_BATCH_TOKENS, line_ends
 from alter.recipe import Recipe
 from alter.results import write_json
 

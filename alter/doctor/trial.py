@@ -22,9 +22,10 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from alter import references
+from alter.answering import MAX_BATCH_TOKENS
 from alter.data import MultiTaskDataModule, eval_batches
+from alter.loading import load
 from alter.nn.backbone import is_seq2seq, resolve_backbone
-from alter.predict import MAX_BATCH_TOKENS, load
 from alter.recipe import Recipe, read_recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, write_json
 from alter.run import StageCLI, quiet

@@ -17,8 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from alter.answering import MAX_BATCH_TOKENS, Answer
 from alter.data import Task
-from alter.predict import MAX_BATCH_TOKENS, Answer, Predictor
+from alter.predict import Predictor
 from alter.serve.metrics import Metrics
 
 GATHER_SECONDS = 0.01  # clients that were answered together come back together, but not in the same millisecond

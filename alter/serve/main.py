@@ -37,7 +37,7 @@ def serve(
         ) from error
     from transformers.utils.logging import disable_progress_bar
 
-    from alter.predict import load
+    from alter.loading import load
 
     disable_progress_bar()
     taken, key = Limits(**limits), read_key(api_key_file)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alter.predict import MAX_BATCH_TOKENS, Answer
+from alter.answering import MAX_BATCH_TOKENS, Answer
 from alter.serve import batching
 from alter.serve.batching import STEPS, Batcher, Job, RoutingJob
 from alter.serve.metrics import Metrics

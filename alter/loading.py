@@ -1,0 +1,86 @@
+"""Reads a finished run, or what ``save_pretrained`` wrote: ``alter.load``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from alter.data import Task
+from alter.errors import AlterError
+from alter.guess import read_task_predictor
+from alter.nn.backbone import load_tokenizer, resolve_backbone
+from alter.nn.decoding import Generation
+from alter.nn.model import CONFIG_FILE, MTAModel, read_config
+from alter.precision import answering_precision
+from alter.predict import Predictor
+from alter.yaml_file import read_yaml
+
+CALIBRATION_FILE = "calibration.json"
+
+
+def load(
+    run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel, stage: str | None = None
+) -> Predictor:
+    """Loads a finished run, or what ``save_pretrained`` wrote.
+
+    Args:
+        run: the folder.
+        backbone: where the backbone is, when not where it was.
+        kind: of the model, for one that is not an `MTAModel` itself.
+        stage: whose model, of a run folder; by default that of the last.
+
+    Raises:
+        AlterError: the folder holds no finished run, or it is damaged.
+    """
+    content = read_recipe(Path(run))
+    folder = Path(run) / stage / "model" if stage else model_folder(Path(run))
+    tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
+    where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
+    model = kind.from_pretrained(folder, str(where), answering_precision(content["precision"]))
+    by_name = {task.name: task for task in tasks}
+    generation = Generation(**content.get("generation", {}))
+    # an earlier stage's model still has the tasks that were removed from the run
+    known = [by_name[name] for name in model.tasks if name not in model.retired and (name in by_name or not stage)]
+    found = Predictor(model, load_tokenizer(where), known, generation)
+    found.folder = Path(run)
+    found.temperatures = read_temperatures(folder)
+    found.task_predictor = read_task_predictor(folder)
+    return found
+
+
+def model_folder(run: Path) -> Path:
+    """Where the model of a run is, or of a folder that ``save_pretrained`` wrote: the folder itself."""
+    return run if (run / CONFIG_FILE).is_file() else run / "model"
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """Reads the recipe of a run.
+
+    Raises:
+        AlterError: there is none.
+    """
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise AlterError(f"{run}: no run here, recipe.yaml is missing; name a folder that `alter fit` has written.")
+    content = read_yaml(recipe)
+    if not (isinstance(content, dict) and isinstance(content.get("data"), dict) and "precision" in content):
+        raise AlterError(f"{recipe}: not the recipe of a run; copy or train it again.")
+    return content
+
+
+def read_temperatures(folder: Path) -> dict[str, float]:
+    """The temperatures of a model folder; none where it is not calibrated.
+
+    Raises:
+        AlterError: the file is damaged.
+    """
+    file = folder / CALIBRATION_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return {name: float(task["temperature"]) for name, task in json.loads(file.read_text()).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AlterError(
+            f"{file}: not a readable calibration ({error}); remove it, `alter test` makes it again."
+        ) from error

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from alter.data import Task
 from alter.loading import model_folder, read_recipe
 from alter.nn.embedded import EMBEDDED
-from alter.nn.model import read_config
+from alter.nn.files import read_config
 
 UNKNOWN = "not stated in the task file"
 

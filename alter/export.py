@@ -24,8 +24,9 @@ from alter.errors import AlterError, did_you_mean
 from alter.loading import CALIBRATION_FILE, model_folder, read_recipe
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import merged, one_adapter
+from alter.nn.files import WEIGHTS_FILE, read_config
 from alter.nn.hub import weight_files
-from alter.nn.model import WEIGHTS_FILE, MTAModel, read_config
+from alter.nn.model import MTAModel
 from alter.publish import example_call, new_folder, publish, write_recipe
 
 FORMATS = ("hf", "adapter", "onnx", "alter")

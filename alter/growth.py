@@ -21,8 +21,9 @@ from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
 from alter.loading import CALIBRATION_FILE, load, model_folder, read_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
+from alter.nn.files import read_config
 from alter.nn.gates import newcomer_gates
-from alter.nn.model import MTAModel, read_config
+from alter.nn.model import MTAModel
 from alter.predict import expert_names
 from alter.results import peak_memory_bytes, render_table, run_results, write_json
 from alter.run import differences, measure, publish, quiet, record, records, say, train, write_text

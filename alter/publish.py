@@ -13,7 +13,7 @@ from alter.data import Task
 from alter.errors import AlterError
 from alter.guess import TASK_PREDICTOR_FILE
 from alter.loading import CALIBRATION_FILE, model_folder, read_recipe
-from alter.nn.model import CONFIG_FILE, WEIGHTS_FILE
+from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE
 
 USAGE = """
 ```

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from alter.nn.feed_forward import FeedForward, sizes
+from alter.nn.feed_forward import FeedForward
+from alter.nn.linear import sizes
 
 
 class FrozenFeedForward:

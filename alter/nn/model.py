@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,19 +17,16 @@ from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backb
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
 from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
+from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, copy_state, read_config, read_weights, write_model
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.loss import token_losses
 from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
 from alter.nn.routers import Router, Routing
-from alter.nn.sharding import gather, put_away, slice_like
+from alter.nn.sharding import gather, put_away
 from alter.nn.template import make_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-WEIGHTS_FILE = "adapters.safetensors"
-CONFIG_FILE = "alter.json"
-FORMAT = 1
 
 
 class TokenLosses(NamedTuple):
@@ -357,7 +352,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: a key is missing, surplus or of another shape.
         """
-        _copy_state(self.adapter_state(), state, where)
+        copy_state(self.adapter_state(), state, where)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes, whole; of a model that is cut over processes, all of them must ask."""
@@ -377,7 +372,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: a key is missing, surplus or of another shape.
         """
-        _copy_state(self.trained_tensors(), state, where)
+        copy_state(self.trained_tensors(), state, where)
 
     def save_pretrained(self, folder: str | Path, backbone: str, trained: Mapping[str, Tensor] | None = None) -> None:
         """Writes the adapters, and the backbone only where it has trained, as safetensors and JSON.
@@ -387,13 +382,8 @@ class MTAModel(nn.Module):
             backbone: the name or folder of the backbone, as ``load_backbone`` takes it.
             trained: what ``trained_state`` returned; None to ask for it here.
         """
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         layer = next(iter(self.layers.values()))
         config: dict[str, Any] = {
-            "format": FORMAT,
             "backbone": {"name": str(backbone), "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone)))},
             "tasks": self.tasks,
             "layers": self._layers_setting,
@@ -405,13 +395,7 @@ class MTAModel(nn.Module):
             "num_shared": self.num_shared,
             "own_backbone": self.has_own_backbone,
         }
-        state = {key: value.detach().cpu().contiguous() for key, value in (trained or self.trained_state()).items()}
-        temporary = folder / f".{WEIGHTS_FILE}.part"
-        save_file(state, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS_FILE)
-        temporary = folder / f".{CONFIG_FILE}.part"
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(temporary, folder / CONFIG_FILE)
+        write_model(folder, config, trained or self.trained_state())
 
     @property
     def num_experts(self) -> int:
@@ -468,7 +452,7 @@ class MTAModel(nn.Module):
                     f"{where}: the backbone was trained too, so its precision cannot be {precision}; load it as fp32 or bf16."
                 )
             model._own_backbone()
-        model.load_trained_state(_read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
+        model.load_trained_state(read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         return model.eval()
 
 
@@ -485,57 +469,6 @@ def _places(positions: Tensor) -> Tensor:
     """The places of [batch, seq] that are true, [batch, n]; rows that have fewer are filled up with others."""
     count = max(1, int(positions.sum(1).max()))
     return positions.int().argsort(dim=1, descending=True, stable=True)[:, :count]
-
-
-def _copy_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors into those of the same name; raises where names or shapes differ."""
-    problems = [f"{where}: the key '{key}' is missing." for key in own.keys() - state.keys()]
-    problems += [f"{where}: the key '{key}' belongs to no adapter of this model." for key in state.keys() - own.keys()]
-    problems += [
-        f"{where}: the key '{key}' has shape {list(state[key].shape)}, not {list(own[key].shape)}."
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    if problems:
-        raise AlterError(*sorted(problems))
-    with torch.no_grad():
-        for key, value in state.items():
-            own[key].copy_(slice_like(value, own[key]))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Reads and checks the JSON of a model folder.
-
-    Raises:
-        AlterError: it is missing, damaged or of another format.
-    """
-    file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text())
-        complete = config["format"] == FORMAT and {"backbone", "tasks", "layers", "ffn", "parts"} <= config.keys()
-    except FileNotFoundError as error:
-        raise AlterError(
-            f"{folder}: no model here, {CONFIG_FILE} is missing; name a folder that a run has finished."
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise AlterError(
-            f"{file}: not a readable ALTER model description ({error}); train or copy it again."
-        ) from error
-    if not complete:
-        raise AlterError(
-            f"{file}: not a description of format {FORMAT}; train again or take the version that wrote it."
-        )
-    return config
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise AlterError(f"{file}: not readable as safetensors ({error}); train or copy the model again.") from error
 
 
 def _remove_dropout(backbone: nn.Module) -> None:

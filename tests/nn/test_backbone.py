@@ -27,7 +27,8 @@ from transformers import (
 from alter.errors import AlterError
 from alter.nn import backbone, hub
 from alter.nn.backbone import backbone_fingerprint, is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
-from alter.nn.feed_forward import dense_weight, find_feed_forwards, linear_shape
+from alter.nn.feed_forward import find_feed_forwards
+from alter.nn.linear import dense_weight, linear_shape
 from tests.nn.tiny import FAMILIES, tiny_model
 
 LLAMA = {

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM
 
 from alter.errors import AlterError
-from alter.nn.feed_forward import dense_weight, find_feed_forwards, linear_shape, select_layers
+from alter.nn.feed_forward import find_feed_forwards, select_layers
+from alter.nn.linear import dense_weight, linear_shape
 from tests.nn.tiny import FAMILIES, tiny_model
 
 # By hand from the models' sources: names of the first and last block, (gate, up, down), sizes, blocks.

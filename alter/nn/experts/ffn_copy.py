@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alter.nn.experts.base import Expert, Linears
-from alter.nn.feed_forward import dense_weight
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.linear import dense_weight
 from alter.nn.routers.base import Routing
 
 

@@ -1,0 +1,94 @@
+"""Tokenised prompts of several tasks in shared batches."""
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import alter
+from alter.answering import line_ends
+from alter.nn.decoding import Generation
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.runs import CHOICES
+from tests.test_predict import INPUTS, TASKS, TEXTS, model  # noqa: F401 (a fixture)
+
+
+def test_a_mixed_batch_is_answered_as_each_input_by_itself(model, monkeypatch):  # noqa: F811
+    assert model.tasks == ["sort", "pick", "echo", "pair"]
+    mixed = model.generate(INPUTS, task=TASKS)
+    alone = [model.generate([given], task=task)[0] for given, task in zip(INPUTS, TASKS, strict=True)]
+    assert mixed == alone
+    assert len(set(mixed)) > 2
+    assert max(len(answer.split()) for answer, task in zip(mixed, TASKS, strict=True) if task == "echo") <= 3
+    seen = []
+    monkeypatch.setattr(
+        "alter.answering.generate",
+        lambda m, batch, *a, **k: seen.append(batch["task_ids"].tolist()) or [[5]] * len(batch["task_ids"]),
+    )
+    model.generate(INPUTS, task=TASKS)
+    assert sorted(seen[0]) == [0, 1, 2, 2, 3, 3]  # one batch
+    assert model.generate(INPUTS[:1], task="echo", max_new_tokens=1) == ["w2"]
+
+
+def test_beams_of_tasks_with_other_limits_are_answered_as_each_alone(model):  # noqa: F811
+    model.generation = Generation(num_beams=3)
+    mixed = model.generate(INPUTS, task=TASKS)
+    assert mixed == [model.generate(given, task=task)[0] for given, task in zip(INPUTS, TASKS, strict=True)]
+
+
+def test_tasks_of_many_choices_share_a_batch(model, monkeypatch):  # noqa: F811
+    names = ["sort", "pick", "sort", "pick", "pick"]
+    alone = model.classify(TEXTS[:5], task=names)
+    monkeypatch.setattr("alter.answering.SCORED_FIRST", 1)
+    monkeypatch.setattr("alter.nn.decoding.SCORED_FIRST", 1)
+    found, seen = alter.answering.best_choices, []
+    monkeypatch.setattr(
+        "alter.answering.best_choices",
+        lambda m, batch, own: seen.append(batch["task_ids"].tolist()) or found(m, batch, own),
+    )
+    assert model.classify(TEXTS[:5], task=names) == alone
+    assert sorted(seen[0]) == [0, 0, 1, 1, 1]
+
+
+def test_probabilities_of_a_mixed_batch_are_the_softmax_of_likelihoods_over_the_temperature(model):  # noqa: F811
+    names = ["sort", "pick", "sort", "pick", "pick"]
+    model.temperatures = {"sort": 3.0}
+    found = model.classify(TEXTS[:5], task=names, return_probs=True)
+    for text, name, answer in zip(TEXTS, names, found, strict=False):
+        task = model.task(name)
+        ids = model.tokenizer(task.render_prompt({"text": text})).input_ids
+        ids += [1] if model.model.is_seq2seq and ids[-1] != 1 else []
+        scores = []
+        for choice in task.choices:
+            target = [*model.tokenizer(choice).input_ids, 1]
+            batch = model.collator([{"prompt_ids": ids, "target_ids": target, "task_id": model.tasks.index(name)}])
+            with torch.no_grad():
+                scores.append(-model.model(batch).losses.sum())
+        expected = (torch.stack(scores) / model.temperatures.get(name, 1.0)).softmax(0).tolist()
+        assert list(answer.probabilities) == task.choices
+        assert list(answer.probabilities.values()) == pytest.approx(expected, abs=1e-5)
+        assert answer.text == task.choices[max(range(len(expected)), key=expected.__getitem__)]
+    assert model.classify(TEXTS[:5], task=names) == [answer.text for answer in found]
+    assert {len(answer.probabilities) for answer in found} == {2, len(CHOICES)}
+
+
+def pieces_of_words():
+    """As SentencePiece's: a line's end is a space, and so the piece of one."""
+    found = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("▁a", -2.0), ("69", -3.0)], 0))
+    found.normalizer = normalizers.Replace(Regex(r"\s"), " ")
+    found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>")
+
+
+def pieces_of_bytes():
+    """As GPT-2's: a line's end is a byte as others are."""
+    letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    found = Tokenizer(models.BPE({**letters, "ĊĊ": len(letters)}, [("Ċ", "Ċ")]))
+    found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=found)
+
+
+@pytest.mark.parametrize(("tokenizer", "ends"), [(pieces_of_words(), []), (pieces_of_bytes(), ["Ċ", "ĊĊ"])])
+def test_an_answer_ends_at_a_lines_end_and_at_no_space(tokenizer, ends):
+    assert tokenizer.convert_ids_to_tokens(line_ends(tokenizer)) == ends
+    assert tokenizer.decode(tokenizer("a 69").input_ids) == "a 69"

@@ -26,10 +26,13 @@ from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
 from alter.predict import expert_names
 from alter.results import peak_memory_bytes, render_table, run_results, write_json
-from alter.run import differences, measure, publish, quiet, record, records, say, train, write_text
+from alter.run import differences, measure, publish, put_back, quiet, record, records, say, train, write_text
+from alter.schema import refuse_foreign_sources
+from alter.strategy import ONE_DEVICE
 
 FOLDER = "added"  # in the run folder: a folder for each task that was added
 CHECKS = 0.2  # of the draws, between two looks at validation
+KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
 OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
 
 
@@ -66,7 +69,7 @@ def add_task(
     known = read_config(run / "model")["tasks"]
     folder = run / FOLDER / task.name
     if consolidate:
-        _require_stage2(run, content)
+        _require_consolidable(run, content)
     begun = records(folder)
     if task.name in known and "tested" in begun and consolidate:  # stopped while it consolidated
         consolidate_run(run)
@@ -81,9 +84,7 @@ def add_task(
         say(f"\n{task.name}: trains in {folder}")
         arguments = newcomer_arguments(run, content, task.name, backbone, draws, lr)
         generation = Generation(**content.get("generation", {}))
-        facts, cli = train(folder, arguments, data, content["backbone"], generation)
-        if not cli.trainer.is_global_zero:
-            return {}
+        facts, _cli = train(folder, arguments, data, content["backbone"], generation)
         _carry_on(run / "model", folder / "model")
         record(folder, "added", **facts)
     if task.name not in known:
@@ -115,10 +116,12 @@ def newcomer_arguments(
     run: Path, content: Mapping[str, Any], task: str, backbone: Path, draws: int | None, lr: float | None
 ) -> dict[str, Any]:
     """What ``alter.run.train`` takes to train a newcomer beside a run's model; its arguments as for ``add_task``."""
-    optimizer = copy.deepcopy(content["stage1"]["model"]["init_args"]["optimizer"])
+    stage1 = content["stage1"]["model"]["init_args"]
+    optimizer = copy.deepcopy(stage1["optimizer"])
     if lr is not None:
         optimizer["init_args"]["lr"] = lr
     given = {"expert": _newcomer_expert(content), "own": OWN, "keep": KEEP, "optimizer": optimizer}
+    given |= {key: stage1[key] for key in KEPT if key in stage1}  # its schedule is its own: stage 1's may never fall
     arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
     epochs = {} if _drawn(content, draws)["examples_per_epoch"] is None else {"max_epochs": 1}
     arguments["trainer"] |= {**epochs, "val_check_interval": CHECKS}
@@ -149,7 +152,7 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
     quiet()
     content = _finished_run(run)
     if consolidate:
-        _require_stage2(run, content)
+        _require_consolidable(run, content)
         if (
             name not in _names(content) and _consolidation(run, _names(content)).is_dir()
         ):  # stopped while it consolidated
@@ -158,15 +161,9 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
     model = MTAModel.from_pretrained(run / "model", str(resolve_backbone(content["backbone"])), content["precision"])
     trained_together = name in model.tasks[: model.base_tasks]
     lenders = _borrowers(model, name) if trained_together else []
-    model.remove_task(name)
-    beside = run / f".without.{name}"
-    model.save_pretrained(beside, content["backbone"])
-    _carry_on(run / "model", beside)
-    _drop_from(beside / CALIBRATION_FILE, name)
-    if known := read_task_predictor(beside):
-        known.without(name).save(beside / TASK_PREDICTOR_FILE)
-    publish(beside, run / "model")
-    shutil.rmtree(beside)
+    answered = [task for task in model.tasks if task not in model.retired]
+    if name in answered or name not in _names(content):  # else stopped after it had left the model
+        _take_out(run, model, name, content["backbone"])
     left = [task for task in content["data"]["tasks"] if task["name"] != name]
     write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": left}}))
     _drop_results(run, name)
@@ -181,6 +178,19 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
         print("The other tasks answer as before.")
 
 
+def _take_out(run: Path, model: MTAModel, name: str, backbone: str) -> None:
+    """Replaces a run's model by one without a task."""
+    model.remove_task(name)
+    beside = run / f".without.{name}"
+    model.save_pretrained(beside, backbone)
+    _carry_on(run / "model", beside)
+    _drop_from(beside / CALIBRATION_FILE, name)
+    if known := read_task_predictor(beside):
+        known.without(name).save(beside / TASK_PREDICTOR_FILE)
+    publish(beside, run / "model")
+    shutil.rmtree(beside)
+
+
 def consolidate_run(run: Path) -> None:
     """Trains the shared experts and their gate again on all of a run's tasks, and what was added; then tests all.
 
@@ -188,7 +198,7 @@ def consolidate_run(run: Path) -> None:
         AlterError: the run has no stage 2, or a task's data is no longer there.
     """
     content = _finished_run(run)
-    _require_stage2(run, content)
+    _require_consolidable(run, content)
     backbone = resolve_backbone(content["backbone"])
     data = _data(content["data"], backbone)
     names = [task.name for task in data.tasks]
@@ -196,9 +206,9 @@ def consolidate_run(run: Path) -> None:
     print(f"\nstage 2 again, for all tasks: trains in {folder}")
     print(data.summary())
     stage2 = content["stage2"]["model"]["init_args"]
-    init_args = {"task_expert_lr": stage2["task_expert_lr"], "optimizer": stage2["optimizer"]}
-    arguments = _arguments(content, "ConsolidateModule", names, run, backbone, init_args)
-    arguments["trainer"] |= content["stage2"]["trainer"]
+    own = {key: stage2[key] for key in ("task_expert_lr", "optimizer", "schedule", "warmup", *KEPT) if key in stage2}
+    arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
+    arguments["trainer"] |= {**content["stage2"]["trainer"], **ONE_DEVICE}
     train(folder, arguments, data, content["backbone"], Generation(**content.get("generation", {})))
     publish(folder / "model", run / "model")
     shutil.rmtree(folder)
@@ -247,6 +257,7 @@ def _finished_run(run: Path) -> dict[str, Any]:
     content = read_recipe(run)
     if model_folder(run) == run or "stage1" not in content:
         raise AlterError(f"{run}: what save_pretrained wrote has no recipe to go on with; name the run folder itself.")
+    put_back(run / "model")
     read_config(run / "model")
     return content
 
@@ -278,7 +289,8 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     write_json(file, settings)
 
 
-def _require_stage2(run: Path, content: Mapping[str, Any]) -> None:
+def _require_consolidable(run: Path, content: Mapping[str, Any]) -> None:
+    refuse_foreign_sources(content["data"]["tasks"], run / "recipe.yaml")
     if read_config(run / "model")["num_shared"] == 0:
         raise AlterError(
             f"{run}: --consolidate trains stage 2's part again, and the run has none (stages: {content['stages']}); leave it out."
@@ -317,7 +329,7 @@ def _arguments(
     }
     return {
         "seed_everything": content["seed_everything"],
-        "trainer": dict(content["trainer"]),
+        "trainer": {**content["trainer"], **ONE_DEVICE},
         "model": {"class_path": f"alter.stages.{module}", "init_args": init_args},
     }
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -46,7 +46,7 @@ from alter.predict import Predictor
 from alter.recipe import STAGES, Recipe
 from alter.requeue import REQUEUE
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
-from alter.schema import TRUSTED
+from alter.schema import refuse_foreign_sources
 from alter.stages import StageModule
 from alter.yaml_file import read_yaml
 
@@ -203,7 +203,7 @@ def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor
     predictor = load(run)
     if data is None:
         arguments = read_recipe(run)["data"]
-        _refuse_foreign_code(arguments["tasks"], run / "recipe.yaml")
+        refuse_foreign_sources(arguments["tasks"], run / "recipe.yaml")
         data = MultiTaskDataModule(
             **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
         )
@@ -212,18 +212,6 @@ def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor
     calibrate_run(run, predictor, data)
     fit_run(run, predictor, data)
     return predictor, data
-
-
-def _refuse_foreign_code(tasks: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A run folder may come from elsewhere, so the sources that it names are ALTER's own, or the user has named their module."""
-    for task in tasks:
-        class_path = str(task["source"].get("class_path", ""))
-        module = class_path.rpartition(".")[0]
-        if module and module.split(".")[:2] != ["alter", "data"] and module not in TRUSTED:
-            raise AlterError(
-                f"{file}: task '{task['name']}' reads its rows by '{class_path}', which is not part of ALTER; import its module "
-                f"first if you trust it (on the command line: --import {module})."
-            )
 
 
 def quiet() -> None:
@@ -392,11 +380,22 @@ def _best_score(trainer: Any) -> float | None:
 
 def publish(source: Path, target: Path) -> None:
     """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
-    beside = target.with_name(f".{target.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside, before = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    put_back(target)
+    for outdated in (beside, before):
+        shutil.rmtree(outdated, ignore_errors=True)
     shutil.copytree(source, beside)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        target.rename(before)
     beside.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def put_back(target: Path) -> None:
+    """Ends what a kill in the middle of ``publish`` began, between its two renamings."""
+    before = target.with_name(f".{target.name}.old")
+    if before.is_dir() and not target.exists():
+        before.rename(target)
 
 
 def stage_records(run: Path) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,3 +162,23 @@ def import_name(path: str, where: str, base: type | None = None) -> Any:
             f"{where}: '{path}' {what}; known there: {', '.join(sorted(known)[:12])}.{did_you_mean(name, known)}"
         )
     return found
+
+
+def refuse_foreign_sources(tasks: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """A run folder may come from elsewhere: the sources that it names are ALTER's own, or the user has named their module.
+
+    Args:
+        tasks: of the run's recipe.
+        file: the recipe.
+
+    Raises:
+        AlterError: a task's source is of another module.
+    """
+    for task in tasks:
+        class_path = str(task["source"].get("class_path", ""))
+        module = class_path.rpartition(".")[0]
+        if module and module.split(".")[:2] != ["alter", "data"] and module not in TRUSTED:
+            raise AlterError(
+                f"{file}: task '{task['name']}' reads its rows by '{class_path}', which is not part of ALTER; import its module "
+                f"first if you trust it (on the command line: --import {module})."
+            )

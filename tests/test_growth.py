@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from alter.growth import newcomer_arguments
 from alter.nn import LoRA
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
+from alter.run import train
 from tests.data.conftest import make_words, task_dict
 from tests.runs import inside
 from tests.test_cli import make_project, refused
@@ -180,13 +182,39 @@ def test_an_addition_that_was_stopped_after_it_joined_is_tested_by_the_same_comm
     assert "has a task 'new' already" in " ".join(refused(capsys, *add))
 
 
-def test_consolidation_trains_stage_two_for_all_and_tests_all(grown, capsys):
+def change_recipe(run, **changes):
+    """As if the run had been trained so; a key's dots lead into sections."""
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    for key, value in changes.items():
+        *sections, last = key.split("__")
+        place = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_consolidation_trains_stage_two_for_all_and_tests_all(grown, capsys, monkeypatch):
+    change_recipe(  # a run that several processes trained: growth takes one
+        grown / "run",
+        trainer__devices=2,
+        trainer__strategy="ddp",
+        stage1__model__init_args__gradient_checkpointing=True,
+        stage2__model__init_args__schedule="constant",
+    )
+    seen = []
+    monkeypatch.setattr(
+        growth, "train", lambda folder, given, *rest: seen.append(given["model"]) or train(folder, given, *rest)
+    )
     before = trained(grown / "run")
     main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40", "--consolidate"])
     after = trained(grown / "run")
     assert moved(before, after) == {"shared", "shared_router"}  # stage 2's task_expert_lr is 0
     results = json.loads((grown / "run" / "results.json").read_text())["tasks"]
     assert list(results) == ["echo", "sort", "new"]
+    joins, shares = (given["init_args"] for given in seen)
+    assert joins["gradient_checkpointing"] and "schedule" not in joins  # noqa: PT018
+    assert shares["schedule"] == "constant"
     assert refused(capsys, "add-task", "--run", "run", "--task", "new.yaml") == [
         "alter: new.yaml: the run has a task 'new' already; give the new one another name."
     ]
@@ -251,6 +279,49 @@ def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkey
     main(remove)
     assert moved(before, trained(grown / "run")) == {"shared", "shared_router"}
     assert "there is no task 'echo'" in " ".join(refused(capsys, *remove))
+
+
+@pytest.mark.parametrize("task", ["echo", "new"])
+def test_a_removal_that_was_stopped_goes_on(grown, capsys, monkeypatch, task):
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, "write_text", stopped)  # the model is without it, the recipe not yet
+        with pytest.raises(SystemExit):
+            main(["remove-task", "--run", "run", "--task", task])
+    after = trained(grown / "run")
+    left = [name for name in ("echo", "sort", "new") if name != task]
+    assert alter.load("run").tasks == left
+    main(["remove-task", "--run", "run", "--task", task])
+    assert same(after, trained(grown / "run"))
+    assert alter.load("run").tasks == left
+    assert [own["name"] for own in yaml.safe_load(Path("run/recipe.yaml").read_text())["data"]["tasks"]] == left
+    assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == left
+    assert f"there is no task '{task}'" in " ".join(refused(capsys, "remove-task", "--run", "run", "--task", task))
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_a_model_is_whole_whenever_its_replacing_is_stopped(grown, monkeypatch, moment):
+    renamed, rename = [], Path.rename
+
+    def stops(self, target):
+        if self.parent == Path("run"):
+            if len(renamed) == moment:
+                raise KeyboardInterrupt
+            renamed.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stops)
+        with pytest.raises(SystemExit) if moment < 2 else nullcontext():
+            main(["remove-task", "--run", "run", "--task", "echo"])
+    if moment < 2:
+        main(["remove-task", "--run", "run", "--task", "echo"])
+    assert alter.load("run").tasks == ["sort"]
+    assert not list(Path("run").glob(".model*"))
 
 
 def test_what_cannot_be_added_is_one_sentence(grown, capsys):

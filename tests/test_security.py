@@ -145,17 +145,28 @@ def test_a_models_description_imports_nothing(run, mark, changes, monkeypatch, t
     assert "bomb" not in sys.modules
 
 
-@pytest.mark.parametrize("class_path", ["bomb.rows", "os.mkdir", "subprocess.check_call"])
+@pytest.mark.parametrize(
+    ("class_path", "command"),
+    [
+        *((class_path, ["test"]) for class_path in ("bomb.rows", "os.mkdir", "subprocess.check_call")),
+        ("bomb.rows", ["remove-task", "--task", "sort", "--consolidate"]),
+        ("bomb.rows", ["add-task", "--task", "new.yaml", "--consolidate"]),
+    ],
+)
 def test_a_runs_recipe_from_elsewhere_runs_no_source_until_its_module_is_named(
-    run, mark, class_path, capsys, monkeypatch
+    run, mark, class_path, command, capsys, monkeypatch
 ):
     monkeypatch.chdir(run.parent)
     (run.parent / "bomb.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    (run.parent / "new.yaml").write_text(yaml.safe_dump(task_dict(run.parent, "new")))
     content = yaml.safe_load((run / "recipe.yaml").read_text())
-    content["data"]["tasks"][0]["source"] = {"class_path": class_path, "init_args": {}}
+    content["data"] |= {"root": "."}
+    content["data"]["tasks"][1]["source"] = {"class_path": class_path, "init_args": {}}
+    content["stage1"] = {}
     (run / "recipe.yaml").write_text(yaml.safe_dump(content))
-    (sentence,) = refused(capsys, "test", "--run", "run")
+    (sentence,) = refused(capsys, command[0], "--run", "run", *command[1:])
     assert f"--import {class_path.split('.')[0]}" in sentence
+    assert alter.load("run").tasks == ["sort", "pick", "echo", "pair"]  # none has gone
 
 
 def test_the_users_own_source_is_read_once_its_module_is_named(run, capsys, monkeypatch):

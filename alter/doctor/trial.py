@@ -29,6 +29,7 @@ from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.recipe import Recipe, read_recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, write_json
 from alter.run import StageCLI, quiet
+from alter.strategy import ONE_DEVICE
 
 LARGEST, DRAWN = 2, 6  # batches: for the memory, and for the time of a step
 
@@ -169,7 +170,6 @@ def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -
     return fixed + total, cli.model.trainable_parameters(), mapped
 
 
-ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 ONE_EPOCH = {
     "max_epochs": 1,
     "max_steps": -1,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alter.data import Collator, Task, encode_choices
+from alter.data.encode import target_ids
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
 from alter.nn.decoding import (
@@ -21,6 +22,7 @@ from alter.nn.decoding import (
     generate,
     own_choice_log_likelihoods,
 )
+from alter.nn.gates import expert_names, mean_gates
 from alter.nn.model import MTAModel
 from alter.nn.stepping import StepDecoder
 
@@ -137,6 +139,26 @@ class Answerer:
                 scores[rows] = choice_log_likelihoods(self.model, batch, self._encoded_choices(task)).float().cpu()
         return scores
 
+    def gates(self, name: str, prompt: Sequence[int], answer: str) -> dict[str, dict[str, dict[str, float]]]:
+        """Who was used for a prompt and its answer; see ``Predictor.routing``.
+
+        Args:
+            name: of the task.
+            prompt: token ids.
+            answer: to it, read up to the task's ``max_target_tokens``.
+        """
+        limit = self.task(name).max_target_tokens
+        target = target_ids([answer], self.tokenizer, self.model.is_seq2seq)[0][:limit]
+        example = {"prompt_ids": prompt, "target_ids": target, "task_id": self._id(name)}
+        with self._announced():
+            found = mean_gates(self.model, self._placed(self.collator([example])))
+        shared = ["task experts", *(f"shared {k + 1}" for k in range(self.model.num_shared))]
+        names = {"experts": expert_names(self.model), "shared": shared}
+        return {
+            kind: {layer: dict(zip(names[kind], row.tolist(), strict=True)) for layer, row in layers.items()}
+            for kind, layers in found.items()
+        }
+
     def step_decoder(self, watch: Callable[[Any, list[int], bool], bool]) -> StepDecoder | None:
         """Decodes rows that come and go, with answers as ``generate`` has them; None where the model or beams need all at once.
 
@@ -217,7 +239,9 @@ class Answerer:
             yield rows, self._batch([tasks[row] for row in rows], [prompts[row] for row in rows])
 
     def _batch(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        batch = self.collator.prompts(prompts, [self._id(task.name) for task in tasks])
+        return self._placed(self.collator.prompts(prompts, [self._id(task.name) for task in tasks]))
+
+    def _placed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         device = self._device()
         return {key: value.to(device) for key, value in batch.items()}
 

@@ -22,9 +22,8 @@ from alter.loading import CALIBRATION_FILE, load, model_folder, read_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import read_config
-from alter.nn.gates import newcomer_gates
+from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
-from alter.predict import expert_names
 from alter.results import peak_memory_bytes, render_table, run_results, write_json
 from alter.run import differences, measure, publish, put_back, quiet, record, records, say, train, write_text
 from alter.schema import refuse_foreign_sources

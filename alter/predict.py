@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from alter.answering import Answer, Answerer
 from alter.data import Task, encode_prompt
-from alter.data.encode import prompt_ids, target_ids
+from alter.data.encode import prompt_ids
 from alter.errors import AlterError
 from alter.guess import Guess, guess
 from alter.nn.decoding import Generation
-from alter.nn.gates import mean_gates
 from alter.nn.model import MTAModel
 from alter.nn.task_predictor import TaskPredictor
 
@@ -128,30 +127,10 @@ class Predictor(Answerer):
             AlterError: as ``generate``.
         """
         tasks, prompts = self._read(texts, task)
+        names = [own.name for own in tasks]
         if answers is None:
-            answers = [
-                answer.text
-                for answer in self.answer_mixed([own.name for own in tasks], prompts, [False] * len(prompts))
-            ]
-        device = self._device()
-        names = {
-            "experts": expert_names(self.model),
-            "shared": ["task experts", *(f"shared {k + 1}" for k in range(self.model.num_shared))],
-        }
-        found = []
-        for own, prompt, answer in zip(tasks, prompts, answers, strict=True):
-            target = target_ids([answer], self.tokenizer, self.model.is_seq2seq)[0][: own.max_target_tokens]
-            example = {"prompt_ids": prompt, "target_ids": target, "task_id": self._id(own.name)}
-            batch = {key: value.to(device) for key, value in self.collator([example]).items()}
-            with self._announced():
-                gates = mean_gates(self.model, batch)
-            found.append(
-                {
-                    kind: {layer: dict(zip(names[kind], row.tolist(), strict=True)) for layer, row in layers.items()}
-                    for kind, layers in gates.items()
-                }
-            )
-        return found
+            answers = [answer.text for answer in self.answer_mixed(names, prompts, [False] * len(prompts))]
+        return [self.gates(*one) for one in zip(names, prompts, answers, strict=True)]
 
     # -- as a transformers model ------------------------------------------------------------------------------------
 
@@ -276,13 +255,6 @@ class Predictor(Answerer):
         if len(self._tasks) > 1:
             raise AlterError(f"{key}: the model has several tasks; name one of {', '.join(self._tasks)}.")
         return next(iter(self._tasks))
-
-
-def expert_names(model: MTAModel) -> list[str]:
-    """What to call the task experts: by their tasks, where each has its own."""
-    base, added = model.tasks[: model.base_tasks], model.tasks[model.base_tasks :]
-    own = base if model.num_experts == len(base) else [f"expert {k + 1}" for k in range(model.num_experts)]
-    return [*own, *added]
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

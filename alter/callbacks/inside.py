@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from alter.inside import mean_gates
 from alter.nn.backbone import load_tokenizer
 from alter.nn.decoding import Generation
-from alter.predict import Predictor, expert_names
+from alter.nn.gates import expert_names
+from alter.predict import Predictor
 from alter.stages.base import StageModule
 
 ROWS = 2  # validation examples of a task

@@ -120,3 +120,10 @@ def expert_cosines(model: MTAModel, batch: Mapping[str, Tensor]) -> dict[str, di
         for handle in handles:
             handle.remove()
     return found
+
+
+def expert_names(model: MTAModel) -> list[str]:
+    """What to call the task experts: by their tasks, where each has its own."""
+    base, added = model.tasks[: model.base_tasks], model.tasks[model.base_tasks :]
+    own = base if model.num_experts == len(base) else [f"expert {k + 1}" for k in range(model.num_experts)]
+    return [*own, *added]

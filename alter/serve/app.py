@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,7 @@ from alter.serve.streaming import Unfolding
 POLL_SECONDS = 0.5  # how often it is asked whether the client has gone
 OPEN_PATHS = ("/", "/health")
 AUTO = "auto"  # in place of a task's name: each input's task is guessed
+log = logging.getLogger("alter.serve")
 FAILED = "The answer failed; the server's log says where."
 Result = TypeVar("Result")
 
@@ -90,7 +92,9 @@ class Server:
         self.predictor, self.limits = predictor, limits
         self.metrics = Metrics()
         self.batcher = Batcher(predictor, self.metrics, limits.max_batch, limits.max_waiting)
-        self._reader = ThreadPoolExecutor(1, "alter-reading")  # a tokenizer is not made for several threads
+        self._reader = ThreadPoolExecutor(
+            1, "alter-reading"
+        )  # off the event loop, and one bounds how much is read at once
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -161,13 +165,12 @@ class Server:
 
     async def routing(self, asked: RoutingRequest, http: HTTPRequest) -> Response:
         """Tells which adapters answered an input, by layer."""
-        (job,) = await self._jobs(asked.model, [asked.input], "input", kind=RoutingJob)
-        job.row, job.given = asked.input, asked.answer
-        self._submit([job])
-        found = await self._wait([job], http)
+        jobs = await self._jobs(asked.model, [asked.input], "input", kind=RoutingJob, given=asked.answer)
+        self._submit(jobs)
+        found = await self._wait(jobs, http)
         if found is None:
             return Response(status_code=499)
-        return JSONResponse({"object": "routing", "model": job.task.name, **found[0].answer})
+        return JSONResponse({"object": "routing", "model": _model_of(jobs), **found[0].answer})
 
     async def models(self) -> Response:
         """Lists the tasks as models."""
@@ -227,7 +230,7 @@ class Server:
         if not 0 < len(inputs) <= self.limits.max_waiting:
             most = self.limits.max_waiting
             raise Refused(400, f"Give 1 to {most} inputs in one request, not {len(inputs)}.", param)
-        guessed = model == AUTO and kind is Job and self.predictor.task_predictor is not None
+        guessed = model == AUTO and self.predictor.task_predictor is not None
         task = None if guessed else self._task(model)
 
         def encode() -> list[tuple[Task, list[int]]]:
@@ -242,8 +245,10 @@ class Server:
         except TimeoutError:
             raise Refused(504, self._too_late()) from None
         except AlterError as error:
-            where = f"{task.where}: " if task else ""
-            raise Refused(400, " ".join(error.messages).replace(where, ""), param) from None
+            message = " ".join(error.messages)
+            for own in map(self.predictor.task, self.predictor.tasks):
+                message = message.replace(f"{own.where}: ", "")  # a path of this machine
+            raise Refused(400, message, param) from None
         return [
             kind(own, prompt, min(limit or own.max_target_tokens, own.max_target_tokens), **options)
             for own, prompt in found
@@ -299,6 +304,7 @@ class Server:
             except TimeoutError:
                 yield _event(content(504, self._too_late()))
             except Exception:
+                log.exception("A stream failed")
                 yield _event(content(500, FAILED))
 
     def _too_late(self) -> str:

@@ -116,9 +116,12 @@ class Job:
 
 @dataclass(eq=False)
 class RoutingJob(Job):
-    """One input whose gates are asked for; its ``Done`` holds them in place of the answer."""
+    """One input whose gates are asked for; its ``Done`` holds them in place of the answer.
 
-    row: Any = None
+    Attributes:
+        given: the answer, where it is known.
+    """
+
     given: str | None = None
 
 
@@ -253,9 +256,10 @@ class Batcher:
     def _tell_routing(self, job: RoutingJob) -> None:
         """By itself, so that what goes wrong with it is no other's."""
         try:
-            given = None if job.given is None else [job.given]
-            (gates,) = self.predictor.routing([job.row], job.task.name, given)
-            job.tell(Done(gates))
+            name, answer = job.task.name, job.given
+            if answer is None:
+                answer = self.predictor.answer(name, [job.prompt], probabilities=False)[0].text
+            job.tell(Done(self.predictor.gates(name, job.prompt, answer)))
         except Exception as error:
             log.exception("A request for routing failed")
             job.tell(error)

@@ -61,7 +61,6 @@ class Measured:
         """Handles one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        endpoint = scope["path"] if scope["path"] in self.endpoints else "other"
         started, status = time.perf_counter(), 499  # where nothing was sent, since the client had gone
 
         async def noted(message: Any) -> None:
@@ -75,6 +74,8 @@ class Measured:
             await self.app(scope, receive, noted)
         finally:
             took = time.perf_counter() - started
+            path = getattr(scope.get("route"), "path", scope["path"])  # /v1/models/{name}, whatever the name
+            endpoint = path if path in self.endpoints else "other"  # refused before it had a route
             self.metrics.in_flight.dec()
             self.metrics.requests.labels(endpoint, status).inc()
             self.metrics.seconds.labels(endpoint).observe(took)

@@ -146,6 +146,13 @@ def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):
             for count in (3, 2000)
         ]
         assert told[0] == told[1]  # echo writes three tokens at most, and no more are read
+        fields = {"text": "w1 w2", "label": "no"}
+        told = [
+            post(address, "/v1/routing", {"model": "pair", "input": given, "answer": "yes"})
+            for given in (fields, json.dumps(fields))
+        ]
+        assert told[0] == told[1]  # as text too, as every endpoint takes it
+        assert told[0][0] == 200
 
 
 def test_keys_are_compared_in_constant_time(predictor, monkeypatch):
@@ -172,6 +179,8 @@ def test_the_model_auto_guesses_each_inputs_task_or_says_that_it_is_not_clear(un
         with pytest.raises(openai.UnprocessableEntityError, match="is not clear") as refused:
             server.completions.create(model="auto", prompt="w450 w470 w480 w490")
         assert refused.value.code == "low_confidence"
+        status, told = post(address, "/v1/routing", {"model": "auto", "input": SORT})
+        assert (status, told["model"]) == (200, "sort")
         status, told = post(address, "/v1/classify", {"model": "auto", "input": [SORT]})
         assert (status, told["data"][0]["model"]) == (200, "sort")
 
@@ -321,6 +330,7 @@ def test_metrics_count_requests_tokens_and_batches(predictor, alone):
     with serving(predictor) as address:
         used = client(address).completions.create(model="echo", prompt=TEXTS).usage
         post(address, "/v1/classify", {"model": "none", "input": "w1"})
+        ask(address, "GET", "/v1/models/echo")
         _, text, _ = ask(address, "GET", "/metrics")
     found = {
         (sample.name, *sorted(sample.labels.values())): sample.value
@@ -329,6 +339,7 @@ def test_metrics_count_requests_tokens_and_batches(predictor, alone):
     }
     assert found["alter_requests_total", "/v1/completions", "200"] == 1
     assert found["alter_requests_total", "/v1/classify", "404"] == 1
+    assert found["alter_requests_total", "/v1/models/{name}", "200"] == 1
     assert found["alter_prompt_tokens_total", "echo"] == used.prompt_tokens
     assert found["alter_answer_tokens_total", "echo"] == used.completion_tokens
     assert found["process_resident_memory_bytes",] > 1e7

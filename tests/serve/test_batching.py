@@ -18,15 +18,18 @@ WRITTEN = SimpleNamespace(name="written", choices=None)
 def test_a_failing_request_for_routing_is_no_others_failure():
     # Its calls are made at once: a browser test in the same process may have left a loop of its own running here.
     loop = SimpleNamespace(call_soon_threadsafe=lambda call, *given: call(*given))
-    answered, asked = (kind(SCORED, [1], limit=4, _loop=loop) for kind in (Job, RoutingJob))
+    answered = Job(SCORED, [1], limit=4, _loop=loop)
+    asked = RoutingJob(SCORED, [1], limit=4, _loop=loop, given="a")
 
-    def routing(*args):
+    def gates(*args):
         raise ValueError("longer than the model's table of positions")
 
     def answer_mixed(*args):
         return [Answer("a", None)]
 
-    predictor = SimpleNamespace(step_decoder=lambda watch: None, answer_mixed=answer_mixed, routing=routing)
+    predictor = SimpleNamespace(
+        step_decoder=lambda watch: None, answer_mixed=answer_mixed, gates=gates
+    )
     batcher = Batcher(predictor, Metrics(), max_batch=32, max_waiting=64)
     batcher.submit([asked, answered])
     batcher._closed = True

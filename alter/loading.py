@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alter.data import Task
 from alter.errors import AlterError
 from alter.guess import read_task_predictor
@@ -15,13 +17,18 @@ from alter.nn.files import CONFIG_FILE, read_config
 from alter.nn.model import MTAModel
 from alter.precision import answering_precision
 from alter.predict import Predictor
+from alter.strategy import QUANTISED
 from alter.yaml_file import read_yaml
 
 CALIBRATION_FILE = "calibration.json"
 
 
 def load(
-    run: str | Path, backbone: str | None = None, kind: type[MTAModel] = MTAModel, stage: str | None = None
+    run: str | Path,
+    backbone: str | None = None,
+    kind: type[MTAModel] = MTAModel,
+    stage: str | None = None,
+    device: str | None = None,
 ) -> Predictor:
     """Loads a finished run, or what ``save_pretrained`` wrote.
 
@@ -30,6 +37,7 @@ def load(
         backbone: where the backbone is, when not where it was.
         kind: of the model, for one that is not an `MTAModel` itself.
         stage: whose model, of a run folder; by default that of the last.
+        device: that answers; by default the GPU where there is one, unless the run's ``trainer.accelerator`` is ``cpu``.
 
     Raises:
         AlterError: the folder holds no finished run, or it is damaged.
@@ -38,7 +46,12 @@ def load(
     folder = Path(run) / stage / "model" if stage else model_folder(Path(run))
     tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
-    model = kind.from_pretrained(folder, str(where), answering_precision(content["precision"]))
+    accelerator = str((content.get("trainer") or {}).get("accelerator") or "auto")
+    device = device or answering_device(accelerator)
+    precision = answering_precision(content["precision"], "cpu" if device == "cpu" else accelerator)
+    model = kind.from_pretrained(folder, str(where), precision)
+    if precision not in QUANTISED:  # these transformers has placed
+        model.to(device)
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
     # an earlier stage's model still has the tasks that were removed from the run
@@ -48,6 +61,11 @@ def load(
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)
     return found
+
+
+def answering_device(accelerator: str = "auto") -> str:
+    """Where a finished run answers: on the GPU where there is one, unless its recipe's accelerator is ``cpu``."""
+    return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def model_folder(run: Path) -> Path:

@@ -71,6 +71,6 @@ def slow_precision(precision: str, accelerator: str = "auto") -> str | None:
     return "bf16 is about ten times slower than fp32 on this machine, which has no instructions for it; take precision: auto."
 
 
-def answering_precision(precision: str) -> str:
+def answering_precision(precision: str, accelerator: str = "auto") -> str:
     """The precision in which a finished run answers here: its own, or fp32 for bf16 on a machine that is slow in it."""
-    return "fp32" if precision == "bf16" and computes_bf16() is False else precision
+    return "fp32" if precision == "bf16" and computes_bf16(accelerator) is False else precision

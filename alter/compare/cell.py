@@ -22,7 +22,7 @@ from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.inside import mean_gates
-from alter.loading import load
+from alter.loading import answering_device, load
 from alter.metrics import bootstrap, metric
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
@@ -30,6 +30,7 @@ from alter.nn.model import MTAModel
 from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
 from alter.results import peak_memory_bytes, write_json
+from alter.strategy import QUANTISED
 
 PLAN = "cell.json"
 TRAINED = "trained"  # in place of a split: answers nothing
@@ -97,6 +98,8 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
     if not plan["trains"]:
         names = [task.name for task in recipe.tasks]
         model = MTAModel(load_backbone(str(backbone), recipe.config["precision"]), names, "all")
+        if recipe.config["precision"] not in QUANTISED:
+            model.to(answering_device(recipe.config["trainer"]["accelerator"]))
         generation = Generation(**recipe.config["generation"])
         predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks, generation)
     else:

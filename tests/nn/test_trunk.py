@@ -5,6 +5,7 @@ import torch
 
 from alter.nn import Description, LoRA, MTAModel, SharedGate, TaskSelector, TopK, TrunkCache
 from alter.nn.trunk import Trunk
+from tests.elsewhere import GPU, a_gpu
 from tests.nn.test_model import adapters, train_batch
 from tests.nn.tiny import FAMILIES, tiny_model
 
@@ -59,6 +60,20 @@ def test_losses_and_gradients_are_the_same_cold_and_warm(tmp_path, family, layer
     runs = count_runs(again)
     torch.testing.assert_close(step(again, train_batch(again)), expected[0], atol=1e-5, rtol=1e-5)
     assert not runs
+
+
+@pytest.mark.parametrize(
+    ("family", "router"), [("llama", None), ("t5", Description(supervision=0.5)), ("gpt2", TopK(k=2))]
+)
+def test_on_a_gpu_losses_and_gradients_are_those_of_the_cpu(tmp_path, family, router):
+    plain = make(family, "last:1", shared=True, router=router)
+    expected = step(plain.train(), train_batch(plain))
+    with a_gpu():
+        cached = make(family, "last:1", TrunkCache(folder=tmp_path), True, router).to(GPU)
+        for _ in range(2):
+            batch = {name: value.to(GPU) for name, value in train_batch(cached).items()}
+            found = [value.cpu() for value in step(cached.train(), batch)]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "layers"), PLACES)

@@ -27,9 +27,7 @@ def test_a_failing_request_for_routing_is_no_others_failure():
     def answer_mixed(*args):
         return [Answer("a", None)]
 
-    predictor = SimpleNamespace(
-        step_decoder=lambda watch: None, answer_mixed=answer_mixed, gates=gates
-    )
+    predictor = SimpleNamespace(step_decoder=lambda watch: None, answer_mixed=answer_mixed, gates=gates)
     batcher = Batcher(predictor, Metrics(), max_batch=32, max_waiting=64)
     batcher.submit([asked, answered])
     batcher._closed = True

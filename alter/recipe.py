@@ -16,10 +16,11 @@ from lightning import Trainer
 
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
-from alter.nn import TrunkCache
+from alter.nn import Expert, Router, TrunkCache
 from alter.nn.decoding import Generation
+from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision, choose_precision
-from alter.schema import check, check_class, find_classes_in
+from alter.schema import check, check_class, find_classes_in, import_name
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
@@ -267,7 +268,25 @@ def _check_values(config: Namespace) -> list[str]:
     problems += check_strategy(config.trainer.strategy, config.precision)
     for stage in STAGES:
         problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
+        problems += _check_adapters(config[stage].model.init_args, f"{stage}.model.init_args")
     return problems
+
+
+def _check_adapters(given: Namespace, where: str) -> list[str]:
+    """What makes no sense in a stage's adapters; they are made when it begins, stage 2's perhaps hours later."""
+    try:
+        templates = [
+            import_name(given[key].class_path, where, base)(**given[key].as_dict().get("init_args", {}))
+            for key, base in (("expert", Expert), ("router", Router))
+            if given.get(key)
+        ]
+        if "num_shared" in given:
+            check_shared_experts(given.num_shared, given.keep, *templates)
+        elif "own" in given:
+            check_task_experts(given.own, given.num_experts, *templates)
+    except AlterError as error:
+        return [f"{where}.{message}" if message[0].islower() else f"{where}: {message}" for message in error.messages]
+    return []
 
 
 def _unknown_flag(error: Exception, parser: ArgumentParser) -> str | None:

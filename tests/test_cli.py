@@ -375,12 +375,32 @@ def test_routers_and_experts_named_in_the_recipe_with_their_weights_train_and_an
             "TopK: load_balance is -1.0; give 0 to leave it out, or more.",
         ),
         ({"num_experts": 0}, "num_experts: 0 is below 1; give a positive number, or none for one a task."),
+        ({"own": 1.5}, "stage1.model.init_args.own: 1.5 is no share; give 0 to 1, such as 0.9."),
+        ({"expert": template("LoRA", rank=0)}, "stage1.model.init_args: LoRA: rank is 0; give 1 or more."),
+        ({"expert": template("Bottleneck", rank=-1)}, "Bottleneck: rank is -1; give 1 or more."),
+        ({"expert": template("MTLLoRA", rank=0, alpha=8.0)}, "MTLLoRA: rank is 0; give 1 or more."),
     ],
 )
-def test_arguments_of_a_router_that_do_not_fit_are_one_sentence(project, capsys, arguments, message):
+def test_arguments_of_stage_one_that_do_not_fit_are_one_sentence(project, capsys, arguments, message):
     change(project, **{f"stage1__model__init_args__{key}": value for key, value in arguments.items()})
     (sentence,) = refused(capsys)
     assert message in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_shared": 0}, "stage2.model.init_args.num_shared: 0 is below 1; give a positive number"),
+        ({"keep": -0.5}, "stage2.model.init_args.keep: -0.5 is no share"),
+        ({"router": template("SharedGate", hidden=0)}, "stage2.model.init_args: SharedGate: hidden is 0"),
+        ({"expert": template("HydraLoRA", rank=0)}, "stage2.model.init_args: HydraLoRA: rank is 0"),
+    ],
+)
+def test_arguments_of_stage_two_are_checked_before_stage_one(project, capsys, arguments, message):
+    change(project, **{f"stage2__model__init_args__{key}": value for key, value in arguments.items()})
+    (sentence,) = refused(capsys)
+    assert message in sentence
+    assert not (project / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from alter.nn.loss import token_losses
 from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
 from alter.nn.routers import Router, Routing
 from alter.nn.sharding import gather, put_away
-from alter.nn.template import make_template
+from alter.nn.template import Template, make_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,8 +117,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: there would be no expert, or the router or the experts do not fit.
         """
-        if num_experts is not None and num_experts < 1:
-            raise AlterError(f"num_experts: {num_experts} is below 1; give a positive number, or none for one a task.")
+        check_task_experts(own, num_experts, expert, router)
         tasks, experts = len(self.tasks), num_experts or len(self.tasks)
         own = own if experts > 1 else 1.0
         prior = torch.full((tasks, experts), (1 - own) / max(experts - 1, 1))
@@ -135,7 +134,11 @@ class MTAModel(nn.Module):
             num_shared: how many.
             router: template of the gate.
             keep: the task experts' share at the start.
+
+        Raises:
+            AlterError: there would be no expert, or the router or the experts do not fit.
         """
+        check_shared_experts(num_shared, keep, expert, router)
         row = torch.tensor([keep, *[(1 - keep) / num_shared] * num_shared])
         for layer in self.layers.values():
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
@@ -155,6 +158,7 @@ class MTAModel(nn.Module):
         """
         if task in self.tasks:
             raise AlterError(f"name: the model has a task '{task}' already; give the new one another name.")
+        check_task_experts(own, None, *filter(None, [expert]))
         first = next(iter(self.layers.values()))
         for part in (first.experts, first.shared):
             if part is not None and part.holds_tasks:
@@ -454,6 +458,34 @@ class MTAModel(nn.Module):
             model._own_backbone()
         model.load_trained_state(read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
         return model.eval()
+
+
+def check_task_experts(own: float, num_experts: int | None, *templates: Template) -> None:
+    """Says what makes no sense in how task experts start; see ``MTAModel.add_experts``.
+
+    Raises:
+        AlterError: a number or an argument of a template is out of its range.
+    """
+    if num_experts is not None and num_experts < 1:
+        raise AlterError(f"num_experts: {num_experts} is below 1; give a positive number, or none for one a task.")
+    if not 0 <= own <= 1:
+        raise AlterError(f"own: {own} is no share; give 0 to 1, such as 0.9.")
+    for template in templates:
+        template.check()
+
+
+def check_shared_experts(num_shared: int, keep: float, *templates: Template) -> None:
+    """Says what makes no sense in how shared experts start; see ``MTAModel.add_shared``.
+
+    Raises:
+        AlterError: a number or an argument of a template is out of its range.
+    """
+    if num_shared < 1:
+        raise AlterError(f"num_shared: {num_shared} is below 1; give a positive number, or leave stage 2 out.")
+    if not 0 <= keep <= 1:
+        raise AlterError(f"keep: {keep} is no share; give 0 to 1, such as 0.9.")
+    for template in templates:
+        template.check()
 
 
 class _Undrawn(TorchFunctionMode):

@@ -24,6 +24,24 @@ class Template(nn.Module):
         """Returns an unbuilt copy, for one more layer."""
         return copy.deepcopy(self)
 
+    def check(self) -> None:
+        """Says what makes no sense, whatever the sizes; called before ``build``, and for a recipe before anything trains.
+
+        Raises:
+            AlterError: an argument is out of its range; here and not in ``__init__``, whose errors jsonargparse hides.
+        """
+
+    def _require(self, key: str, fits: bool, remedy: str) -> None:
+        """Raises AlterError where an argument does not fit.
+
+        Args:
+            key: its name, under which it is kept.
+            fits: whether it does.
+            remedy: the rest of the sentence, "give ...".
+        """
+        if not fits:
+            raise AlterError(f"{type(self).__name__}: {key} is {getattr(self, key)}; {remedy}.")
+
     def describe(self) -> dict[str, Any]:
         """Returns ``{"class_path", "init_args"}``, enough to make this template again."""
         # a class without an __init__ of its own has torch's, with *args and **kwargs

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from alter.errors import AlterError
 from alter.nn.routers import (
+    AdjacentSelector,
     Description,
+    FirstPositionGate,
     ModSquad,
     MOELoRA,
     Polytropon,
@@ -29,6 +31,7 @@ ALL = [TaskSelector, TokenGate, TaskGate, SharedGate, TopK, ModSquad, Polytropon
 
 def build(router, noise=0.0, prior=PRIOR):
     torch.manual_seed(0)
+    router.check()
     router.build(RouterShape(*prior.shape, D, prior, prompt_size=P))
     for parameter in router.parameters():
         parameter.data += noise * torch.randn_like(parameter)
@@ -337,6 +340,12 @@ def test_noise_is_drawn_while_training_alone(router):
         (MOELoRA(embedding_size=0), "MOELoRA: embedding_size is 0; give 1 or more"),
         (Description(supervision=-1.0), "Description: supervision is -1.0"),
         (Description(temperature=-1.0), "Description: temperature is -1.0"),
+        (TaskSelector(temperature=0.0), "TaskSelector: temperature is 0.0"),
+        (AdjacentSelector(temperature=-1.0), "AdjacentSelector: temperature is -1.0"),
+        (TokenGate(temperature=0.0), "TokenGate: temperature is 0.0"),
+        (TaskGate(temperature=0.0), "TaskGate: temperature is 0.0"),
+        (SharedGate(hidden=0), "SharedGate: hidden is 0; give 1 or more."),
+        (FirstPositionGate(hidden=-1), "FirstPositionGate: hidden is -1; give 1 or more, or none."),
     ],
 )
 def test_arguments_that_do_not_fit_are_one_sentence(router, message):

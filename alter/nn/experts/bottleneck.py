@@ -31,6 +31,9 @@ class Bottleneck(Expert):
         self.rank = rank
         self.activation = activation
 
+    def check(self) -> None:
+        self._require("rank", self.rank >= 1, "give 1 or more")
+
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         d = ffn.hidden_size
         self.down = nn.Parameter(torch.randn(d, num_experts, self.rank) * d**-0.5)

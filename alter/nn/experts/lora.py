@@ -30,6 +30,9 @@ class LoRA(Expert):
         self.rank = rank
         self.alpha = alpha
 
+    def check(self) -> None:
+        self._require("rank", self.rank >= 1, "give 1 or more")
+
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for role, (fan_in, fan_out) in ffn.shapes.items():

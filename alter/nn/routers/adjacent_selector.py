@@ -35,6 +35,9 @@ class AdjacentSelector(Router):
     def active(self) -> int | None:
         return min(2, self.theta.shape[1]) if self._pair_alone else None
 
+    def check(self) -> None:
+        self._require_temperature()
+
     def build(self, shape: RouterShape) -> None:
         task = torch.arange(shape.num_tasks).unsqueeze(1)
         two = torch.cat([task, task + 1], dim=1) % shape.num_experts

@@ -154,7 +154,7 @@ class Router(Template):
         """Makes the parameters.
 
         Raises:
-            AlterError: an argument does not fit; here and not in ``__init__``, whose errors jsonargparse hides.
+            AlterError: an argument does not fit these sizes.
         """
 
     def join_shared(self) -> None:
@@ -171,17 +171,6 @@ class Router(Template):
         Returns:
             [batch, seq, experts], or [batch, 1, experts] where they depend on the task or the prompt alone.
         """
-
-    def _require(self, key: str, fits: bool, remedy: str) -> None:
-        """Raises AlterError where an argument does not fit.
-
-        Args:
-            key: its name, under which it is kept.
-            fits: whether it does.
-            remedy: the rest of the sentence, "give ...".
-        """
-        if not fits:
-            raise AlterError(f"{type(self).__name__}: {key} is {getattr(self, key)}; {remedy}.")
 
     def _require_weights(self, *keys: str) -> None:
         """Raises AlterError where one of these arguments is negative."""

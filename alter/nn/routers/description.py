@@ -23,7 +23,7 @@ class Description(Router):
         supervision: weight of the loss; None for 0.01 where each task has an expert of its own, else 0.
 
     Raises:
-        AlterError: by ``build``, where the temperature is not above 0, or the weight is negative.
+        AlterError: by ``check``, where the temperature is not above 0, or the weight is negative.
     """
 
     reads_tokens = False
@@ -35,10 +35,12 @@ class Description(Router):
         self.temperature = temperature
         self.supervision = supervision
 
-    def build(self, shape: RouterShape) -> None:
+    def check(self) -> None:
         self._require_temperature()
         if self.supervision is not None:
             self._require_weights("supervision")
+
+    def build(self, shape: RouterShape) -> None:
         self.gate = nn.Linear(shape.prompt_size, shape.num_experts)
         start_small(self.gate.weight)
         self.gate.bias.data = shape.prior.mean(0).clamp_min(1e-6).log() * self.temperature

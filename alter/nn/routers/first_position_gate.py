@@ -26,6 +26,9 @@ class FirstPositionGate(Router):
         self.hidden = hidden
         self._kept: Tensor | None = None
 
+    def check(self) -> None:
+        self._require("hidden", self.hidden is None or self.hidden >= 1, "give 1 or more, or none")
+
     def build(self, shape: RouterShape) -> None:
         hidden = self.hidden or shape.hidden_size // shape.num_experts
         self.inner = nn.Linear(shape.hidden_size, hidden, bias=False)

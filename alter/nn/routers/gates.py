@@ -21,6 +21,9 @@ class TokenGate(Router):
         super().__init__()
         self.temperature = temperature
 
+    def check(self) -> None:
+        self._require_temperature()
+
     def build(self, shape: RouterShape) -> None:
         self.gate = nn.Linear(shape.hidden_size, shape.num_experts)
         nn.init.zeros_(self.gate.weight)
@@ -42,6 +45,9 @@ class TaskGate(Router):
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
+
+    def check(self) -> None:
+        self._require_temperature()
 
     def build(self, shape: RouterShape) -> None:
         self.weight = nn.Parameter(torch.zeros(shape.num_tasks, shape.hidden_size, shape.num_experts))

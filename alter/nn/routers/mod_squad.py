@@ -27,7 +27,8 @@ class ModSquad(Router):
         noise: standard deviation of the logits' noise while training.
 
     Raises:
-        AlterError: by ``build``, where an argument is negative, momentum is not below 1, or there are fewer than k experts.
+        AlterError: by ``check`` and ``build``, where an argument is negative, momentum is not below 1, or there are fewer
+            than k experts.
     """
 
     before: Tensor
@@ -44,9 +45,11 @@ class ModSquad(Router):
     def active(self) -> int | None:
         return self.k
 
-    def build(self, shape: RouterShape) -> None:
+    def check(self) -> None:
         self._require_weights("mutual_information", "noise")
         self._require("momentum", 0 <= self.momentum < 1, "give 0 or more, and less than 1")
+
+    def build(self, shape: RouterShape) -> None:
         self._require("k", 1 <= self.k <= shape.num_experts, f"give 1 to {shape.num_experts}, the number of experts")
         self.weight = nn.Parameter(torch.empty(shape.num_tasks, shape.num_experts, shape.hidden_size))
         start_small(self.weight)

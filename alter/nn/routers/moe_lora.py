@@ -18,7 +18,7 @@ class MOELoRA(Router):
         embedding_size: width of the task embeddings.
 
     Raises:
-        AlterError: by ``build``, where the embedding has no width.
+        AlterError: by ``check``, where the embedding has no width.
     """
 
     reads_tokens = False
@@ -27,8 +27,10 @@ class MOELoRA(Router):
         super().__init__()
         self.embedding_size = embedding_size
 
-    def build(self, shape: RouterShape) -> None:
+    def check(self) -> None:
         self._require("embedding_size", self.embedding_size > 0, "give 1 or more, best at least the number of tasks")
+
+    def build(self, shape: RouterShape) -> None:
         self.embedding = nn.Embedding(shape.num_tasks, self.embedding_size)
         self.gate = nn.Linear(self.embedding_size, shape.num_experts, bias=False)
         log_prior = shape.prior.clamp_min(1e-6).log()

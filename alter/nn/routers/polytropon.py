@@ -20,7 +20,7 @@ class Polytropon(Router):
         temperature: of the relaxation; below 1 draws nearer to 0 and 1.
 
     Raises:
-        AlterError: by ``build``, where the temperature is not above 0.
+        AlterError: by ``check``, where the temperature is not above 0.
     """
 
     reads_tokens = False
@@ -29,8 +29,10 @@ class Polytropon(Router):
         super().__init__()
         self.temperature = temperature
 
-    def build(self, shape: RouterShape) -> None:
+    def check(self) -> None:
         self._require_temperature()
+
+    def build(self, shape: RouterShape) -> None:
         self.skills = nn.Parameter(shape.prior.logit(eps=1e-3))
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:

@@ -21,6 +21,9 @@ class SharedGate(Router):
         super().__init__()
         self.hidden = hidden
 
+    def check(self) -> None:
+        self._require("hidden", self.hidden >= 1, "give 1 or more")
+
     def build(self, shape: RouterShape) -> None:
         self.inner = nn.Linear(shape.hidden_size, self.hidden)
         self.outer = nn.Linear(self.hidden, shape.num_experts)

@@ -29,6 +29,9 @@ class TaskSelector(Router):
     def active(self) -> int | None:
         return 1 if self.hard else None
 
+    def check(self) -> None:
+        self._require_temperature()
+
     def build(self, shape: RouterShape) -> None:
         theta = shape.prior.clamp_min(1e-6).log() * self.temperature
         self.theta = nn.Parameter(theta, requires_grad=not self.hard)

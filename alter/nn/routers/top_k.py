@@ -28,7 +28,7 @@ class TopK(Router):
         noise: standard deviation of the logits' noise while training.
 
     Raises:
-        AlterError: by ``build``, where an argument is negative, or there are fewer than k experts.
+        AlterError: by ``check`` and ``build``, where an argument is negative, or there are fewer than k experts.
     """
 
     def __init__(self, k: int = 2, load_balance: float = 0.01, z_loss: float = 0.001, noise: float = 0.0) -> None:
@@ -42,8 +42,10 @@ class TopK(Router):
     def active(self) -> int | None:
         return self.k
 
-    def build(self, shape: RouterShape) -> None:
+    def check(self) -> None:
         self._require_weights("load_balance", "z_loss", "noise")
+
+    def build(self, shape: RouterShape) -> None:
         self._require("k", 1 <= self.k <= shape.num_experts, f"give 1 to {shape.num_experts}, the number of experts")
         self.gate = nn.Linear(shape.hidden_size, shape.num_experts)
         start_small(self.gate.weight)

@@ -63,7 +63,9 @@ def digest(file: Path) -> str:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether a checkpoint is as it was written; one of a folder without sums is if it can be read."""
+    """Whether a checkpoint is there as it was written; one of a folder without sums is if it can be read."""
+    if not file.is_file():
+        return False
     sums = file.parent / SUMS
     if sums.is_file():
         return digest(file) in sums.read_text(errors="replace").split("\n")
@@ -93,7 +95,7 @@ def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | No
         if not is_whole(file):
             say(f"{file}: damaged, it is not what was written.")
             damaged = file.parent
-        elif "optimizer_states" in torch.load(file, map_location="cpu", weights_only=True):
+        elif "optimizer_states" in torch.load(file, map_location="cpu", weights_only=True, mmap=True):
             return file
     if damaged:
         raise AlterError(

@@ -49,17 +49,18 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], long: bool = False) -> str:
-    """A table of plain texts; a cell that begins with ``**`` is bold, and columns of numbers stand to the right.
+    """A table of plain texts; a number that begins with ``**`` is bold, and columns of numbers stand to the right.
 
     Args:
         head: the columns' names.
         rows: the cells.
         long: whether cells hold sentences, which are then broken.
     """
+    shown = html.escape if long else _bold  # a sentence is somebody's own
     kinds = ["" if number and not long else ' class="text"' for number in numeric(rows)]
     top = "".join(f"<th{kind}>{html.escape(cell)}</th>" for kind, cell in zip(kinds, head, strict=True))
     body = "".join(
-        f"<tr>{''.join(f'<td{kind}>{_bold(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
+        f"<tr>{''.join(f'<td{kind}>{shown(cell)}</td>' for kind, cell in zip(kinds, row, strict=True))}</tr>"
         for row in rows
     )
     kind = ' class="long"' if long else ""

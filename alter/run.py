@@ -322,7 +322,7 @@ def train(
     done = 0
     if last is not None:
         say(f"{folder.name}: goes on from {last}.")
-        done = torch.load(last, map_location="cpu", weights_only=True)["global_step"]
+        done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     cli = StageCLI(folder, arguments, done, generation)
     if last is None:
         cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
@@ -366,7 +366,7 @@ def _keep_best(trainer: Any, module: StageModule) -> None:
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best and not is_whole(Path(best)):
         raise AlterError(
-            f"{best}: damaged, it is not what was written; remove {Path(best).parent} to train this stage again."
+            f"{best}: missing or damaged, it is not what was written; remove {Path(best).parent} to train this stage again."
         )
     if best:
         state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]

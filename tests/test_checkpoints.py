@@ -77,6 +77,7 @@ def test_checkpoints_of_before_there_were_sums_are_judged_by_reading(tmp_path):
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:-30])
     assert not is_whole(tmp_path / LAST)
     assert last_whole([tmp_path / "none"], pytest.fail) is None
+    assert not is_whole(tmp_path / "none.ckpt")
 
 
 def test_the_newest_is_taken_of_those_that_have_more_than_weights(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alter
-from alter import pictures
+from alter import html, pictures
 from alter.cli import main
 from alter.metrics import metric
 from alter.pictures import confusion, heatmaps, svg
@@ -199,6 +199,11 @@ def test_a_confusion_counts_pairs_and_joins_rare_classes():
     drawn = confusion(many, many, most=5)
     assert drawn.axes[0].get_yticklabels()[-1].get_text() == "35 others"
     assert "35" in [text.get_text() for text in drawn.axes[0].texts]
+
+
+def test_what_somebody_wrote_stays_as_it_is_written():
+    assert '<td class="text">**Note** &lt;b&gt;</td>' in html.table(["prompt"], [["**Note** <b>"]], long=True)
+    assert "<b>0.5</b>" in html.table(["metric"], [["**0.5**"]])
 
 
 def test_a_picture_takes_the_colour_of_the_page_and_has_its_numbers():

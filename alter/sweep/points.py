@@ -78,8 +78,10 @@ def _range(key: str, text: str) -> Range | None:
         raise AlterError(
             f"--set {key}: '{text}' has ends that are no numbers; write for example log(1e-5,1e-3)."
         ) from error
-    if not low < high or (match[1] == "log" and low <= 0):
+    if not (low < high and math.isfinite(high - low)) or (match[1] == "log" and low <= 0):
         raise AlterError(f"--set {key}: '{text}' is empty; the first end is below the second, and above 0 for log.")
+    if match[1] == "int" and math.ceil(low) > math.floor(high):
+        raise AlterError(f"--set {key}: '{text}' holds no whole number; write for example int(1,8).")
     return Range(match[1], low, high)
 
 

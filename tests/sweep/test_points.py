@@ -61,6 +61,9 @@ def test_points_at_random_differ_keep_to_their_ranges_and_come_back_with_the_see
         (["a=log(1,2)"], None, "add --random N"),
         (["a=log(0,2)"], 3, "above 0 for log"),
         (["a=uniform(2,x)"], 3, "no numbers"),
+        (["a=int(1.2,1.8)"], 3, "holds no whole number"),
+        (["a=int(1,inf)"], 3, "is empty"),
+        (["a=uniform(-inf,inf)"], 3, "is empty"),
         (["a=1,2"], 3, "only 2 different points"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from alter.data import Task
-from alter.loading import model_folder, read_recipe
+from alter.loading import model_folder, run_recipe
 from alter.nn.embedded import EMBEDDED
 from alter.nn.files import read_config
 
@@ -35,7 +35,7 @@ def model_card(
     Raises:
         AlterError: the folder holds no finished run.
     """
-    content, config = read_recipe(run), read_config(model_folder(run))
+    content, config = run_recipe(run), read_config(model_folder(run))
     all_tasks = [Task.from_dict(entry, str(run / "recipe.yaml")) for entry in content["data"]["tasks"]]
     chosen = [task for task in all_tasks if task.name in (tasks or config["tasks"])]
     results = _results(run) if measured else {}

@@ -21,7 +21,7 @@ from alter.answering import line_ends
 from alter.card import model_card
 from alter.data import Task
 from alter.errors import AlterError, did_you_mean
-from alter.loading import CALIBRATION_FILE, model_folder, read_recipe
+from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import merged, one_adapter
 from alter.nn.files import WEIGHTS_FILE, read_config
@@ -29,7 +29,6 @@ from alter.nn.hub import weight_files
 from alter.nn.model import MTAModel
 from alter.publish import example_call, new_folder, publish, write_recipe
 
-FORMATS = ("hf", "adapter", "onnx", "alter")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_USAGE = """
 A plain checkpoint: transformers, or what reads its checkpoints, is all it needs.
@@ -68,7 +67,7 @@ class Exporter:
         self, run: Path, out: Path | None = None, stage: str | None = None, backbone: str | None = None
     ) -> None:
         self.run, self.out = run, out
-        self.content = read_recipe(run)
+        self.content = run_recipe(run)
         self.folder = run / stage / "model" if stage else model_folder(run)
         config = read_config(self.folder)
         self.entries = {entry["name"]: entry for entry in self.content["data"]["tasks"]}

@@ -18,14 +18,14 @@ from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
-from alter.loading import CALIBRATION_FILE, load, model_folder, read_recipe
+from alter.loading import CALIBRATION_FILE, load, model_folder, run_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import read_config
 from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
 from alter.results import peak_memory_bytes, render_table, run_results, write_json
-from alter.run import differences, measure, publish, put_back, quiet, record, records, say, train, write_text
+from alter.run import differences, measure, put_back, quiet, record, records, replace_model, say, train, write_text
 from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
 
@@ -186,7 +186,7 @@ def _take_out(run: Path, model: MTAModel, name: str, backbone: str) -> None:
     _drop_from(beside / CALIBRATION_FILE, name)
     if known := read_task_predictor(beside):
         known.without(name).save(beside / TASK_PREDICTOR_FILE)
-    publish(beside, run / "model")
+    replace_model(beside, run / "model")
     shutil.rmtree(beside)
 
 
@@ -209,7 +209,7 @@ def consolidate_run(run: Path) -> None:
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
     arguments["trainer"] |= {**content["stage2"]["trainer"], **ONE_DEVICE}
     train(folder, arguments, data, content["backbone"], Generation(**content.get("generation", {})))
-    publish(folder / "model", run / "model")
+    replace_model(folder / "model", run / "model")
     shutil.rmtree(folder)
     measure(run, data=data)
 
@@ -253,7 +253,7 @@ def describe(task: str, found: Mapping[str, Any]) -> str:
 
 
 def _finished_run(run: Path) -> dict[str, Any]:
-    content = read_recipe(run)
+    content = run_recipe(run)
     if model_folder(run) == run or "stage1" not in content:
         raise AlterError(f"{run}: what save_pretrained wrote has no recipe to go on with; name the run folder itself.")
     put_back(run / "model")
@@ -358,11 +358,11 @@ def _carry_on(source: Path, target: Path) -> None:
 
 def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:
     """The recipe first: a task there that the model lacks does no harm, the other way round would."""
-    content = read_recipe(run)
+    content = run_recipe(run)
     if [task["name"] for task in content["data"]["tasks"]] != [task["name"] for task in tasks]:
         names = {task["name"]: task for task in tasks}
         write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": list(names.values())}}))
-    publish(folder / "model", run / "model")
+    replace_model(folder / "model", run / "model")
 
 
 def _yaml(content: Mapping[str, Any]) -> str:

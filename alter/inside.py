@@ -16,7 +16,7 @@ ROWS = 16  # validation examples a task
 FEW_ROWS = 2  # by which experts are compared
 
 
-def mean_gates(predictor: Predictor, data: MultiTaskDataModule, rows: int = ROWS) -> dict[str, dict[str, Any]]:
+def gates_by_task(predictor: Predictor, data: MultiTaskDataModule, rows: int = ROWS) -> dict[str, dict[str, Any]]:
     """Averages the gates of every router over a few validation examples of each task, by layer.
 
     Args:

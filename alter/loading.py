@@ -42,7 +42,7 @@ def load(
     Raises:
         AlterError: the folder holds no finished run, or it is damaged.
     """
-    content = read_recipe(Path(run))
+    content = run_recipe(Path(run))
     folder = Path(run) / stage / "model" if stage else model_folder(Path(run))
     tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
@@ -73,7 +73,7 @@ def model_folder(run: Path) -> Path:
     return run if (run / CONFIG_FILE).is_file() else run / "model"
 
 
-def read_recipe(run: Path) -> dict[str, Any]:
+def run_recipe(run: Path) -> dict[str, Any]:
     """Reads the recipe of a run.
 
     Raises:

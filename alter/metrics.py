@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -122,24 +122,19 @@ def bootstrap_interval(
     return _percentiles(bootstrap(of, resamples, seed), level)
 
 
-class Difference(NamedTuple):
-    """The first metric minus the second: its interval and the two-sided bootstrap p-value of no difference."""
+def interval_and_p(differences: np.ndarray, level: float = LEVEL) -> tuple[float, float, float]:
+    """The percentile interval of paired bootstrap draws of a difference, and the two-sided p-value of none.
 
-    low: float
-    high: float
-    p: float
+    Args:
+        differences: [resamples].
+        level: of the interval.
 
-
-def paired_difference(
-    first: Metric, second: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = SEED
-) -> Difference:
-    """Compares two sets of predictions for the same rows, drawing the same rows for both."""
-    if first.n != second.n:
-        raise ValueError(f"a paired difference needs the same rows; these have {first.n} and {second.n}")
-    differences = bootstrap(first, resamples, seed) - bootstrap(second, resamples, seed)
+    Returns:
+        low, high, p.
+    """
     tail = min((differences <= 0).sum(), (differences >= 0).sum())
     # One added on both sides: a finite number of draws can't show a probability of zero.
-    return Difference(*_percentiles(differences, level), p=float(min(1.0, 2 * (tail + 1) / (resamples + 1))))
+    return *_percentiles(differences, level), float(min(1.0, 2 * (tail + 1) / (len(differences) + 1)))
 
 
 def _percentiles(values: np.ndarray, level: float) -> tuple[float, float]:

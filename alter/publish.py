@@ -12,7 +12,7 @@ from alter.card import model_card
 from alter.data import Task
 from alter.errors import AlterError
 from alter.guess import TASK_PREDICTOR_FILE
-from alter.loading import CALIBRATION_FILE, model_folder, read_recipe
+from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE
 
 USAGE = """
@@ -42,7 +42,7 @@ def publish(run: Path, out: Path) -> None:
         AlterError: ``run`` holds no finished run, or ``out`` holds something.
     """
     new_folder(out)
-    content = read_recipe(run)
+    content = run_recipe(run)
     for name in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, TASK_PREDICTOR_FILE):
         if (model_folder(run) / name).is_file():
             shutil.copy(model_folder(run) / name, out / name)

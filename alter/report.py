@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import html as markup
+import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from alter import html, pictures
+from alter import markup, pictures
 from alter.data import MultiTaskDataModule
-from alter.inside import expert_similarity, mean_gates
+from alter.inside import expert_similarity, gates_by_task
 from alter.loading import load
 from alter.metrics import metric
 from alter.predict import Predictor
@@ -55,7 +55,7 @@ def look_inside(
         }
         for task, rate in zip(data.tasks, data.rates.tolist(), strict=True)
     }
-    routing = mean_gates(predictor, data)
+    routing = gates_by_task(predictor, data)
     found: dict[str, Any] = {
         "mixture": mixture,
         "draws": data.draws,
@@ -67,7 +67,7 @@ def look_inside(
     ):  # a second stage, where they went on learning
         first = load(run, stage="stage1")
         first.model.to(next(predictor.model.parameters()).device)
-        found["stage1"] = {"tasks": first.tasks, "routing": mean_gates(first, data)["experts"]}
+        found["stage1"] = {"tasks": first.tasks, "routing": gates_by_task(first, data)["experts"]}
     write_json(run / INSIDE, found)
 
 
@@ -81,7 +81,7 @@ def write_report(run: Path) -> Path:
         the page.
     """
     report = _Report(run)
-    text = html.page(f"Run {run.resolve().name}", list(report.parts()))
+    text = markup.page(f"Run {run.resolve().name}", list(report.parts()))
     file = run / REPORT
     beside = file.with_suffix(".html.new")
     beside.write_text(text, encoding="utf-8")
@@ -134,7 +134,7 @@ class _Report:
         firsts = [next(iter(metrics.values())) for metrics in self.results["tasks"].values()]
         above = [self._clear(name) for name in REFERENCES]
         total = sum(seconds or 0.0 for seconds in self.results["seconds"].values())
-        yield html.bullets(
+        yield markup.bullets(
             [
                 f"{len(self.tasks)} task{'s' if len(self.tasks) > 1 else ''} on {self.recipe['backbone']} ({self.recipe['precision']}).",
                 f"Mean of the tasks' first metrics on the test split: {fmean(entry['value'] for entry in firsts):.3f}.",
@@ -168,7 +168,7 @@ class _Report:
                 others = [self._reference(entry, reference) for reference in REFERENCES]
                 interval = f"{entry['low']:.3f} to {entry['high']:.3f}"
                 rows.append([task, name, f"{entry['n']:,}", f"**{entry['value']:.3f}**", interval, *others])
-        yield html.table(head, rows)
+        yield markup.table(head, rows)
         yield "<p>References on the same rows. * above the model; ~ the intervals overlap.</p>"
 
     @staticmethod
@@ -214,7 +214,7 @@ class _Report:
             ]
             for name, task in mixture.items()
         ]
-        yield html.table(["task", "kind", "train", "validation", "test", "share of the draws"], rows)
+        yield markup.table(["task", "kind", "train", "validation", "test", "share of the draws"], rows)
         title = f"share of {self.inside['draws']:,} draws an epoch, temperature {self.recipe['data']['temperature']:g}"
         yield self._picture("mixture", pictures.bars({name: task["rate"] for name, task in mixture.items()}, title))
 
@@ -248,7 +248,7 @@ class _Report:
         for name, rows in self.answers.items():
             if self.tasks[name]["choices"]:
                 drawn = pictures.confusion([row["target"] for row in rows], [row["answer"] for row in rows])
-                yield html.folded(name, self._picture(f"confusion_{name}", drawn), opened=True)
+                yield markup.folded(name, self._picture(f"confusion_{name}", drawn), opened=True)
 
     def worst(self) -> Iterator[str]:
         for name, rows in self.answers.items():
@@ -256,7 +256,7 @@ class _Report:
             if found:
                 cells = [[row["prompt"], row["target"], row["answer"], f"{score:.2f}"] for score, row in found]
                 head = ["prompt", "right", "answered", next(iter(self.results["tasks"][name]))]
-                yield html.folded(f"{name}: {len(found)}", html.table(head, cells, long=True), opened=True)
+                yield markup.folded(f"{name}: {len(found)}", markup.table(head, cells, long=True), opened=True)
 
     def costs(self) -> Iterator[str]:
         rows = []
@@ -276,13 +276,13 @@ class _Report:
         peak = self.results["peak_memory_bytes"] / 2**30
         rows.append(["test", f"{self.results['seconds']['test'] or 0:,.0f}", "-", "-", "-", f"{peak:.2f}"])
         head = ["step", "seconds", "parameters trained", "tokens", "tokens/s", "peak memory so far, GiB"]
-        yield html.table(head, rows)
+        yield markup.table(head, rows)
         if self.results.get("peak_device_memory_bytes"):
             yield f"<p>Peak device memory: {self.results['peak_device_memory_bytes'] / 2**30:.2f} GiB.</p>"
 
     def _picture(self, name: str, figure: Any, caption: str = "") -> str:
         pictures.save(figure, self.run / PICTURES / f"{name}.png")
-        return html.figure(pictures.svg(figure), caption)
+        return markup.figure(pictures.svg(figure), caption)
 
 
 def worst_answers(
@@ -320,4 +320,4 @@ def _anchor(title: str) -> str:
 
 
 def _text(name: str, text: str) -> str:
-    return html.folded(name, f"<pre>{markup.escape(text)}</pre>")
+    return markup.folded(name, f"<pre>{html.escape(text)}</pre>")

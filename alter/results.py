@@ -217,21 +217,6 @@ def render_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_markdown(results: Mapping[str, Any]) -> str:
-    """Returns the results as a Markdown table with the same marks and notes."""
-    heads = ["task", "metric", "n", "model [95% interval]", *REFERENCES.values()]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * 2 + "|---:" + "|---" * (len(heads) - 3) + "|"]
-    for task, metrics in results["tasks"].items():
-        for name, entry in metrics.items():
-            cells = [f"{entry['n']:,}", _cell(entry), *(_marked_cell(entry, reference) for reference in REFERENCES)]
-            lines.append("| " + " | ".join(_escape(cell) for cell in (task, name, *cells)) + " |")
-    return "\n".join([*lines, "", *(f"- {_escape(note)}" for note in _notes(results))]) + "\n"
-
-
-def _escape(text: str) -> str:
-    return re.sub(r"([|*~_\\])", r"\\\1", text)
-
-
 def _cut(room: int, line: str) -> str:
     return line if len(line) <= room else line[: room - 3] + "..."
 

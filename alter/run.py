@@ -38,7 +38,7 @@ from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
-from alter.loading import load, read_recipe
+from alter.loading import load, run_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
@@ -202,7 +202,7 @@ def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor
     quiet()
     predictor = load(run)
     if data is None:
-        arguments = read_recipe(run)["data"]
+        arguments = run_recipe(run)["data"]
         refuse_foreign_sources(arguments["tasks"], run / "recipe.yaml")
         data = MultiTaskDataModule(
             **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
@@ -291,7 +291,7 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
     if cli.trainer.is_global_zero:
         for outdated in ("results.json", report.REPORT):  # of an earlier stage
             (recipe.run / outdated).unlink(missing_ok=True)
-        publish(folder / "model", recipe.run / "model")
+        replace_model(folder / "model", recipe.run / "model")
         record(recipe.run, stage, **facts)
     cli.trainer.strategy.barrier()
     return True
@@ -378,7 +378,7 @@ def _best_score(trainer: Any) -> float | None:
     return None if score is None else float(score)
 
 
-def publish(source: Path, target: Path) -> None:
+def replace_model(source: Path, target: Path) -> None:
     """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
     beside, before = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     put_back(target)
@@ -392,7 +392,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def put_back(target: Path) -> None:
-    """Ends what a kill in the middle of ``publish`` began, between its two renamings."""
+    """Ends what a kill in the middle of ``replace_model`` began, between its two renamings."""
     before = target.with_name(f".{target.name}.old")
     if before.is_dir() and not target.exists():
         before.rename(target)

@@ -19,7 +19,7 @@ import common
 from alter.data import MultiTaskDataModule, Task
 from alter.evaluate import answers
 from alter.growth import borrowed, newcomer_arguments
-from alter.loading import read_recipe
+from alter.loading import run_recipe
 from alter.metrics import metric
 from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone
 from alter.predict import Predictor
@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     quiet()
-    content, results = read_recipe(args.run), {}
+    content, results = run_recipe(args.run), {}
     tasks = [Task.from_file(file, args.data) for file in args.task]
     for seed in args.seeds:
         for task in tasks:

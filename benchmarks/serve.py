@@ -21,7 +21,7 @@ import openai
 import yaml
 
 from alter.data import Task, load_tasks
-from alter.loading import read_recipe
+from alter.loading import run_recipe
 from alter.nn import LoRA, SharedGate
 from alter.nn.backbone import resolve_backbone
 
@@ -44,7 +44,7 @@ def made_run(folder, args):
 
 def requests(run):
     """Validation rows as requests, every task in turn."""
-    tasks = [Task.from_run(entry, str(run)) for entry in read_recipe(run)["data"]["tasks"]]
+    tasks = [Task.from_run(entry, str(run)) for entry in run_recipe(run)["data"]["tasks"]]
     rows = [[row for row, _ in zip(task.opened.rows("validation"), range(ROWS), strict=False)] for task in tasks]
     return [
         {"model": task.name, "prompt": _prompt(task, row)}

@@ -12,8 +12,8 @@ from alter.metrics import (
     bootstrap,
     bootstrap_interval,
     check_names,
+    interval_and_p,
     metric,
-    paired_difference,
 )
 
 WORDS = ("heart", "Heart", "of", "the", "skin", "abnormal", "A", "")
@@ -253,17 +253,16 @@ def test_paired_difference_sees_what_two_intervals_hide():
     better = metric("accuracy", ["a"] * 100, ["a"] * 70 + ["b"] * 30)
     worse = metric("accuracy", ["b"] * 10 + ["a"] * 90, ["a"] * 70 + ["b"] * 30)
     assert bootstrap_interval(worse)[1] > bootstrap_interval(better)[0]
-    low, high, p = paired_difference(better, worse)
+    low, high, p = interval_and_p(bootstrap(better) - bootstrap(worse))
     assert 0 < low < 0.1 < high
     assert p < 0.01
-    backwards = paired_difference(worse, better)
-    assert (backwards.low, backwards.high, backwards.p) == pytest.approx((-high, -low, p))
+    backwards = interval_and_p(bootstrap(worse) - bootstrap(better))
+    assert backwards == pytest.approx((-high, -low, p))
 
 
 def test_paired_difference_of_a_metric_with_itself_is_nothing():
-    assert paired_difference(hits(30, 10), hits(30, 10)) == (0, 0, 1)
-    with pytest.raises(ValueError, match="same rows"):
-        paired_difference(hits(3, 1), hits(3, 2))
+    draws = bootstrap(hits(30, 10))
+    assert interval_and_p(draws - draws) == (0, 0, 1)
 
 
 def test_bad_input():

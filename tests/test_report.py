@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import alter
-from alter import html, pictures
+from alter import markup, pictures
 from alter.cli import main
 from alter.metrics import metric
 from alter.pictures import confusion, heatmaps, svg
@@ -202,8 +202,8 @@ def test_a_confusion_counts_pairs_and_joins_rare_classes():
 
 
 def test_what_somebody_wrote_stays_as_it_is_written():
-    assert '<td class="text">**Note** &lt;b&gt;</td>' in html.table(["prompt"], [["**Note** <b>"]], long=True)
-    assert "<b>0.5</b>" in html.table(["metric"], [["**0.5**"]])
+    assert '<td class="text">**Note** &lt;b&gt;</td>' in markup.table(["prompt"], [["**Note** <b>"]], long=True)
+    assert "<b>0.5</b>" in markup.table(["metric"], [["**0.5**"]])
 
 
 def test_a_picture_takes_the_colour_of_the_page_and_has_its_numbers():

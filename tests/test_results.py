@@ -20,7 +20,6 @@ from alter.metrics import bootstrap_interval, metric
 from alter.results import (
     peak_device_memory_bytes,
     peak_memory_bytes,
-    render_markdown,
     render_table,
     run_results,
     task_results,
@@ -162,15 +161,6 @@ def test_a_long_metric_name_stands_above_its_numbers():
     lines = render_table(results).splitlines()
     above = lines.index("  recall[skin and hair]")
     assert re.match(r" {14}\d\.\d{3} \[", lines[above + 1])
-
-
-def test_markdown_has_the_same_marks_and_notes():
-    text = render_markdown(run(system=classification(), definition=generation()))
-    lines = text.splitlines()
-    assert {line.count("|") - line.count("\\|") for line in lines if line.startswith("|")} == {8}
-    assert r"macro\_f1" in text
-    assert r"- \* TF-IDF is above the model on: system accuracy" in text
-    assert lines[2].endswith(r"1.000 [1.000, 1.000] \* |")
 
 
 def test_write_json_round_trips_and_leaves_nothing_beside(tmp_path):

@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from alter.inside import mean_gates
+from alter.inside import gates_by_task
 from alter.nn.backbone import load_tokenizer
 from alter.nn.decoding import Generation
 from alter.nn.gates import expert_names
@@ -64,7 +64,7 @@ class Inside(Callback):
             "experts": expert_names(model),
             "shared": ["e", *(f"S{k + 1}" for k in range(model.num_shared))],
         }
-        for kind, layers in mean_gates(predictor, data, ROWS).items():
+        for kind, layers in gates_by_task(predictor, data, ROWS).items():
             mean = torch.tensor(list(layers.values())).mean(0)  # [tasks, experts]
             board.add_scalar(f"gates/{kind}/entropy", fmean(map(_entropy, mean.tolist())), step)
             for name, load in zip(names[kind], mean.mean(0).tolist(), strict=True):

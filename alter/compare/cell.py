@@ -21,7 +21,7 @@ from alter.compare.baselines import SETTINGS, BaselineModel
 from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import answers
-from alter.inside import mean_gates
+from alter.inside import gates_by_task
 from alter.loading import answering_device, load
 from alter.metrics import bootstrap, metric
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
@@ -116,7 +116,7 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
             p.numel() for name, part in parts.items() if name != "backbone" for p in part if p.requires_grad
         )
         if len(plan["recipes"]) == 1:
-            found["routing"] = mean_gates(predictor, data)
+            found["routing"] = gates_by_task(predictor, data)
     return answered
 
 

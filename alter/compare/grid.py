@@ -12,7 +12,7 @@ from typing import Any
 
 from alter.cells import run_cells
 from alter.compare.cell import PLAN, TRAINED
-from alter.compare.methods import Budget, Config, Method, Run
+from alter.compare.methods import Budget, Config, Method, Training
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.nn import Expert, Router
@@ -140,7 +140,7 @@ class Planner:
         found = self.model.part_parameters()
         return sum(p.numel() for part in parts for p in found[part] if p.requires_grad)
 
-    def match(self, run: Run) -> None:
+    def match(self, run: Training) -> None:
         """Sets the rank with which a run trains as many parameters as it may, and keeps alpha / rank; others stay."""
         if run.budget is None:
             return

@@ -33,7 +33,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Run:
+class Training:
     """One training of a cell.
 
     Attributes:
@@ -61,7 +61,7 @@ class Method:
     """
 
     about: str
-    plan: Callable[[Config, Budget], list[Run]]
+    plan: Callable[[Config, Budget], list[Training]]
     baseline: bool = False
     trains: bool = True
 
@@ -82,23 +82,23 @@ def _without_length(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in trainer.items() if key not in ("max_epochs", "limit_train_batches")}
 
 
-def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Run]]:
+def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Training]]:
     """Stage 1 alone with some arguments of its module changed."""
 
-    def plan(config: Config, budget: Budget) -> list[Run]:
+    def plan(config: Config, budget: Budget) -> list[Training]:
         config = one_stage_of(config, budget.draws)
         config["stage1"]["model"]["init_args"] |= copy.deepcopy(arguments)
-        return [Run(config, budget=budget.parameters)]
+        return [Training(config, budget=budget.parameters)]
 
     return plan
 
 
-def _shared(config: Config, budget: Budget) -> list[Run]:
+def _shared(config: Config, budget: Budget) -> list[Training]:
     """One expert, in LoRA's usual scale."""
     config = one_stage_of(config, budget.draws)
     config["stage1"]["model"]["init_args"]["num_experts"] = 1
     _usual_scale(config)
-    return [Run(config, budget=budget.parameters)]
+    return [Training(config, budget=budget.parameters)]
 
 
 def _usual_scale(config: Config) -> None:
@@ -108,15 +108,15 @@ def _usual_scale(config: Config) -> None:
         arguments["alpha"] = None
 
 
-def _router(name: str, **init_args: Any) -> Callable[[Config, Budget], list[Run]]:
+def _router(name: str, **init_args: Any) -> Callable[[Config, Budget], list[Training]]:
     return _stage1(router={"class_path": f"alter.nn.{name}", "init_args": init_args})
 
 
-def _two_stage(config: Config, budget: Budget) -> list[Run]:
-    return [Run(copy.deepcopy(config))]
+def _two_stage(config: Config, budget: Budget) -> list[Training]:
+    return [Training(copy.deepcopy(config))]
 
 
-def _one_stage(config: Config, budget: Budget) -> list[Run]:
+def _one_stage(config: Config, budget: Budget) -> list[Training]:
     """All parts at once: stage 1 makes the experts without a step, stage 2 trains everything at stage 1's rate."""
     config = copy.deepcopy(config)
     config["data"]["examples_per_epoch"] = budget.draws
@@ -125,10 +125,10 @@ def _one_stage(config: Config, budget: Budget) -> list[Run]:
     config["stage2"]["trainer"] = _without_length(config["stage2"]["trainer"])
     first, second = (config[stage]["model"]["init_args"] for stage in ("stage1", "stage2"))
     second |= {"task_expert_lr": 1.0, "optimizer": first["optimizer"]}
-    return [Run(config)]
+    return [Training(config)]
 
 
-def _alone(config: Config, budget: Budget) -> list[Run]:
+def _alone(config: Config, budget: Budget) -> list[Training]:
     """A task at a time, each with its share of the draws and an equal share of the parameters."""
     runs = []
     for task in config["data"]["tasks"]:
@@ -137,18 +137,18 @@ def _alone(config: Config, budget: Budget) -> list[Run]:
         hard = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
         own["stage1"]["model"]["init_args"]["router"] = hard
         _usual_scale(own)
-        runs.append(Run(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
+        runs.append(Training(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
     return runs
 
 
-def _untouched(config: Config, budget: Budget) -> list[Run]:
-    return [Run(copy.deepcopy(config))]
+def _untouched(config: Config, budget: Budget) -> list[Training]:
+    return [Training(copy.deepcopy(config))]
 
 
-def _baseline(kind: str) -> Callable[[Config, Budget], list[Run]]:
+def _baseline(kind: str) -> Callable[[Config, Budget], list[Training]]:
     """One of `alter.compare.baselines`."""
 
-    def plan(config: Config, budget: Budget) -> list[Run]:
+    def plan(config: Config, budget: Budget) -> list[Training]:
         config = one_stage_of(config, budget.draws)
         given = config["stage1"]["model"]["init_args"]
         kept = ("layers", "ffn", "optimizer", "schedule", "warmup", "loss_average", "gradient_checkpointing")
@@ -163,13 +163,13 @@ def _baseline(kind: str) -> Callable[[Config, Budget], list[Run]]:
             config["precision"] = "fp32"  # bf16 weights cannot take small steps
             optimizer = arguments["optimizer"]
             optimizer["init_args"] = {**optimizer["init_args"], "lr": FULL_LR}
-            return [Run(config)]
-        return [Run(config, budget=budget.parameters)]
+            return [Training(config)]
+        return [Training(config, budget=budget.parameters)]
 
     return plan
 
 
-def _adapter_fusion(config: Config, budget: Budget) -> list[Run]:
+def _adapter_fusion(config: Config, budget: Budget) -> list[Training]:
     """The first epoch is for the tasks' adapters, the second for their fusion; `alter.compare.handover` reads this."""
     find_interpreter()
     config = one_stage_of(config, max(1, budget.draws // 2))
@@ -181,7 +181,7 @@ def _adapter_fusion(config: Config, budget: Budget) -> list[Run]:
         raise AlterError("--methods: adapter_fusion takes optimizers of torch.optim alone; leave the method out.")
     if trainer.get("accumulate_grad_batches", 1) != 1:
         raise AlterError("--methods: adapter_fusion does not accumulate_grad_batches; leave the method out.")
-    return [Run(config, budget=budget.parameters, runner="adapter_fusion")]
+    return [Training(config, budget=budget.parameters, runner="adapter_fusion")]
 
 
 FULL_LR = 2e-4  # adapters take ten times that; `alter compare --tune` searches around it
@@ -244,8 +244,8 @@ def find_method(name: str) -> tuple[str, Method]:
     overlay = read_yaml(file) or {}
     find_classes_in(file.parent)
 
-    def plan(config: Config, budget: Budget) -> list[Run]:
-        return [Run(_laid_over(copy.deepcopy(config), overlay))]
+    def plan(config: Config, budget: Budget) -> list[Training]:
+        return [Training(_laid_over(copy.deepcopy(config), overlay))]
 
     return file.stem, Method(f"the recipe with {file.name}", plan)
 

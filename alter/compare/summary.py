@@ -12,7 +12,7 @@ import numpy as np
 
 from alter.compare.methods import Method
 from alter.data import Task
-from alter.metrics import LEVEL, RESAMPLES
+from alter.metrics import RESAMPLES, interval_and_p
 
 Cells = Mapping[str, Mapping[int, Path]]  # the folders by method and seed
 
@@ -64,9 +64,7 @@ class Answers:
         )
         drawn = np.random.default_rng(len(seeds)).integers(len(seeds), size=(len(seeds), RESAMPLES))
         differences = by_seed[drawn, np.arange(RESAMPLES)].mean(0)
-        low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        tail = min((differences <= 0).sum(), (differences >= 0).sum())
-        return Difference(value, float(low), float(high), float(min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))))
+        return Difference(value, *interval_and_p(differences))
 
 
 def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task], split: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alter import html
+from alter import markup
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -121,7 +121,7 @@ def _number(value: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---:" if number else "---" for number in html.numeric(rows)], *rows]
+    lines = [head, ["---:" if number else "---" for number in markup.numeric(rows)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -131,14 +131,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def page(result: Mapping[str, Any], title: str) -> str:
     """One self-contained HTML page: the tables and the routing heatmaps."""
     parts = [
-        html.bullets([note[2:] for note in notes(result)]),
+        markup.bullets([note[2:] for note in notes(result)]),
         "<h2>Results</h2>",
-        html.table(*results_table(result)),
+        markup.table(*results_table(result)),
         "<h2>Cost</h2>",
-        html.table(*cost_table(result)),
+        markup.table(*cost_table(result)),
     ]
     if "negative_transfer" in result:
-        parts += ["<h2>Against training alone</h2>", f"<p>{TRANSFER}</p>", html.table(*transfer_table(result))]
+        parts += ["<h2>Against training alone</h2>", f"<p>{TRANSFER}</p>", markup.table(*transfer_table(result))]
     routed = {name: method["routing"] for name, method in result["methods"].items() if method["routing"]}
     if routed:
         parts.append(
@@ -146,9 +146,9 @@ def page(result: Mapping[str, Any], title: str) -> str:
             "the first seed. Under “shared”, column 0 is the mixture of task experts.</p>"
         )
         parts += [
-            html.folded(name, _heatmaps(found, list(result["primary_metrics"]))) for name, found in routed.items()
+            markup.folded(name, _heatmaps(found, list(result["primary_metrics"]))) for name, found in routed.items()
         ]
-    return html.page(title, parts)
+    return markup.page(title, parts)
 
 
 def _heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
@@ -157,5 +157,5 @@ def _heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) ->
     figures = []
     for kind, layers in routing.items():
         columns = [str(i) for i in range(len(next(iter(layers.values()))[0]))]
-        figures.append(html.figure(pictures.svg(pictures.heatmaps(layers, tasks, columns)), kind))
+        figures.append(markup.figure(pictures.svg(pictures.heatmaps(layers, tasks, columns)), kind))
     return "".join(figures)

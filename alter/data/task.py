@@ -15,7 +15,7 @@ from jinja2 import TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
 
 from alter.data import sources, template
-from alter.data.sources import SPLITS, Fields, Files, Function, Source
+from alter.data.sources import SPLITS, Fields, Function, Source
 from alter.errors import AlterError, did_you_mean
 from alter.metrics import recalled_choice
 from alter.schema import check, import_name
@@ -333,6 +333,3 @@ def _task_files(entry: str, folder: Path) -> list[Path]:
     raise AlterError(
         f"data.tasks: there is no task file '{entry}' in {folder}; correct the path.{did_you_mean(entry, near)}"
     )
-
-
-__all__ = ["SPLITS", "Files", "Task", "load_tasks"]

@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -243,7 +243,7 @@ def available_memory() -> int | None:
     return min(bounds)
 
 
-def fits(needed: int, available: int | None, what: str, sizes: Sequence[str] = ()) -> Line:
+def fits(needed: int, available: int | None, what: str) -> Line:
     """Whether the estimated memory is there."""
     said = f"{what}: about {needed / 2**30:.1f} GiB at the peak"
     if available is None:

@@ -98,7 +98,7 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
     if bad or not all(line.good is not False for line in [found, *machine]):
         yield Line(None, "trial", "of memory and time: not made, since there is a cross above")
     elif with_trial:
-        yield from _trial(arguments, recipe)
+        yield from _trial(arguments)
 
 
 def _data(recipe: Recipe, folder: Path, tasks: list[Any]) -> MultiTaskDataModule:
@@ -108,7 +108,7 @@ def _data(recipe: Recipe, folder: Path, tasks: list[Any]) -> MultiTaskDataModule
     return data
 
 
-def _trial(arguments: Sequence[str], recipe: Recipe) -> Iterator[Line]:
+def _trial(arguments: Sequence[str]) -> Iterator[Line]:
     """Memory and time, from a few steps in a process of its own, which may run out of memory without harm."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "trial.json")

@@ -25,7 +25,7 @@ MOST_FIELDS = 6
 
 
 @dataclass
-class Guess:
+class TaskGuess:
     """A proposed task.
 
     Attributes:
@@ -115,7 +115,7 @@ def _spoken(name: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> Guess:
+def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> TaskGuess:
     """Proposes a task.
 
     Args:
@@ -158,7 +158,7 @@ def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Ite
             left_out[column.name] = "a list" if column.lists else "numbers"
     for column in inputs[MOST_FIELDS:]:
         left_out[column.name] = f"more than {MOST_FIELDS} columns to read"
-    found = Guess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
+    found = TaskGuess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
     found.left_out, found.reason = left_out, reason
     if group is None and len(inputs) == 1 and inputs[0].filled == rows:
         found.group = inputs[0].name  # rows of one text may differ in what is left out
@@ -223,7 +223,7 @@ def _answer(target: Column) -> str:
     return f"{{{{ {_field(target.name)}{flat} }}}}"
 
 
-def _typed(found: Guess, rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> Guess:
+def _typed(found: TaskGuess, rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> TaskGuess:
     """Says which kind of task it is, with what belongs to the kind."""
     target = found.target
     if target.lists:
@@ -245,7 +245,7 @@ def _is_inside(row: Mapping[str, Any], inputs: list[str], target: str) -> bool:
     return str(row.get(target, "")).strip().casefold() in text
 
 
-def _extraction_of_lists(found: Guess, where: str) -> Guess:
+def _extraction_of_lists(found: TaskGuess, where: str) -> TaskGuess:
     found.kind = "extraction"
     name = _field(found.target.name)
     keys = [key for key, count in found.target.keys.items() if count == found.target.items]  # that every item has

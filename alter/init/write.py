@@ -18,7 +18,7 @@ from alter import terminal
 from alter.data.sources import SPLITS, Files, read_file
 from alter.errors import AlterError
 from alter.init.columns import read_columns
-from alter.init.guess import Guess, guess_task
+from alter.init.guess import TaskGuess, guess_task
 
 SPLIT_NAMES = {"train": "train", "training": "train", "dev": "validation", "valid": "validation"}
 SPLIT_NAMES |= {"val": "validation", "validation": "validation", "test": "test", "eval": "test"}
@@ -43,7 +43,7 @@ class Proposal:
     """
 
     name: str
-    guess: Guess
+    guess: TaskGuess
     files: dict[str, Path]
     arguments: dict[str, Any]
     rows: dict[str, int]

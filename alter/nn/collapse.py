@@ -121,7 +121,7 @@ def one_adapter(model: MTAModel, task: str, backbone: PreTrainedModel) -> MTAMod
     task_id = _trained_task(model, task)
     found = [_one_expert(layer, task_id) for layer in model.layers.values()]
     rank = max(expert.rank for expert in found)
-    plain = MTAModel(backbone, [task], *model.where)
+    plain = MTAModel(backbone, [task], *model.placement)
     plain.add_experts(Bottleneck(rank, found[0].activation), TaskSelector(hard=True))
     with torch.no_grad():
         for layer, expert in zip(plain.layers.values(), found, strict=True):

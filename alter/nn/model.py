@@ -258,7 +258,7 @@ class MTAModel(nn.Module):
         self._set_backbone({name: value.detach().clone() for name, value in other._backbone_parameters().items()})
 
     @property
-    def where(self) -> tuple[str | list[int], str | None]:
+    def placement(self) -> tuple[str | list[int], str | None]:
         """The arguments ``layers`` and ``ffn``."""
         return self._layers_setting, self._ffn_setting
 
@@ -349,14 +349,6 @@ class MTAModel(nn.Module):
             for part_name, part in layer.parts().items()
             for key, value in part.state_dict().items()
         }
-
-    def load_adapter_state(self, state: Mapping[str, Tensor], where: str) -> None:
-        """Loads what ``adapter_state`` returned.
-
-        Raises:
-            AlterError: a key is missing, surplus or of another shape.
-        """
-        copy_state(self.adapter_state(), state, where)
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes, whole; of a model that is cut over processes, all of them must ask."""

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from alter.errors import AlterError
 from alter.nn.model import MTAModel
 
-VIEWS = ("prompt", "input")  # a whole prompt, or the values of its fields alone
 _TENSORS = ("means", "precision", "spreads", "tails", "temperature")
 
 

@@ -38,7 +38,7 @@ def test_the_trained_tasks_compute_bit_for_bit_what_they_did(family):
     before, state = losses(made, examples), {key: value.clone() for key, value in made.adapter_state().items()}
     made.add_newcomer("new")
     perturb(made)  # everything moves,
-    made.load_adapter_state({**made.adapter_state(), **state}, "")  # but what was there
+    made.load_trained_state({**made.adapter_state(), **state}, "")  # but what was there
     assert torch.equal(losses(made, examples), before)
     made.remove_task("new")
     assert made.adapter_state().keys() == state.keys()

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import alter
 from alter import pictures
 from alter.cli import main
-from alter.inside import mean_gates
+from alter.inside import gates_by_task
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import project  # noqa: F401 (a fixture)
 
@@ -50,7 +50,7 @@ def test_gates_loads_picture_and_answer_are_the_models(project):  # noqa: F811
     data = MultiTaskDataModule(tasks, str(project / "backbone"), cache_dir="cache")
     data.prepare_data()
     data.setup()
-    mean = np.mean(list(mean_gates(model, data, 2)["experts"].values()), axis=0)
+    mean = np.mean(list(gates_by_task(model, data, 2)["experts"].values()), axis=0)
     expected = float(np.mean(-(mean * np.log(mean)).sum(1)))
     assert events.Scalars("gates/experts/entropy")[-1].value == pytest.approx(expected, abs=1e-4)
     for name, load in zip(model.tasks, mean.mean(0), strict=True):

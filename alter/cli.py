@@ -6,6 +6,7 @@ Heavy imports wait until a verb needs them, so that help is there at once.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -63,10 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(error, [message], debug)
 
 
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
 def _explanation(error: Exception) -> str | None:
     """What to tell of another library's error that a recipe or a machine, not the code, is to blame for."""
     if disk_is_full(error):
         return "The disk is full; free some space and run the same command, it goes on from the last checkpoint."
+    if isinstance(error, OSError) and error.filename is not None and error.errno in UNWRITABLE:
+        return f"{error.filename}: {error.strerror}; name another place, or ask for the right to write there."
     # Lightning's, by name: its import takes seconds; and the one that it raises as a plain ValueError.
     if type(error).__name__ == "MisconfigurationException" or str(error).lstrip().startswith("`val_check_interval`"):
         return f"trainer: {' '.join(str(error).split())}"
@@ -124,6 +130,7 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     init.add_argument("folder", metavar="DIR", type=Path, help="for the recipe and its tasks")
     init.add_argument("files", metavar="FILE", type=Path, nargs="+", help="CSV, TSV, JSON lines, Parquet or Excel")
     init.add_argument("--backbone", default="smollm2-135m", help="a hub id, a folder or a bundled name")
+    init.add_argument("--answer", metavar="COLUMN", help="the column to learn; guessed where it is left out")
     verbs.add_parser("doctor", help="look at a recipe's data, backbone and machine before a run", **own)
     verbs.add_parser("fit", help="train a recipe's stages and test them", **own)
     verbs.add_parser("compare", help="train a recipe beside other methods, with a table", **own)
@@ -223,8 +230,8 @@ def _trust(module: str) -> None:
 
 
 def _fit(arguments: list[str]) -> None:
-    if not arguments:
-        arguments = ["--help"]
+    if not any(a.startswith("--config") or a in ("-h", "--help") for a in arguments):
+        raise AlterError("fit: --config is missing; name a recipe, such as one that alter ls lists.")
     arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     from alter.requeue import REQUEUE
 
@@ -275,7 +282,7 @@ def _cp(options: argparse.Namespace) -> None:
 def _init(options: argparse.Namespace) -> None:
     from alter.init.write import init
 
-    print(init(options.folder, options.files, options.backbone))
+    print(init(options.folder, options.files, options.backbone, options.answer))
 
 
 def _test(options: argparse.Namespace) -> None:
@@ -353,7 +360,7 @@ def _predict(options: argparse.Namespace) -> None:
         predictor.task(named)
     rows = _rows(options.input)
     if named:
-        lines = (_line(answer) for answer in predictor.stream(named, rows))
+        lines = (_line(answer) for answer in predictor.stream(named, rows, place=f"{options.input} row"))
     else:
         lines = (_guessed_line(found, answer) for found, answer in predictor.stream_unnamed(rows))
     for line in lines:

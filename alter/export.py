@@ -302,6 +302,8 @@ def _made_whole(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
+        for weights in beside.rglob("*.safetensors"):
+            shutil.copymode(beside / "README.md", weights)  # safetensors leaves them to their owner alone
         folder.rmdir()
         beside.rename(folder)
     finally:

@@ -85,6 +85,8 @@ def run_recipe(run: Path) -> dict[str, Any]:
     content = read_yaml(recipe)
     if not (isinstance(content, dict) and isinstance(content.get("data"), dict) and "precision" in content):
         raise AlterError(f"{recipe}: not the recipe of a run; copy or train it again.")
+    if not all(isinstance(task, dict) for task in content["data"].get("tasks") or [None]):
+        raise AlterError(f"{run}: no run here, its recipe.yaml is one to train: alter fit --config {recipe}.")
     return content
 
 

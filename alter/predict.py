@@ -187,10 +187,20 @@ class Predictor(Answerer):
         found = self.task(task)
         return encode_prompt(found, found.as_row(text, place), self.tokenizer, self.model.is_seq2seq, place)
 
-    def stream(self, name: str, rows: Iterable[Mapping[str, Any]], size: int = 32) -> Iterator[Answer]:
-        """Answers rows of a task's fields, ``size`` at a time, in order."""
+    def stream(
+        self, name: str, rows: Iterable[Mapping[str, Any]], size: int = 32, place: str = "input"
+    ) -> Iterator[Answer]:
+        """Answers rows of a task's fields, ``size`` at a time, in order.
+
+        Args:
+            name: of the task.
+            rows: mappings of its fields.
+            size: rows of a batch at most.
+            place: what messages call a row, before its number.
+        """
         task = self.task(name)
-        prompts = (encode_prompt(task, row, self.tokenizer, self.model.is_seq2seq) for row in rows)
+        numbered = ((f"{place} {n}", row) for n, row in enumerate(rows, 1))
+        prompts = (encode_prompt(task, row, self.tokenizer, self.model.is_seq2seq, where) for where, row in numbered)
         for chunk in batched(prompts, size):
             yield from self.answer(name, chunk)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from alter.nn import Expert, Router, TrunkCache
 from alter.nn.decoding import Generation
 from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision, choose_precision
-from alter.schema import check, check_class, find_classes_in, import_name
+from alter.schema import check, check_class, find_classes_in, import_name, template_base
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
@@ -151,9 +152,9 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
         problems += [] if problems else error.messages
     except Exception as error:
         if not problems:  # what the files have right may still be wrong on the command line
-            problems.append(
+            problems += _stage_flags(arguments) or [
                 _unknown_flag(error, parser) or _one_sentence(error, ", ".join(map(str, files)) or "the command line")
-            )
+            ]
     if config is not None and not all(isinstance(config.get(key), Namespace) for key in SECTIONS):
         # Of a section that is empty or no mapping nothing else can be said.
         raise AlterError(
@@ -287,6 +288,27 @@ def _check_adapters(given: Namespace, where: str) -> list[str]:
     except AlterError as error:
         return [f"{where}.{message}" if message[0].islower() else f"{where}: {message}" for message in error.messages]
     return []
+
+
+def _stage_flags(arguments: Sequence[str]) -> list[str]:
+    """What is wrong with flags of a stage's model, of which the parser says neither which it is nor what would do."""
+    problems = []
+    for flag, value in _flag_values(arguments):
+        found = re.fullmatch(r"--(stage[12])\.model\.(?:init_args\.)?(\w+)", flag)
+        if found is None or found[2] == "class_path":
+            continue
+        known = [key for key in inspect.signature(STAGES[found[1]]).parameters if key not in SET_BY_RUN]
+        where = f"the command line: {flag}"
+        if found[2] not in known:
+            problems.append(
+                f"{where}: {found[1]} has no '{found[2]}'; it takes {', '.join(known)}.{did_you_mean(found[2], known)}"
+            )
+        elif (base := template_base(STAGES[found[1]], found[2])) and not value.startswith("{"):
+            try:
+                import_name(value, where, base)
+            except AlterError as error:
+                problems += error.messages
+    return problems
 
 
 def _unknown_flag(error: Exception, parser: ArgumentParser) -> str | None:

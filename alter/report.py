@@ -196,7 +196,7 @@ class _Report:
         tasks = {
             name.removeprefix("val/loss/"): points for name, points in lines.items() if name.startswith("val/loss/")
         }
-        panels = {"loss a target token": both, "validation loss by task": tasks}
+        panels = {"loss per target token": both, "validation loss by task": tasks}
         panels = {
             title: {n: p for n, p in found.items() if p} for title, found in panels.items() if any(found.values())
         }

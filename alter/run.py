@@ -324,6 +324,7 @@ def train(
         say(f"{folder.name}: goes on from {last}.")
         done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     cli = StageCLI(folder, arguments, done, generation)
+    _suit_small_data(cli.trainer, data)
     if last is None:
         cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
     try:
@@ -350,6 +351,17 @@ def train(
         "validation_loss": _best_score(cli.trainer),
     }
     return facts, cli
+
+
+def _suit_small_data(trainer: Any, data: MultiTaskDataModule) -> None:
+    """At least one batch, where a share of the epoch's is less, which Lightning refuses; and at least one line in the log."""
+    data.trainer = trainer  # says how many processes share the batches
+    batches = len(data.train_dataloader())
+    if isinstance(limit := trainer.limit_train_batches, float):
+        if 0 < limit * batches < 1:
+            trainer.limit_train_batches = 1
+        batches = int(limit * batches)
+    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, batches))
 
 
 def _checkpoint_folders(folder: Path, trainer: Mapping[str, Any]) -> list[Path]:

@@ -134,7 +134,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [
             "",
             f"Without a task's name, from {what}:",
-            f"{'task':<{width}}  metric       named  without   loss  right  wrong  unclear  unclear if unknown",
+            f"{'task':<{width}}  metric       named  without   cost  right  wrong  unclear  unclear if unknown",
         ]
         for name, found in results.items():
             own = found[view]

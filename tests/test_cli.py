@@ -135,10 +135,22 @@ def test_fit_runs_both_stages_tests_and_leaves_the_run_folder(project, capsys):
 
 
 def test_what_lightning_finds_wrong_with_the_trainer_is_one_sentence(project, capsys):
-    change(project, trainer__limit_train_batches=0.001)
+    change(project, trainer__limit_val_batches=0.001)
     (sentence,) = refused(capsys)
     assert sentence.startswith("alter: trainer: ")
-    assert "limit_train_batches" in sentence
+    assert "limit_val_batches" in sentence
+
+
+def test_of_small_data_a_share_of_the_batches_is_one_at_least_and_is_logged(project, recwarn):
+    change(
+        project, trainer__max_epochs=1, trainer__log_every_n_steps=50, stage2__trainer={"limit_train_batches": 0.001}
+    )
+    fit("--test", "false")
+    for stage in ("stage1", "stage2"):
+        lines = (project / "run" / stage / "metrics.csv").read_text().splitlines()
+        assert any(line.split(",")[1] == "train/loss" for line in lines)
+    assert json.loads((project / "run" / "progress.json").read_text())["stage2"]["tokens"] <= 128
+    assert not any("logging interval" in str(warning.message) for warning in recwarn)
 
 
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
@@ -471,7 +483,23 @@ def test_all_mistakes_of_a_recipe_and_its_tasks_come_at_once_before_anything_is_
             ["--config", "recipe.yaml", "--data.temprature", "2"],
             "unknown flag '--data.temprature'; --print_config shows all keys of a recipe. Did you mean '--data.temperature'?",
         ),
-        (["--config", "recipe.yaml", "--stage1.model.layrs", "2"], "layrs"),
+        (
+            ["--config", "recipe.yaml", "--stage1.model.layrs", "2"],
+            "the command line: --stage1.model.layrs: stage1 has no 'layrs'; it takes layers, ffn, expert",
+        ),
+        (
+            ["--config", "recipe.yaml", "--stage2.model.layers", "last:2"],
+            "stage2 has no 'layers'; it takes expert, num_shared",
+        ),
+        (
+            ["--config", "recipe.yaml", "--stage1.model.router", "alter.nn.Topk"],
+            "the command line: --stage1.model.router: 'alter.nn.Topk' is not in alter.nn; known there",
+        ),
+        ([], "fit: --config is missing; name a recipe"),
+        (
+            ["--config", "recipe.yaml", "--run", "recipe.yaml/run"],
+            "recipe.yaml/run: Not a directory; name another place",
+        ),
         (["--config", "recipe.yaml", "--data.temperature", "hot"], "temperature"),
     ],
 )

@@ -33,6 +33,10 @@ def test_what_does_not_fit_is_refused_in_one_sentence(model):
         ),
         (lambda: model.generate([{"txt": "w1"}], task="echo"), "names 'text', which is not a field"),
         (lambda: model.classify(["w1"], task="echo"), "'echo' has no choices; call generate"),
+        (
+            lambda: list(model.stream("echo", [{"text": "w1"}, {"txt": "w1"}])),
+            "input 2, key 'prompt': the template names",
+        ),
     ]:
         with pytest.raises(AlterError, match=message):
             call()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alter.errors import AlterError
 from alter.nn.backbone import load_backbone
+from alter.nn.files import write_tensors
 from alter.nn.model import MTAModel
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
@@ -107,13 +108,9 @@ class BaselineModel(MTAModel):
 
     def save_pretrained(self, folder: str | Path, backbone: str, trained: Mapping[str, Tensor] | None = None) -> None:
         """Writes the settings and the tensors that train."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: value.contiguous() for key, value in (trained or self.trained_state()).items()}, folder / WEIGHTS
-        )
+        write_tensors(folder / WEIGHTS, trained or self.trained_state())
         (folder / SETTINGS).write_text(json.dumps({**self.settings, "backbone": str(backbone)}, indent=2))
 
     @classmethod

@@ -1808,6 +1808,7 @@ _shtab_alter_fit_defaults_added=0
 _shtab_alter_init_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--backbone[a hub id, a folder or a bundled name]:backbone:"
+  "--answer[the column to learn\; guessed where it is left out]:COLUMN:"
   ":for the recipe and its tasks:_files"
   "(*):CSV, TSV, JSON lines, Parquet or Excel:_files"
 )

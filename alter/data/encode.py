@@ -17,7 +17,7 @@ from alter.data.sources import SPLITS, Fields, Row, stable_fraction
 from alter.data.task import Task
 from alter.errors import AlterError
 
-VERSION = 2  # raise whenever the same task would be encoded differently
+VERSION = 3  # raise whenever the same task would be encoded differently
 CHUNK = 1000
 MAX_MESSAGES = 5
 
@@ -69,7 +69,7 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
             "target": datasets.Value("string"),
         }
     )
-    stats = {}
+    stats, problems = {}, list[str]()
     drawn = draw_shots(task, shots, seed) if shots is not None else {}
     for split in SPLITS:
         origin = "train" if split in drawn else split
@@ -77,13 +77,18 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
         encoder = _Encoder(task, tokenizer, seq2seq, origin)
         (folder / split).mkdir(parents=True)
         writer = datasets.arrow_writer.ArrowWriter(path=str(folder / split / "data.arrow"), features=features)
-        with writer:
-            for chunk in _chunks(rows):
-                if examples := list(encoder.encode(chunk)):
-                    writer.write_batch({name: [example[name] for example in examples] for name in features})
-            encoder.finish()
-            writer.finalize()
+        try:
+            with writer:
+                for chunk in _chunks(rows):
+                    if examples := list(encoder.encode(chunk)):
+                        writer.write_batch({name: [example[name] for example in examples] for name in features})
+                encoder.finish()
+                writer.finalize()
+        except AlterError as error:
+            problems += error.messages
         stats[split] = encoder.stats
+    if problems:
+        raise AlterError(*problems)
     (folder / "stats.json").write_text(json.dumps(stats, indent=2))
 
 
@@ -95,7 +100,7 @@ class _Encoder:
         self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self.split = split
-        self.problems: list[str] = []
+        self.problems: dict[str, tuple[str, int]] = {}  # what is wrong: its first sentence, and of how many rows
         self.stats = {"rows": 0, "truncated": 0, "tokens": 0, "longest": 0}
 
     def encode(self, rows: Sequence[tuple[int, Row]]) -> Iterator[dict[str, Any]]:
@@ -105,7 +110,7 @@ class _Encoder:
             try:
                 good.append((row, self.task.render_prompt(row, place), self.task.render_target(row, place), place))
             except AlterError as error:
-                self._add(error)
+                self._add(error, place)
         if not good:
             return
         prompts = self._ids([prompt for _, prompt, _, _ in good], prompt=True)
@@ -124,7 +129,7 @@ class _Encoder:
                     prompt, prompt_ids = shorten(self.task, row, self.tokenizer, self.seq2seq, place)
                     self.stats["truncated"] += 1
             except AlterError as error:
-                self._add(error)
+                self._add(error, place)
                 continue
             size = len(prompt_ids) + len(target_ids)
             self.stats["rows"] += 1
@@ -142,7 +147,9 @@ class _Encoder:
     def finish(self) -> None:
         """Raises what was wrong with the rows, or that there were none."""
         if self.problems:
-            raise AlterError(*self.problems)
+            raise AlterError(
+                *(f"{told} So it is in {n:,} rows." if n > 1 else told for told, n in self.problems.values())
+            )
         if not self.stats["rows"]:
             raise AlterError(
                 f"{self.task.where}: task '{self.task.name}', key 'source': the {self.split} split has no rows; name a file or "
@@ -153,10 +160,12 @@ class _Encoder:
         make = prompt_ids if prompt else target_ids
         return make(texts, self.tokenizer, self.seq2seq)
 
-    def _add(self, error: AlterError) -> None:
-        self.problems += error.messages
+    def _add(self, error: AlterError, place: str) -> None:
+        for message in error.messages:
+            told, count = self.problems.get(message.replace(place, ""), (message, 0))
+            self.problems[message.replace(place, "")] = told, count + 1
         if len(self.problems) >= MAX_MESSAGES:
-            raise AlterError(*self.problems[:MAX_MESSAGES])
+            self.finish()
 
 
 def prompt_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int]]:
@@ -226,7 +235,7 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
 def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:
     """The split's rows, or ``limit`` of them drawn by seed; a second pass keeps memory flat."""
     limit = task.limit.get(split)
-    rows = enumerate(task.opened.rows(split), 1)
+    rows = task.opened.numbered(split)
     if limit is None:
         yield from rows
         return
@@ -235,7 +244,7 @@ def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:
 
 
 def _numbered(task: Task, split: str, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
-    return ((n, row) for n, row in enumerate(task.opened.rows(split), 1) if n in numbers)
+    return ((n, row) for n, row in task.opened.numbered(split) if n in numbers)
 
 
 def draw_shots(task: Task, shots: int, seed: int) -> dict[str, set[int]]:
@@ -258,7 +267,7 @@ def draw_shots(task: Task, shots: int, seed: int) -> dict[str, set[int]]:
         AlterError: a class has fewer than 2 K different rows, or a row does not fit the task.
     """
     first: dict[str, dict[float, int]] = {label: {} for label in task.choices or [""]}  # class -> random key -> row
-    for number, row in enumerate(task.opened.rows("train"), 1):
+    for number, row in task.opened.numbered("train"):
         place = f"train row {number}"
         prompt, target = task.render_prompt(row, place), task.render_target(row, place)
         label = target if task.choices else ""

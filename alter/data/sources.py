@@ -6,6 +6,7 @@ import csv
 import hashlib
 import inspect
 import json
+import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,10 @@ class Source(ABC):
         Raises:
             AlterError: the split is not there, or cannot be read.
         """
+
+    def numbered(self, split: str) -> Iterator[tuple[int, Row]]:
+        """Yields the rows of a split with the numbers by which messages name them, each once; from 1 unless told otherwise."""
+        yield from enumerate(self.rows(split), 1)
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -66,13 +71,17 @@ class Files(Source):
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of a split."""
+        return (row for _, row in self.numbered(split))
+
+    def numbered(self, split: str) -> Iterator[tuple[int, Row]]:
+        """Yields the rows of a split with their numbers in the file, of which other splits may have some."""
         place = self.splits[split]
         if split != "train" and isinstance(place, str):
-            yield from self._read(place)
+            yield from enumerate(self._read(place), 1)
             return
-        for row in self._read(str(self.splits["train"])):
+        for number, row in enumerate(self._read(str(self.splits["train"])), 1):
             if self._drawn_split(row) == split:
-                yield row
+                yield number, row
 
     def _path(self, name: str) -> Path:
         paths = [place / name for place in self.places]
@@ -187,7 +196,7 @@ def read_file(path: Path) -> Iterator[Row]:
         AlterError: the file is missing, of another kind, or damaged; says the line where there is one.
     """
     if not path.is_file():
-        raise AlterError(f"{path}: no such file; correct the path in the task's source.{_near(path)}")
+        raise AlterError(f"{path}: no such file; correct the path.{_near(path)}")
     readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, **TABLES}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -204,17 +213,24 @@ def _near(path: Path) -> str:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        header = stream.readline()
+        stream.seek(0)
+        reader = csv.DictReader(stream, delimiter=_separator(header), strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
                     raise AlterError(
                         f"{path}, line {reader.line_num}: not as many fields as the header has ({len(reader.fieldnames or ())}); "
-                        "quote fields that hold the separator."
+                        f"quote fields that hold the separator {reader.reader.dialect.delimiter!r}."
                     )
                 yield row
         except csv.Error as error:
             raise AlterError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend the quotes.") from error
+
+
+def _separator(header: str) -> str:
+    """What stands between a header's names: a comma, unless another sign is more often there, as some countries' Excel writes."""
+    return max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

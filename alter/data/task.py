@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -79,7 +80,10 @@ class Task:
             except RecursionError:
                 yield f"{where}, key '{key}': the template is nested too deeply; write it flatter."
             except TemplateSyntaxError as error:
-                yield f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it."
+                yield (
+                    f"{where}, key '{key}': not a Jinja template ({error.message}, line {error.lineno}); mend it. A column whose "
+                    "name has spaces or signs is {{ row['its name'] }}."
+                )
         known = (*CLASSIFICATION_METRICS, *GENERATION_METRICS, "recall[CHOICE]") if self.choices else GENERATION_METRICS
         for name in self.metrics:
             if self.choices and (recalled := recalled_choice(name)):
@@ -183,20 +187,23 @@ class Task:
             AlterError: as ``render_prompt``; or the target is empty or not one of the choices.
         """
         target = self._render("target", row, place).strip()
+        if not target:
+            raise AlterError(
+                f"{self._place(place)}: the target is empty; mend or remove the row, or mend the key 'target'."
+            )
         if self.choices and target not in self.choices:
             raise AlterError(
                 f"{self._place(place)}: the label '{target}' is not one of the choices; add it to choices or mend the row."
                 f"{did_you_mean(target, self.choices)}"
             )
-        if not target:
-            raise AlterError(f"{self._place(place)}: the target is empty; mend the row or the key 'target'.")
         return target
 
     def _render(self, key: str, row: Fields, place: str) -> str:
         try:
             return self._compiled[key].render({"row": row, **row})
         except UndefinedError as error:
-            name = str(error).split("'")[1] if "'" in str(error) else ""
+            # "'x' is undefined", or of row['x']: "'dict object' has no attribute 'x'"
+            name = (re.findall(r"'([^']*)'", str(error)) or [""])[-1]
             raise AlterError(
                 f"{self._place(place)}, key '{key}': the template names '{name}', which is not a field of the row; its fields "
                 f"are {', '.join(map(str, row))}.{did_you_mean(name, map(str, row))}"
@@ -237,7 +244,7 @@ class Task:
         if hasattr(mapping.get("source"), "as_dict"):  # jsonargparse hands class_path on in a type of its own
             mapping["source"] = mapping["source"].as_dict()
         label = f"{where}: task '{mapping.get('name', '?')}'"
-        problems = check(cls, mapping, label)
+        problems = check(cls, {key: value for key, value in mapping.items() if key != "where"}, label, skip=("where",))
         source = mapping.get("source")
         if isinstance(source, dict) and source.get("class_path") in ("Files", "alter.data.Files"):
             arguments = source.get("init_args") or {}
@@ -273,7 +280,12 @@ class Task:
         Raises:
             AlterError: it cannot be read, or has mistakes.
         """
-        return cls.from_dict(read_yaml(file), str(file), file.parent, root)
+        content = read_yaml(file)
+        if isinstance(content, Mapping) and "where" in content:  # a run's recipe has it
+            raise AlterError(
+                f"{file}: unknown key 'where'; rows are left out of the data file, or by a function as the source."
+            )
+        return cls.from_dict(content, str(file), file.parent, root)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``from_dict`` takes back."""

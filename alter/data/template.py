@@ -48,9 +48,14 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
     return text.replace(old, new, -1 if count is None else count)
 
 
+def _text(value: Any) -> Any:
+    """What an output writes: of an empty cell of Parquet, or JSON's null, nothing, as of an empty cell of CSV."""
+    return "" if value is None else value
+
+
 def environment() -> _Environment:
     """The environment of all templates."""
-    made = _Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    made = _Environment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_text)
     made.globals.clear()
     made.filters = {name: made.filters[name] for name in FILTERS}
     made.filters["replace"] = _replace

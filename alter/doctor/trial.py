@@ -187,7 +187,7 @@ def _share(limit: int | float | None, batches: int) -> int:
     """How many batches a limit of Lightning leaves: a share of them, or a number."""
     if limit is None:
         return batches
-    return min(batches, limit) if isinstance(limit, int) else math.floor(batches * limit)
+    return min(batches, limit) if isinstance(limit, int) else max(1, math.floor(batches * limit))
 
 
 def _validations(planned: Mapping[str, Any], steps: int) -> float:

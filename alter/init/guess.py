@@ -115,7 +115,13 @@ def _spoken(name: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> TaskGuess:
+def guess_task(
+    columns: Mapping[str, Column],
+    rows: int,
+    where: str,
+    sample: Iterable[Mapping[str, Any]],
+    answer: str | None = None,
+) -> TaskGuess:
     """Proposes a task.
 
     Args:
@@ -123,6 +129,7 @@ def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Ite
         rows: how many there are.
         where: the file, for messages.
         sample: some rows, to see whether answers stand in the inputs.
+        answer: the column to learn, where it is known.
 
     Raises:
         AlterError: the table has too little to learn from.
@@ -131,7 +138,7 @@ def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Ite
         raise AlterError(f"{where}: rename the column 'row'; through this name templates reach the column '{odd}'.")
     left_out, group, useful = {}, None, []
     for column in columns.values():
-        reason = _useless(column, rows)
+        reason = None if column.name == answer else _useless(column, rows)
         if reason is None:
             useful.append(column)
         elif reason == "group":
@@ -142,13 +149,14 @@ def guess_task(columns: Mapping[str, Column], rows: int, where: str, sample: Ite
     if len(useful) < 2:
         raise AlterError(
             f"{where}: one column to read and one to answer are needed, and only {len(useful)} of {len(columns)} "
-            f"({', '.join(columns)}) can be used; a CSV file has commas between its columns."
+            f"({', '.join(columns)}) can be used; a CSV file has commas, semicolons or tabs between its columns."
         )
-    target, reason = _target(useful, rows)
+    told = answer is not None and answer in columns
+    target, reason = (columns[str(answer)], "as told") if told else _target(useful, rows)
     if target.filled < rows:
         raise AlterError(
-            f"{where}: the column '{target.name}' looks like the answer and is empty in {rows - target.filled} of {rows} "
-            "rows; fill it in, or remove these rows."
+            f"{where}: the column '{target.name}' {'is' if told else 'looks like'} the answer and is empty in "
+            f"{rows - target.filled} of {rows} rows; fill it in, or remove these rows."
         )
     inputs = [c for c in useful if c is not target and not _is_numeric(c) and not c.lists]
     if not inputs:

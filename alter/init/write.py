@@ -16,7 +16,7 @@ import yaml
 
 from alter import terminal
 from alter.data.sources import SPLITS, Files, read_file
-from alter.errors import AlterError
+from alter.errors import AlterError, did_you_mean
 from alter.init.columns import read_columns
 from alter.init.guess import TaskGuess, guess_task
 
@@ -49,13 +49,14 @@ class Proposal:
     rows: dict[str, int]
 
 
-def init(folder: Path, files: Sequence[Path], backbone: str) -> str:
+def init(folder: Path, files: Sequence[Path], backbone: str, answer: str | None = None) -> str:
     """Proposes a task for every file, or for files that are named as splits of one, and writes tasks and a recipe.
 
     Args:
         folder: for the recipe and its tasks; made where it does not exist.
         files: CSV, TSV, JSONL, Parquet or Excel.
         backbone: that the recipe names.
+        answer: the column to learn, of the files that have it; elsewhere it is guessed.
 
     Returns:
         what was guessed, for the terminal.
@@ -67,9 +68,12 @@ def init(folder: Path, files: Sequence[Path], backbone: str) -> str:
     proposals, problems = [], list[str]()
     for name, parts in _by_task(files).items():
         try:
-            proposals.append(_propose(name, parts))
+            proposals.append(_propose(name, parts, answer))
         except AlterError as error:
             problems += error.messages
+    if answer is not None and not problems and all(proposal.guess.target.name != answer for proposal in proposals):
+        names = {column.name for proposal in proposals for column in [proposal.guess.target, *proposal.guess.inputs]}
+        problems.append(f"--answer: no file has a column '{answer}'.{did_you_mean(answer, names)}")
     targets = [recipe, *(folder / "tasks" / f"{proposal.name}.yaml" for proposal in proposals)]
     problems += [f"{file}: is there already; name another folder, or remove it." for file in targets if file.exists()]
     if problems:
@@ -113,13 +117,13 @@ def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
     return tasks
 
 
-def _propose(name: str, files: dict[str, Path]) -> Proposal:
+def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
     if "train" not in files:
         raise AlterError(f"{next(iter(files.values()))}: there is no file of training rows beside it; add one.")
     columns, rows = read_columns(chain.from_iterable(map(read_file, files.values())))
     if rows < FEWEST:
         raise AlterError(f"{files['train']}: {rows} rows are too few to train and to test on; give {FEWEST} or more.")
-    guess = guess_task(columns, rows, str(files["train"]), islice(read_file(files["train"]), SAMPLE))
+    guess = guess_task(columns, rows, str(files["train"]), islice(read_file(files["train"]), SAMPLE), answer)
     given = {split: str(file.resolve()) for split, file in files.items()}
     share = SHARE if rows >= FEW else 2 * SHARE
     arguments: dict[str, Any] = {split: given.get(split, share) for split in SPLITS}
@@ -148,6 +152,8 @@ def _said(proposal: Proposal) -> list[str]:
         counts = [f"{choice} {guess.target.values[choice]:,}" for choice in guess.choices]
         shown = ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")
         facts["choices"] = f"{len(counts)}: {shown}"
+        if alike := _alike(guess.choices):
+            facts["alike"] = f"{' and '.join(alike)} may be one answer in two spellings"
     origin = "files of their own" if len(proposal.files) == len(SPLITS) else "shares drawn by a seed"
     facts["rows"] = " / ".join(f"{proposal.rows[split]:,} {split}" for split in SPLITS) + f" ({origin})"
     if "group" in proposal.arguments:
@@ -159,6 +165,15 @@ def _said(proposal: Proposal) -> list[str]:
         first = f"  {label:<{width}}"
         lines += textwrap.wrap(fact, terminal.width(), initial_indent=first, subsequent_indent=" " * len(first))
     return lines
+
+
+def _alike(choices: Sequence[str]) -> list[str]:
+    """The first choices that differ by case, blanks or the words for yes and no alone."""
+    by_meaning: dict[str, list[str]] = {}
+    for choice in choices:
+        plain = " ".join(choice.casefold().split())
+        by_meaning.setdefault({"true": "yes", "false": "no"}.get(plain, plain), []).append(choice)
+    return next((names for names in by_meaning.values() if len(names) > 1), [])
 
 
 def _task_text(proposal: Proposal, folder: Path) -> str:

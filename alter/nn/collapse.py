@@ -141,7 +141,7 @@ def _one_expert(layer: MixtureOfTaskAdapters, task_id: int) -> Bottleneck:
     found = [(expert, weights) for expert, weights in parts if isinstance(expert, Bottleneck)]
     if len(found) < len(parts):
         raise AlterError(
-            "Only Bottleneck experts stand beside the feed-forward and concatenate into one adapter; take --format hf for "
+            "--format adapter is for Bottleneck experts, which join into one; this run has others, so take --format hf for "
             "experts that change its weights, such as LoRA."
         )
     if len({expert.activation for expert, _ in found}) > 1:

@@ -27,17 +27,31 @@ def write_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[st
         config: the description.
         state: the tensors by name.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS_FILE}.part"
-    own = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    save_file(own, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    write_tensors(folder / WEIGHTS_FILE, state)
     temporary = folder / f".{CONFIG_FILE}.part"
     temporary.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
     os.replace(temporary, folder / CONFIG_FILE)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Writes tensors as safetensors, whole or not at all, for all to read who may read other files of this user.
+
+    Args:
+        file: where to.
+        tensors: by name.
+        metadata: texts that go with them.
+    """
+    from safetensors.torch import save_file
+
+    beside = file.with_name(f".{file.name}.part")
+    beside.touch()
+    mode = beside.stat().st_mode  # which safetensors would leave to its owner alone
+    own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(own, beside, metadata={"format": "pt", **metadata})
+    beside.chmod(mode)
+    os.replace(beside, file)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

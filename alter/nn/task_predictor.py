@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self, cast
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alter.errors import AlterError
+from alter.nn.files import write_tensors
 from alter.nn.model import MTAModel
 
 _TENSORS = ("means", "precision", "spreads", "tails", "temperature")
@@ -173,12 +173,7 @@ class TaskPredictor:
 
     def save(self, file: Path) -> None:
         """Writes it as safetensors."""
-        from safetensors.torch import save_file
-
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        save_file(tensors, beside, metadata={"kinds": json.dumps(self.kinds)})
-        beside.replace(file)
+        write_tensors(file, {name: getattr(self, name) for name in _TENSORS}, kinds=json.dumps(self.kinds))
 
     @classmethod
     def load(cls, file: Path) -> Self:

@@ -108,7 +108,7 @@ class Server:
 
     async def completions(self, asked: CompletionRequest, http: HTTPRequest) -> Response:
         """Answers one prompt or several."""
-        prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        prompts = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
         return await self._complete(asked, http, "prompt", prompts, asked.max_tokens, chat=False)
 
     async def chat(self, asked: ChatRequest, http: HTTPRequest) -> Response:
@@ -121,7 +121,7 @@ class Server:
         asked: CompletionRequest | ChatRequest,
         http: HTTPRequest,
         param: str,
-        texts: Sequence[str],
+        texts: Sequence[Input],
         longest: int | None,
         chat: bool,
     ) -> Response:
@@ -408,6 +408,8 @@ def _tell_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HTTPRequest, error: RequestValidationError) -> Response:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return failure(400, f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}.")
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         return failure(400, f"{place or 'The request'}: {first['msg']}.", place or None)
 

@@ -41,9 +41,9 @@ class Request(BaseModel, extra="allow"):
 
 
 class CompletionRequest(Request):
-    """``/v1/completions``."""
+    """``/v1/completions``: texts, or objects with the task's fields."""
 
-    prompt: str | list[str] = Field(min_length=1)
+    prompt: Input | list[Input] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -89,7 +89,12 @@ def test_a_long_target_is_cut_for_learning_and_stays_whole_for_the_metrics(tmp_p
         ({"max_prompt_tokens": 2, "truncate": "txt"}, r"names 'txt', which the row does not have"),
         ({"max_target_tokens": 1}, r"train row 1: the target has 2 tokens, more than max_target_tokens 1; raise it"),
         ({"choices": ["yes", "maybe"]}, r"train row 2: the label 'no' is not one of the choices"),
-        ({"prompt": "{{ txt }}"}, r"names 'txt'.*Did you mean 'text'"),
+        ({"prompt": "{{ txt }}"}, r"names 'txt'.*Did you mean 'text'\? So it is in \d+ rows\."),
+        ({"prompt": "{{ row['txt'] }}"}, r"names 'txt'.*Did you mean 'text'"),
+        (
+            {"target": "{{ label if label == 'yes' else '' }}"},
+            r"train row 2: the target is empty; mend or remove the row",
+        ),
         ({"target": "{{ label if label == 'yes' else '' }}", "choices": None}, r"train row 2: the target is empty"),
         ({"test": 0}, r"the test split has no rows"),
         ({"train": 0}, r"the train split has no rows"),
@@ -101,6 +106,17 @@ def test_bad_rows_are_told_by_number_and_nothing_is_kept(tmp_path, tokenizer, ch
         encode_task(task, tokenizer, False, tmp_path / "cache", 13)
     assert len(error.value.messages) <= 5
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+
+def test_mistakes_of_all_splits_are_told_at_once(tmp_path, tokenizer):
+    task = make(tmp_path, choices=["yes", "maybe"])
+    with pytest.raises(AlterError) as error:
+        encode_task(task, tokenizer, False, tmp_path / "cache", 13)
+    assert [text.split("task 't', ")[1].split(" ")[0] for text in error.value.messages] == [
+        "train",
+        "validation",
+        "test",
+    ]
 
 
 def test_tokens_are_made_once_and_again_when_something_changed(tmp_path, tokenizer):

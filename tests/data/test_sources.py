@@ -104,6 +104,25 @@ def test_a_function_is_given_the_split_and_its_arguments():
     assert Function(numbers).fingerprint() != Function(numbers, count=3).fingerprint()
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_table_says_itself_what_stands_between_its_columns(tmp_path, separator, mark):
+    lines = [["text", '"a, b; c"', "label"], ['"one, two; three"', "x", "ja"]]
+    text = mark + "".join(f"{separator.join(cells)}\n" for cells in lines)
+    (tmp_path / "x.csv").write_text(text, encoding="utf-8")
+    assert list(read_file(tmp_path / "x.csv")) == [{"text": "one, two; three", "a, b; c": "x", "label": "ja"}]
+
+
+def test_rows_of_a_drawn_split_keep_their_numbers_in_the_file(tmp_path):
+    rows = [{"n": str(n)} for n in range(1, 41)]
+    source = Files(str(write(tmp_path / "x.jsonl", rows)), validation=0.3, test=0.3)
+    for split in ("train", "validation", "test"):
+        numbered = list(source.numbered(split))
+        assert [row for _, row in numbered] == list(source.rows(split))
+        assert all(row == rows[number - 1] for number, row in numbered)
+        assert len(numbered) > 4
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -142,6 +142,25 @@ def test_an_unknown_template_variable_names_the_fields(tmp_path):
         task.render_prompt({"text": "a", "label": "yes"}, "train row 3")
 
 
+def test_nothing_is_an_empty_text(tmp_path):
+    task = make(tmp_path, prompt="{{ text }}{{ row['text'] | default('x') }}{% if text %}y{% endif %}:")
+    assert task.render_prompt({"text": None}) == ":"
+
+
+@pytest.mark.parametrize("prompt", ["{{ Zuständige Gruppe }}", "{{ 2nd line }}"])
+def test_a_column_that_is_no_plain_word_is_told_how_to_be_named(tmp_path, prompt):
+    with pytest.raises(AlterError, match=r"name has spaces or signs is \{\{ row\['its name'\] \}\}"):
+        make(tmp_path, prompt=prompt).render_prompt({"text": "a"})
+
+
+def test_where_a_task_was_read_is_no_key_of_its_file(tmp_path):
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({**task_dict(tmp_path), "where": "x == 1"}))
+    with pytest.raises(AlterError, match=r"t.yaml: unknown key 'where'; rows are left out of the data file"):
+        Task.from_file(tmp_path / "t.yaml")
+    with pytest.raises(AlterError, match=r"unknown key 'wher'; the keys are name, source, .*license\."):
+        Task.from_dict({**task_dict(tmp_path), "wher": "x"}, "t.yaml")
+
+
 def test_a_label_outside_the_choices_is_named_with_its_row(tmp_path):
     with pytest.raises(
         AlterError,

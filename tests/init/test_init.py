@@ -183,3 +183,22 @@ def test_whatever_a_table_holds_its_task_renders_every_row_or_is_refused_in_a_se
     for row in rows:
         assert task.render_prompt(row)
         assert task.render_target(row)
+
+
+def test_the_answer_is_the_column_that_one_names_where_it_is_there(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text(
+        "customer;text;group;note\n" + "".join(f"K{n % 9};t{n} x;{n % 3};n{n}\n" for n in range(60))
+    )
+    (tmp_path / "b.csv").write_text(
+        "text,label\n" + "".join(f"t{n} y,{('Yes', 'yes', 'no')[n % 3]}\n" for n in range(60))
+    )
+    files = [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
+    main(["init", str(tmp_path / "out"), *files, "--answer", "group"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "answers group (as told)" in told
+    assert "answers label (by its name)" in told
+    assert "alike Yes and yes may be one answer in two spellings" in told
+    assert yaml.safe_load((tmp_path / "out" / "tasks" / "a.yaml").read_text())["target"] == "{{ group }}"
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "other"), *files, "--answer", "groop"])
+    assert "--answer: no file has a column 'groop'. Did you mean 'group'?" in capsys.readouterr().err

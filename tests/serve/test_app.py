@@ -153,6 +153,11 @@ def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):
         ]
         assert told[0] == told[1]  # as text too, as every endpoint takes it
         assert told[0][0] == 200
+        told = [
+            post(address, "/v1/completions", {"model": "pair", "prompt": given})
+            for given in (fields, json.dumps(fields))
+        ]
+        assert told[0][1]["choices"] == told[1][1]["choices"]
 
 
 def test_keys_are_compared_in_constant_time(predictor, monkeypatch):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from alter.data import MultiTaskDataModule
 from alter.loading import CALIBRATION_FILE
 from alter.predict import Predictor
-from alter.results import write_json
+from alter.writing import write_json
 
 BOUNDS = (0.05, 20.0)  # validation that is all right would drive the temperature to zero
 ROWS = 256  # of validation, spread evenly over it: enough for one number, since every choice of each is scored

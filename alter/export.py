@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ from alter.nn.collapse import merged, one_adapter
 from alter.nn.files import WEIGHTS_FILE, read_config
 from alter.nn.hub import weight_files
 from alter.nn.model import MTAModel
-from alter.publish import example_call, new_folder, publish, write_recipe
+from alter.publish import example_call, publish, write_recipe
+from alter.writing import made_whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_USAGE = """
@@ -119,7 +119,7 @@ class Exporter:
         written = []
         for name in names or self.config["tasks"]:
             folder = out / name
-            with _made_whole(folder) as beside:
+            with made_whole(folder) as beside:
                 write(model, Task.from_dict(self.entries[name], str(self.run / "recipe.yaml")), beside, where, dtype)
             kinds = ("*.safetensors", "*.onnx", "*.data")
             after = [file for kind in kinds for file in folder.glob(kind)]
@@ -291,25 +291,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _made_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside, moved into place once it is complete."""
-    new_folder(folder)
-    beside = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        for weights in beside.rglob("*.safetensors"):
-            shutil.copymode(beside / "README.md", weights)  # safetensors leaves them to their owner alone
-        folder.rmdir()
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _first_line(error: Exception) -> str:

@@ -24,10 +24,11 @@ from alter.nn.decoding import Generation
 from alter.nn.files import read_config
 from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
-from alter.results import peak_memory_bytes, render_table, run_results, write_json
-from alter.run import differences, measure, put_back, quiet, record, records, replace_model, say, train, write_text
+from alter.results import peak_memory_bytes, render_table, run_results
+from alter.run import differences, measure, put_back, quiet, record, records, replace_model, say, train
 from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
+from alter.writing import write_json, write_text
 
 FOLDER = "added"  # in the run folder: a folder for each task that was added
 CHECKS = 0.2  # of the draws, between two looks at validation

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alter.data import MultiTaskDataModule, Task
+from alter.data import Task
 from alter.errors import AlterError
 from alter.nn.task_predictor import Features, Kind, TaskPredictor, text_features
 
 if TYPE_CHECKING:
+    from alter.data import MultiTaskDataModule
     from alter.predict import Predictor
 
 TASK_PREDICTOR_FILE = "task_predictor.safetensors"

@@ -10,10 +10,10 @@ import yaml
 
 from alter.card import model_card
 from alter.data import Task
-from alter.errors import AlterError
 from alter.guess import TASK_PREDICTOR_FILE
 from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE
+from alter.writing import made_whole
 
 USAGE = """
 ```
@@ -41,8 +41,12 @@ def publish(run: Path, out: Path) -> None:
     Raises:
         AlterError: ``run`` holds no finished run, or ``out`` holds something.
     """
-    new_folder(out)
     content = run_recipe(run)
+    with made_whole(out) as beside:
+        _publish(run, beside, content)
+
+
+def _publish(run: Path, out: Path, content: dict[str, Any]) -> None:
     for name in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, TASK_PREDICTOR_FILE):
         if (model_folder(run) / name).is_file():
             shutil.copy(model_folder(run) / name, out / name)
@@ -71,14 +75,3 @@ def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]
 def _without_places(source: dict[str, Any]) -> dict[str, Any]:
     arguments = {key: value for key, value in (source.get("init_args") or {}).items() if key not in PLACES}
     return {**source, "init_args": arguments}
-
-
-def new_folder(out: Path) -> None:
-    """Makes a folder.
-
-    Raises:
-        AlterError: it is there and holds something.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AlterError(f"{out}: already there and not empty; give a new folder, or remove it first.")
-    out.mkdir(parents=True, exist_ok=True)

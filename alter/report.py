@@ -19,7 +19,8 @@ from alter.inside import expert_similarity, gates_by_task
 from alter.loading import load
 from alter.metrics import metric
 from alter.predict import Predictor
-from alter.results import REFERENCES, verdict, write_json
+from alter.results import REFERENCES, verdict
+from alter.writing import write_json, write_text
 
 WORST = 10
 ANSWERS, INSIDE, REPORT, PICTURES = "answers.jsonl", "inside.json", "report.html", "report"
@@ -83,9 +84,7 @@ def write_report(run: Path) -> Path:
     report = _Report(run)
     text = markup.page(f"Run {run.resolve().name}", list(report.parts()))
     file = run / REPORT
-    beside = file.with_suffix(".html.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    write_text(file, text)
     return file
 
 

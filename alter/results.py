@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
 import re
 import sys
 import textwrap
@@ -133,45 +129,6 @@ def peak_device_memory_bytes() -> int | None:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Writes JSON so that the file is, at every moment, the old one or the whole new one.
-
-    NumPy numbers become plain ones, and NaN and infinities, which JSON has not, become null.
-
-    Raises:
-        AlterError: when the file can't be written, such as on a full disk; the old file stays.
-    """
-    path = Path(path)
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # else a crash after the rename may leave an empty file
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise AlterError(
-            f"Could not write {path}: {error.strerror}. Mend that and run the same command again; "
-            "what was there before is unchanged."
-        ) from error
-
-
-def _plain(obj: Any) -> Any:
-    if isinstance(obj, Mapping):
-        return {str(key): _plain(value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        return [_plain(value) for value in obj]
-    if hasattr(obj, "tolist") and not isinstance(obj, (str, bytes)):  # NumPy and torch: arrays and scalars
-        return _plain(obj.tolist())
-    if isinstance(obj, float) and not math.isfinite(obj):
-        return None
-    return obj
 
 
 # The table. A mark stands behind a reference that the model does not clearly beat; the notes below say it in words.

@@ -45,9 +45,10 @@ from alter.precision import slow_precision
 from alter.predict import Predictor
 from alter.recipe import STAGES, Recipe
 from alter.requeue import REQUEUE
-from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results, write_json
+from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results
 from alter.schema import refuse_foreign_sources
 from alter.stages import StageModule
+from alter.writing import write_json, write_text
 from alter.yaml_file import read_yaml
 
 say = rank_zero_only(print)
@@ -430,10 +431,3 @@ def record(run: Path, step: str, seconds: float, **facts: Any) -> None:
 def _is_first() -> bool:
     """Whether this is the one process, or the first of several, which writes."""
     return bool(getattr(rank_zero_only, "rank", 0) == 0)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file beside and renames it, so that a reader never sees half of it."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)

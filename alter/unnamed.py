@@ -15,7 +15,7 @@ from alter.guess import Guess, fit_kinds, joined, shares
 from alter.metrics import bootstrap_interval, metric
 from alter.nn.task_predictor import TaskPredictor
 from alter.predict import Predictor, Text
-from alter.results import write_json
+from alter.writing import write_json
 
 VIEWS = {
     "prompt": "whole prompts, as the tasks' templates make them",

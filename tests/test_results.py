@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-import errno
 import json
 import os
 import re
@@ -9,7 +7,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +21,6 @@ from alter.results import (
     run_results,
     task_results,
     verdict,
-    write_json,
 )
 
 TARGETS = ["a", "b"] * 50
@@ -161,52 +157,6 @@ def test_a_long_metric_name_stands_above_its_numbers():
     lines = render_table(results).splitlines()
     above = lines.index("  recall[skin and hair]")
     assert re.match(r" {14}\d\.\d{3} \[", lines[above + 1])
-
-
-def test_write_json_round_trips_and_leaves_nothing_beside(tmp_path):
-    path = tmp_path / "runs" / "results.json"
-    write_json(path, {"a": 1})
-    write_json(path, {"π": np.float32(0.5), "n": np.int64(3), "xs": (np.nan, float("inf"), [None]), "r": np.arange(2)})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"π": 0.5, "n": 3, "xs": [None, None, [None]], "r": [0, 1]}
-    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-    )
-)
-def test_write_json_is_always_strict_json(tmp_path_factory, obj):
-    path = tmp_path_factory.getbasetemp() / "any.json"
-    before = copy.deepcopy(obj)
-    write_json(path, obj)
-
-    def refuse(name):
-        raise AssertionError(name)
-
-    json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert repr(obj) == repr(before)
-
-
-def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_json(path, {"old": True})
-
-    def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(results_module.os, "fsync", full)
-    with pytest.raises(AlterError, match=r"results\.json: No space left"):
-        write_json(path, {"new": True})
-    assert json.loads(path.read_text()) == {"old": True}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
-    (tmp_path / "runs").write_text("")
-    with pytest.raises(AlterError, match=r"Could not write .*results\.json"):
-        write_json(tmp_path / "runs" / "results.json", {})
 
 
 def peak_of(code):

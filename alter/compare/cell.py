@@ -29,8 +29,9 @@ from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
 from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
-from alter.results import peak_memory_bytes, write_json
+from alter.results import peak_memory_bytes
 from alter.strategy import QUANTISED
+from alter.writing import write_json
 
 PLAN = "cell.json"
 TRAINED = "trained"  # in place of a split: answers nothing

@@ -20,7 +20,7 @@ from alter.nn.backbone import is_seq2seq, load_backbone, resolve_backbone
 from alter.nn.model import MTAModel
 from alter.nn.template import make_template
 from alter.recipe import Recipe, dump
-from alter.results import write_json
+from alter.writing import write_json
 
 SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
 PLACES = {"run", "folder", "root", "cache_dir"}  # where things are, which changes no result

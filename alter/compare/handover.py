@@ -18,7 +18,7 @@ from alter.errors import AlterError
 from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards, select_layers
 from alter.recipe import Recipe
-from alter.results import write_json
+from alter.writing import write_json
 
 INTERPRETER = "ALTER_ADAPTERS_PYTHON"
 SCRIPT = Path(__file__).with_name("adapter_fusion.py")

@@ -19,7 +19,7 @@ from alter.compare.summary import summarise
 from alter.compare.tables import markdown, page
 from alter.errors import AlterError
 from alter.recipe import read_recipe
-from alter.results import write_json
+from alter.writing import write_json
 
 DEFAULT = "untouched,full,shared,alone,peft_lora,peft_poly,stage1,one_stage,two_stage"
 

@@ -27,9 +27,10 @@ from alter.data import MultiTaskDataModule, eval_batches
 from alter.loading import load
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.recipe import Recipe, read_recipe
-from alter.results import peak_device_memory_bytes, peak_memory_bytes, write_json
+from alter.results import peak_device_memory_bytes, peak_memory_bytes
 from alter.run import StageCLI, quiet
 from alter.strategy import ONE_DEVICE
+from alter.writing import write_json
 
 LARGEST, DRAWN = 2, 6  # batches: for the memory, and for the time of a step
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alter.errors import AlterError
 from alter.nn.sharding import slice_like
+from alter.writing import write_text
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "alter.json"
@@ -30,9 +31,7 @@ def write_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, state)
-    temporary = folder / f".{CONFIG_FILE}.part"
-    temporary.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
-    os.replace(temporary, folder / CONFIG_FILE)
+    write_text(folder / CONFIG_FILE, json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:

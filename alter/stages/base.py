@@ -25,7 +25,7 @@ from alter.nn.model import MTAModel
 from alter.nn.processes import gather_objects, world_size
 from alter.nn.sharding import gather, local_numel, shard, slice_like
 from alter.nn.trunk_cache import TrunkCache
-from alter.results import write_json
+from alter.writing import write_json
 
 
 class StageModule(LightningModule):

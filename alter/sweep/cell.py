@@ -23,8 +23,8 @@ def main() -> None:
     REQUEUE.listen()
     from alter.cells import only_one
     from alter.errors import AlterError
-    from alter.results import write_json
     from alter.sweep.plan import FAILED, RESULT, read_sweep
+    from alter.writing import write_json
 
     sweep = read_sweep(options.folder)
     cell = sweep.cell(options.number)

@@ -10,9 +10,9 @@ from typing import Any
 
 from alter.errors import AlterError
 from alter.recipe import Recipe, dump
-from alter.results import write_json
-from alter.run import differences, write_text
+from alter.run import differences
 from alter.sweep.points import Config, Point, check_points
+from alter.writing import write_json, write_text
 
 SWEEP, JOBS = "sweep.json", "jobs.json"
 RESULT, FAILED = "result.json", "failed.json"  # of a cell; the first says that it is done

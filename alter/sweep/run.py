@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alter.cells import LOG, run_cells
-from alter.results import write_json
-from alter.run import write_text
 from alter.slurm import Job, sbatch
 from alter.sweep.plan import JOBS, Sweep
+from alter.writing import write_json, write_text
 
 ARRAY = "array.sh"
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from alter.cells import LOG, is_running, last_line
 from alter.recipe import dump
-from alter.run import write_text
 from alter.slurm import outside
 from alter.sweep.plan import FAILED, RESULT, Sweep
 from alter.sweep.points import Point
 from alter.terminal import columns
+from alter.writing import write_text
 from alter.yaml_file import read_yaml
 
 BEST = "best.yaml"

@@ -226,7 +226,10 @@ def _routed(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
     task_id = model.tasks.index(task)
     model.set_examples({"task_ids": torch.tensor([task_id])})
     model.routing.only_task = task_id
-    yield model.backbone
+    try:
+        yield model.backbone
+    finally:
+        model.routing.only_task = None
 
 
 def write_onnx(model: PreTrainedModel, out: Path) -> None:

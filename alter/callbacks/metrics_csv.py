@@ -35,7 +35,7 @@ class MetricsCSV(Logger):
 
     @property
     def version(self) -> str:
-        """None: the place is fixed."""
+        """Empty: the place is fixed."""
         return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from alter.nn.body import IGNORED
 from alter.stages.base import StageModule
 
 
@@ -37,7 +38,7 @@ class Throughput(Callback):
         self.seconds += time.perf_counter() - self._started
         self.tokens += int(batch["attention_mask"].sum())
         if cast(StageModule, module).model.is_seq2seq:  # else the targets stand in the same row
-            self.tokens += int((batch["labels"] != -100).sum())
+            self.tokens += int((batch["labels"] != IGNORED).sum())
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""

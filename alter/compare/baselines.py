@@ -143,6 +143,7 @@ class BaselineModule(StageModule):
         gradient_checkpointing: computes activations again in the backward pass, to save memory.
         trunk_cache: how the states below the first adapter are kept, set by the recipe's ``trunk_cache``; full
             fine-tuning moves them and keeps none.
+        skip_bad_batches: as `Stage1Module` takes it.
     """
 
     def __init__(
@@ -160,9 +161,10 @@ class BaselineModule(StageModule):
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,
         trunk_cache: TrunkCache | None = None,
+        skip_bad_batches: int = 0,
     ) -> None:
         cache = None if kind == "full" else trunk_cache
-        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing, cache)
+        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing, cache, skip_bad_batches)
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

@@ -151,7 +151,16 @@ def _baseline(kind: str) -> Callable[[Config, Budget], list[Training]]:
     def plan(config: Config, budget: Budget) -> list[Training]:
         config = one_stage_of(config, budget.draws)
         given = config["stage1"]["model"]["init_args"]
-        kept = ("layers", "ffn", "optimizer", "schedule", "warmup", "loss_average", "gradient_checkpointing")
+        kept = (
+            "layers",
+            "ffn",
+            "optimizer",
+            "schedule",
+            "warmup",
+            "loss_average",
+            "gradient_checkpointing",
+            "skip_bad_batches",
+        )
         arguments = {key: given[key] for key in kept if key in given} | {"kind": kind, "rank": 1}
         config["stage1"]["model"] = {
             "class_path": "alter.compare.baselines.BaselineModule",

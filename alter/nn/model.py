@@ -269,14 +269,12 @@ class MTAModel(nn.Module):
             batch: ``task_ids`` [batch]; where a router reads the prompt also ``input_ids`` and ``attention_mask``
                 [batch, seq], and ``labels`` where targets stand behind the prompts.
         """
-        self.routing.task_ids, self.routing.only_task = batch["task_ids"], None
-        self.routing.positions, self.routing.masks = None, {}
         if any(router.reads_prompt for router in self.routers()):
-            self.routing.prompt = self._pooled_prompt(batch)
+            prompt = self._pooled_prompt(batch)
         else:  # the last batch's would have as many rows as that
-            self.routing.prompt = self.routing.prompt.new_zeros(
-                1, self.routing.prompt.shape[-1], device=batch["task_ids"].device
-            )
+            width = self.routing.prompt.shape[-1]
+            prompt = self.routing.prompt.new_zeros(1, width, device=batch["task_ids"].device)
+        self.routing.announce(batch["task_ids"], prompt)
 
     def routers(self) -> Iterator[Router]:
         """The routers of all layers."""

@@ -103,8 +103,7 @@ class StepDecoder:
         if not self.rows:
             return
         self._mask = F.pad(self._mask, (0, 1), value=1)
-        routing = self.model.routing
-        routing.task_ids, routing.prompt, routing.positions, routing.masks = self._task_ids, self._prompts, None, {}
+        self.model.routing.announce(self._task_ids, self._prompts)
         with ThinProducts():
             output = self.model.body.decode(
                 self._last.unsqueeze(1),

@@ -42,6 +42,16 @@ class Routing:
     mask: Tensor | None = None
     losses: list[Tensor] | None = None
 
+    def announce(self, task_ids: Tensor, prompt: Tensor) -> None:
+        """Says whom the next calls are about, of all of whose tokens the output matters; forgets the last ones.
+
+        Args:
+            task_ids: [batch].
+            prompt: [batch, prompt_size], or [1, prompt_size] where no router reads it.
+        """
+        self.task_ids, self.prompt, self.only_task = task_ids, prompt, None
+        self.positions, self.masks = None, {}
+
     def seen_at(self, place: str) -> Self:
         """The same with the mask of ``place``, a key of ``masks``."""
         return replace(self, mask=self.masks.get(place))

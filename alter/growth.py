@@ -306,7 +306,6 @@ def _drawn(content: Mapping[str, Any], draws: int | None) -> dict[str, int | Non
 
 def _data(settings: Mapping[str, Any], backbone: Path) -> MultiTaskDataModule:
     data = MultiTaskDataModule(**settings, tokenizer=str(backbone), seq2seq=is_seq2seq(backbone))
-    data.prepare_data()
     data.setup()
     return data
 

@@ -18,6 +18,7 @@ from lightning import Trainer
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
 from alter.nn import Expert, Router, TrunkCache
+from alter.nn.backbone import is_seq2seq
 from alter.nn.decoding import Generation
 from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision, choose_precision
@@ -108,6 +109,16 @@ class Recipe:
     def data_args(self, tokenizer: str, seq2seq: bool) -> dict[str, Any]:
         """Arguments for ``MultiTaskDataModule``."""
         return {**self.config["data"], "tasks": self.tasks, "tokenizer": tokenizer, "seq2seq": seq2seq}
+
+    def open_data(self, backbone: Path) -> MultiTaskDataModule:
+        """The data, encoded for a backbone and opened.
+
+        Raises:
+            AlterError: rows do not fit their task.
+        """
+        data = MultiTaskDataModule(**self.data_args(str(backbone), is_seq2seq(backbone)))
+        data.setup()
+        return data
 
     def stage_args(self, stage: str, backbone: str) -> dict[str, Any]:
         """What one LightningCLI takes for a stage: ``seed_everything``, ``trainer`` and ``model``."""

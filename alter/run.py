@@ -39,7 +39,7 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.loading import load, run_recipe
-from alter.nn.backbone import is_seq2seq, resolve_backbone
+from alter.nn.backbone import resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
 from alter.predict import Predictor
@@ -142,9 +142,7 @@ def fit(recipe: Recipe) -> None:
     _claim(run, recipe)
     backbone = resolve_backbone(recipe.config["backbone"])
     started = time.perf_counter()
-    data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
-    data.prepare_data()
-    data.setup()
+    data = recipe.open_data(backbone)
     precision = recipe.config["precision"]
     say(f"run folder: {run}\nbackbone:   {recipe.config['backbone']} ({backbone}), {precision}\n")
     if slow := slow_precision(precision, recipe.config["trainer"]["accelerator"]):
@@ -208,7 +206,6 @@ def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor
         data = MultiTaskDataModule(
             **arguments, tokenizer=predictor.tokenizer.name_or_path, seq2seq=predictor.model.is_seq2seq
         )
-        data.prepare_data()
         data.setup()
     calibrate_run(run, predictor, data)
     fit_run(run, predictor, data)

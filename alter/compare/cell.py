@@ -18,13 +18,13 @@ from alter import run
 from alter.cells import only_one
 from alter.compare import handover
 from alter.compare.baselines import SETTINGS, BaselineModel
-from alter.data import MultiTaskDataModule, Task
+from alter.data import Task
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.inside import gates_by_task
 from alter.loading import answering_device, load
 from alter.metrics import bootstrap, metric
-from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
+from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
 from alter.predict import Predictor
@@ -93,9 +93,7 @@ def _train_and_answer(recipes: Sequence[Recipe], plan: dict[str, Any], split: st
 
 def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, Any]) -> Answered:
     backbone = resolve_backbone(recipe.config["backbone"])
-    data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
-    data.prepare_data()
-    data.setup()
+    data = recipe.open_data(backbone)
     if not plan["trains"]:
         names = [task.name for task in recipe.tasks]
         model = MTAModel(load_backbone(str(backbone), recipe.config["precision"]), names, "all")

@@ -13,10 +13,9 @@ from typing import Any
 from alter.cells import run_cells
 from alter.compare.cell import PLAN, TRAINED
 from alter.compare.methods import Budget, Config, Method, Training
-from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.nn import Expert, Router
-from alter.nn.backbone import is_seq2seq, load_backbone, resolve_backbone
+from alter.nn.backbone import load_backbone, resolve_backbone
 from alter.nn.model import MTAModel
 from alter.nn.template import make_template
 from alter.recipe import Recipe, dump
@@ -109,10 +108,8 @@ class Planner:
 
     def __init__(self, recipe: Recipe) -> None:
         config = recipe.config
-        path = str(resolve_backbone(config["backbone"]))
-        data = MultiTaskDataModule(**recipe.data_args(path, is_seq2seq(path)))
-        data.prepare_data()
-        data.setup()
+        path = resolve_backbone(config["backbone"])
+        data = recipe.open_data(path)
         arguments = config["stage1"]["model"]["init_args"]
         tasks = [task.name for task in recipe.tasks]
         self.model = MTAModel(load_backbone(path), tasks, arguments.get("layers", "last:4"), arguments.get("ffn"))

@@ -15,7 +15,7 @@ from alter.answering import MAX_BATCH_TOKENS, line_ends
 from alter.data import MultiTaskDataModule, Task, encode_choices, eval_batches
 from alter.data.sampler import MixtureBatchSampler
 from alter.errors import AlterError
-from alter.nn.backbone import is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
+from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards, select_layers
 from alter.recipe import Recipe
 from alter.writing import write_json
@@ -54,9 +54,7 @@ def train_and_answer(recipe: Recipe, split: str) -> tuple[dict[str, Any], list[t
         SystemExit: the script has failed; what it said stands in the log.
     """
     backbone = resolve_backbone(recipe.config["backbone"])
-    data = MultiTaskDataModule(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
-    data.prepare_data()
-    data.setup()
+    data = recipe.open_data(backbone)
     tokenizer = load_tokenizer(backbone)
     folder = recipe.run / "handover"
     write_files(folder, recipe, data, tokenizer, split)

@@ -12,14 +12,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from alter.data import MultiTaskDataModule
 from alter.doctor import checks
 from alter.doctor.checks import Line
 from alter.errors import AlterError
-from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone
-from alter.recipe import Recipe, read_recipe
+from alter.nn.backbone import load_tokenizer, resolve_backbone
+from alter.recipe import read_recipe
 from alter.run import quiet
 from alter.terminal import width
 
@@ -75,7 +73,7 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
     tasks = []
     for task in recipe.tasks:
         try:
-            data = _data(recipe, folder, [task])
+            data = replace(recipe, tasks=[task]).open_data(folder)
         except AlterError as error:
             bad += 1
             yield from (Line(False, "data", message) for message in error.messages)
@@ -90,7 +88,7 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
         yield checks.spelled(task, data, tokenizer)
         yield checks.examples(task, data)
     if tasks:
-        yield checks.rates(_data(recipe, folder, tasks))
+        yield checks.rates(replace(recipe, tasks=tasks).open_data(folder))
     model = recipe.config["stage1"]["model"].get("init_args") or {}
     found = checks.backbone(recipe.config["backbone"], folder, recipe.config["precision"], model)
     yield found
@@ -99,13 +97,6 @@ def _lines(arguments: Sequence[str], with_trial: bool) -> Iterator[Line]:
         yield Line(None, "trial", "of memory and time: not made, since there is a cross above")
     elif with_trial:
         yield from _trial(arguments)
-
-
-def _data(recipe: Recipe, folder: Path, tasks: list[Any]) -> MultiTaskDataModule:
-    data = MultiTaskDataModule(**replace(recipe, tasks=tasks).data_args(str(folder), is_seq2seq(folder)))
-    data.prepare_data()
-    data.setup()
-    return data
 
 
 def _trial(arguments: Sequence[str]) -> Iterator[Line]:

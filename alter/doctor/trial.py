@@ -137,7 +137,6 @@ def trial(recipe: Recipe) -> Estimate:
             recipe.config["trunk_cache"] = {**cache, "folder": str(Path(folder, "trunk"))}
         backbone = resolve_backbone(recipe.config["backbone"])
         data = Sample(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
-        data.prepare_data()
         data.setup()
         seconds, trainable, mapped = {}, {}, 0
         for stage in recipe.config["stages"]:

@@ -93,14 +93,11 @@ def _run(arguments: list[str]) -> None:
     leave_allocation()
     if arguments[:1] == ["fit"]:
         return _fit(arguments[1:])
-    if arguments[:1] == ["compare"]:
-        return _compare(arguments[1:])
-    if arguments[:1] == ["sweep"]:
-        return _sweep(arguments[1:])
-    if arguments[:1] == ["submit"]:
-        return _submit(arguments[1:])
-    if arguments[:1] == ["doctor"]:
-        return _doctor(arguments[1:])
+    if arguments and arguments[0] in WITH_RECIPE:
+        module, name = WITH_RECIPE[arguments[0]]
+        if getattr(importlib.import_module(module), name)(arguments[1:] or ["--help"]) is False:
+            sys.exit(1)
+        return
     options = parser().parse_args(arguments)
     _import(getattr(options, "modules", []))
     VERBS[options.verb](options)
@@ -211,22 +208,18 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
 
 
 def _import(modules: Sequence[str]) -> None:
+    from alter.schema import TRUSTED
+
     if modules:
         sys.path.append(os.getcwd())
     for module in modules:
         try:
             importlib.import_module(module)
-            _trust(module)
+            TRUSTED.add(module)
         except ImportError as error:
             raise AlterError(
                 f"--import: '{module}' cannot be imported from here ({error}); correct the name."
             ) from error
-
-
-def _trust(module: str) -> None:
-    from alter.schema import TRUSTED
-
-    TRUSTED.add(module)
 
 
 def _fit(arguments: list[str]) -> None:
@@ -239,31 +232,6 @@ def _fit(arguments: list[str]) -> None:
     from alter import recipe, run
 
     run.fit(recipe.read_recipe(arguments))
-
-
-def _doctor(arguments: list[str]) -> None:
-    from alter.doctor.main import doctor
-
-    if not doctor(arguments or ["--help"]):
-        sys.exit(1)
-
-
-def _compare(arguments: list[str]) -> None:
-    from alter.compare.main import compare
-
-    compare(arguments or ["--help"])
-
-
-def _sweep(arguments: list[str]) -> None:
-    from alter.sweep.main import sweep
-
-    sweep(arguments or ["--help"])
-
-
-def _submit(arguments: list[str]) -> None:
-    from alter.slurm import submit
-
-    submit(arguments or ["--help"])
 
 
 def _ls(options: argparse.Namespace) -> None:
@@ -422,6 +390,12 @@ def _json_lines(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
+WITH_RECIPE = {  # verbs that read a recipe's flags themselves
+    "compare": ("alter.compare.main", "compare"),
+    "doctor": ("alter.doctor.main", "doctor"),
+    "submit": ("alter.slurm", "submit"),
+    "sweep": ("alter.sweep.main", "sweep"),
+}
 VERBS = {
     "ls": _ls,
     "cp": _cp,

@@ -25,9 +25,11 @@ from alter.nn.files import read_config
 from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
 from alter.results import peak_memory_bytes, render_table, run_results
-from alter.run import differences, measure, put_back, quiet, record, records, replace_model, say, train
+from alter.run import measure, quiet
+from alter.run_folder import differences, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
+from alter.training import say, train
 from alter.writing import write_json, write_text
 
 FOLDER = "added"  # in the run folder: a folder for each task that was added
@@ -115,7 +117,7 @@ def add_task(
 def newcomer_arguments(
     run: Path, content: Mapping[str, Any], task: str, backbone: Path, draws: int | None, lr: float | None
 ) -> dict[str, Any]:
-    """What ``alter.run.train`` takes to train a newcomer beside a run's model; its arguments as for ``add_task``."""
+    """What ``alter.training.train`` takes to train a newcomer beside a run's model; its arguments as for ``add_task``."""
     stage1 = content["stage1"]["model"]["init_args"]
     optimizer = copy.deepcopy(stage1["optimizer"])
     if lr is not None:

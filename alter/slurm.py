@@ -241,7 +241,7 @@ def submit(arguments: Sequence[str]) -> None:
 
 
 def _begun(recipe: Recipe) -> None:
-    from alter.run import begun_with
+    from alter.run_folder import begun_with
 
     if begun_with(recipe.run, recipe):
         print(f"{recipe.run} has begun before; the job goes on there.", file=sys.stderr)

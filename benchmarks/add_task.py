@@ -23,7 +23,8 @@ from alter.loading import run_recipe
 from alter.metrics import metric
 from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone
 from alter.predict import Predictor
-from alter.run import quiet, train
+from alter.run import quiet
+from alter.training import train
 
 
 def fresh_arguments(content, arguments):

@@ -17,7 +17,7 @@ from alter.growth import newcomer_arguments
 from alter.nn import LoRA
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
-from alter.run import train
+from alter.training import train
 from tests.data.conftest import make_words, task_dict
 from tests.runs import inside
 from tests.test_cli import make_project, refused

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from alter import run
 from alter.cells import only_one
 from alter.compare import handover
 from alter.compare.baselines import SETTINGS, BaselineModel
@@ -30,6 +29,8 @@ from alter.nn.model import MTAModel
 from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
 from alter.results import peak_memory_bytes
+from alter.run import fit
+from alter.run_folder import stage_records
 from alter.strategy import QUANTISED
 from alter.writing import write_json
 
@@ -77,11 +78,11 @@ def _train_and_answer(recipes: Sequence[Recipe], plan: dict[str, Any], split: st
     answered: Answered = []
     for recipe in recipes:
         if plan["trains"]:
-            run.fit(recipe)
+            fit(recipe)
         if split != TRAINED:
             answered += _answer(recipe, plan, split, found)
-    records = [record for recipe in recipes for record in run.stage_records(recipe.run).values()]
-    losses = [list(run.stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
+    records = [record for recipe in recipes for record in stage_records(recipe.run).values()]
+    losses = [list(stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
     found |= {
         "tokens": sum(r["tokens"] for r in records),
         "step_seconds": sum(r["step_seconds"] for r in records),

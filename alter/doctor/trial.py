@@ -28,8 +28,9 @@ from alter.loading import load
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.recipe import Recipe, read_recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes
-from alter.run import StageCLI, quiet
+from alter.run import quiet
 from alter.strategy import ONE_DEVICE
+from alter.training import StageCLI
 from alter.writing import write_json
 
 LARGEST, DRAWN = 2, 6  # batches: for the memory, and for the time of a step

@@ -45,16 +45,17 @@ def main() -> None:
 
 
 def _run(recipe_file: Path, flags: list[str]) -> dict[str, float | None]:
-    from alter import run
     from alter.recipe import read_recipe
+    from alter.run import fit
+    from alter.run_folder import records, stage_records
 
     recipe = read_recipe(["--config", str(recipe_file), *flags])
-    run.fit(recipe)
-    records = run.stage_records(recipe.run)
+    fit(recipe)
+    stages = stage_records(recipe.run)
     return {
-        "value": records[recipe.config["stages"][-1]]["validation_loss"],
-        "seconds": sum(record["seconds"] for record in run.records(recipe.run).values()),
-        "trainable_parameters": max(record["trainable_parameters"] for record in records.values()),
+        "value": stages[recipe.config["stages"][-1]]["validation_loss"],
+        "seconds": sum(record["seconds"] for record in records(recipe.run).values()),
+        "trainable_parameters": max(record["trainable_parameters"] for record in stages.values()),
     }
 
 

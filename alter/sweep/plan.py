@@ -10,7 +10,7 @@ from typing import Any
 
 from alter.errors import AlterError
 from alter.recipe import Recipe, dump
-from alter.run import differences
+from alter.run_folder import differences
 from alter.sweep.points import Config, Point, check_points
 from alter.writing import write_json, write_text
 

@@ -1,0 +1,117 @@
+"""A run folder: whether it holds this recipe's run, what of it is finished, and its model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+from functools import cache
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alter.errors import AlterError
+from alter.writing import write_json, write_text
+from alter.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from alter.recipe import Recipe
+
+STAGES = ("stage1", "stage2")
+# Keys that may differ between two calls for one run folder, since they do not change what is computed.
+UNCOMPARED = re.compile(
+    r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.license|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
+)
+
+
+def claim(run: Path, recipe: Recipe) -> None:
+    """Writes the recipe and the environment, or checks that the folder holds the same recipe."""
+    if not is_first() or begun_with(run, recipe):
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "env.txt").write_text(_environment())
+    write_text(run / "recipe.yaml", recipe.text)
+
+
+def begun_with(run: Path, recipe: Recipe) -> bool:
+    """Whether a folder holds a run of this recipe that has begun; before, there is nothing to lose or to mix up.
+
+    Raises:
+        AlterError: it holds one of another recipe.
+    """
+    file = run / "recipe.yaml"
+    if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
+        return False
+    changed = [key for key in differences(read_yaml(file), recipe.config) if not UNCOMPARED.fullmatch(key)]
+    if changed:
+        raise AlterError(
+            f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
+            f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
+        )
+    return True
+
+
+def differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """The keys in which two recipes differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = [*before, *(name for name in after if name not in before)]
+        return [d for n in names for d in differences(before.get(n), after.get(n), f"{key}.{n}".lstrip("."))]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in differences(b, a, f"{key}.{i}")]
+    return [] if before == after else [key]
+
+
+@cache
+def _environment() -> str:
+    versions = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions()}, key=str.lower)
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    machine = f"python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores, {device}"
+    return "\n".join([f"# {machine}", *versions, ""])
+
+
+def replace_model(source: Path, target: Path) -> None:
+    """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
+    beside, before = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    put_back(target)
+    for outdated in (beside, before):
+        shutil.rmtree(outdated, ignore_errors=True)
+    shutil.copytree(source, beside)
+    if target.exists():
+        target.rename(before)
+    beside.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def put_back(target: Path) -> None:
+    """Ends what a kill in the middle of ``replace_model`` began, between its two renamings."""
+    before = target.with_name(f".{target.name}.old")
+    if before.is_dir() and not target.exists():
+        before.rename(target)
+
+
+def stage_records(run: Path) -> dict[str, dict[str, Any]]:
+    """What is known of each finished stage: seconds, trainable parameters, tokens, peak memory, validation loss."""
+    return {step: known for step, known in records(run).items() if step in STAGES}
+
+
+def records(run: Path) -> dict[str, dict[str, Any]]:
+    """What is known of each finished step of a run: its seconds and more."""
+    file = run / "progress.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def record(run: Path, step: str, seconds: float, **facts: Any) -> None:
+    """Notes a finished step, with the time it took; the first record stands, since a repeat only reads caches."""
+    if is_first() and step not in (before := records(run)):
+        write_json(run / "progress.json", {**before, step: {"seconds": seconds, **facts}})
+
+
+def is_first() -> bool:
+    """Whether this is the one process, or the first of several, which writes."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return bool(getattr(rank_zero_only, "rank", 0) == 0)

@@ -1,0 +1,193 @@
+"""One training: a module, its trainer, its checkpoints, and going on where it stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
+from alter.callbacks import ExactResume, Inside, KeepLog, MetricsCSV, Preemption, StageProgress, Throughput
+from alter.callbacks.preemption import KEPT
+from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
+from alter.data import MultiTaskDataModule
+from alter.errors import AlterError
+from alter.nn.decoding import Generation
+from alter.requeue import REQUEUE
+from alter.results import peak_memory_bytes
+from alter.stages import StageModule
+
+say = rank_zero_only(print)
+
+
+class StageCLI(LightningCLI):
+    """One stage: instantiates trainer and module from the recipe's values."""
+
+    def __init__(
+        self, folder: Path, arguments: dict[str, Any], first_step: int = 0, generation: Generation | None = None
+    ) -> None:
+        """Makes the stage's trainer and module.
+
+        Args:
+            folder: of the stage.
+            arguments: what ``Recipe.stage_args`` returned.
+            first_step: that will be logged.
+            generation: how sample answers are decoded.
+        """
+        self.folder = folder
+        self.first_step = first_step
+        self.generation = generation
+        self.metrics = MetricsCSV(folder / "metrics.csv")
+        self.throughput = Throughput()
+        super().__init__(
+            StageModule,
+            args=arguments,
+            run=False,
+            subclass_mode_model=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            seed_everything_default=arguments["seed_everything"],
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Takes the values as they are; the base class would warn that a command line is there too."""
+        self.config = parser.parse_object(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Adds what every stage has: fixed folders, so that the same command finds its checkpoint, and logs."""
+        events = TensorBoardLogger(
+            self.folder.parent,
+            name=self.folder.name,
+            version="",
+            purge_step=self.first_step,  # TensorBoard leaves out what a killed run wrote from there on
+        )
+        return super().instantiate_trainer(
+            logger=[events, self.metrics],
+            default_root_dir=self.folder,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **kwargs,
+        )
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+        own: list[Callback] = [self.throughput, KeepLog(self.metrics), ExactResume(), Inside(self.generation)]
+        if config.get("enable_progress_bar") is not False:
+            own.append(StageProgress(self.folder.name, self.throughput))
+        own += self._checkpoints(config.get("callbacks") or [])
+        own.append(Preemption(self.folder / "checkpoints" / KEPT, REQUEUE))
+        plugins = config.get("plugins") or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
+        return super()._instantiate_trainer(config, [*callbacks, *own])
+
+    def _checkpoints(self, given: list[Callback]) -> list[Callback]:
+        if any(isinstance(callback, ModelCheckpoint) for callback in given):
+            return []
+        return [
+            ModelCheckpoint(
+                self.folder / "checkpoints",
+                filename="best",
+                monitor="val/loss",
+                save_last=True,
+                enable_version_counter=False,
+            )
+        ]
+
+
+def train(
+    folder: Path,
+    arguments: dict[str, Any],
+    data: MultiTaskDataModule,
+    backbone: str,
+    generation: Generation | None = None,
+) -> tuple[dict[str, Any], StageCLI]:
+    """Trains a module, or goes on where it stopped, and writes its best model to ``folder/model``.
+
+    Args:
+        folder: for checkpoints and logs.
+        arguments: ``seed_everything``, ``trainer`` and ``model``, as ``Recipe.stage_args`` gives them.
+        data: set up.
+        backbone: its name, for the model's description.
+        generation: how the log's sample answers are decoded; greedily by default.
+
+    Returns:
+        what is known of it (seconds, trainable parameters and so on), and the trainer with its module.
+    """
+    started = time.perf_counter()
+    folders = _checkpoint_folders(folder, arguments["trainer"])
+    last = last_whole(folders, say)
+    done = 0
+    if last is not None:
+        say(f"{folder.name}: goes on from {last}.")
+        done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    cli = StageCLI(folder, arguments, done, generation)
+    _suit_small_data(cli.trainer, data)
+    if last is None:
+        cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
+    try:
+        with REQUEUE.held():
+            cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
+    except SystemExit:  # how Lightning ends at Ctrl+C
+        if not cli.trainer.interrupted:
+            raise
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    _keep_best(cli.trainer, cli.model)
+    trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
+    if cli.trainer.is_global_zero:
+        cli.model.model.save_pretrained(folder / "model", backbone, trained)
+        halves = [file for each in folders for file in each.glob(".*.part")]  # of a killed run
+        for file in [*halves, folders[0] / KEPT]:
+            file.unlink(missing_ok=True)
+    facts = {
+        "seconds": time.perf_counter() - started,
+        "trainable_parameters": cli.model.trainable_parameters(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "tokens": cli.throughput.tokens,
+        "step_seconds": cli.throughput.seconds,
+        "validation_loss": _best_score(cli.trainer),
+    }
+    return facts, cli
+
+
+def _suit_small_data(trainer: Any, data: MultiTaskDataModule) -> None:
+    """At least one batch, where a share of the epoch's is less, which Lightning refuses; and at least one line in the log."""
+    data.trainer = trainer  # says how many processes share the batches
+    batches = len(data.train_dataloader())
+    if isinstance(limit := trainer.limit_train_batches, float):
+        if 0 < limit * batches < 1:
+            trainer.limit_train_batches = 1
+        batches = int(limit * batches)
+    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, batches))
+
+
+def _checkpoint_folders(folder: Path, trainer: Mapping[str, Any]) -> list[Path]:
+    """The stage's own, and those that the recipe's callbacks name."""
+    given = trainer.get("callbacks") or []
+    named = [
+        (callback.get("init_args") or {}).get("dirpath") for callback in (given if isinstance(given, list) else [given])
+    ]
+    return [folder / "checkpoints", *(Path(path).expanduser() for path in named if path)]
+
+
+def _keep_best(trainer: Any, module: StageModule) -> None:
+    """Loads the weights of the best checkpoint: by default the one with the lowest validation loss."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best and not is_whole(Path(best)):
+        raise AlterError(
+            f"{best}: missing or damaged, it is not what was written; remove {Path(best).parent} to train this stage again."
+        )
+    if best:
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        module.model.load_trained_state(state, best)
+
+
+def _best_score(trainer: Any) -> float | None:
+    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    return None if score is None else float(score)

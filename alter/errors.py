@@ -27,6 +27,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, without its end; the error's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+
+
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether an error is, or comes from, a full disk."""
     while error is not None:

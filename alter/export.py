@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from alter.answering import line_ends
 from alter.card import model_card
 from alter.data import Task
-from alter.errors import AlterError, did_you_mean
+from alter.errors import AlterError, did_you_mean, first_line
 from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import merged, one_adapter
@@ -276,7 +276,7 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
             ExportedModel(found, exporter.export_format, config=model.config).save_pretrained(out)
     except Exception as error:  # the exporter raises whatever the tracing met
         raise AlterError(
-            f"--format onnx: the exporter does not translate {type(model).__name__} ({_first_line(error)}); take --format hf."
+            f"--format onnx: the exporter does not translate {type(model).__name__} ({first_line(error)}); take --format hf."
         ) from error
 
 
@@ -294,11 +294,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _megabytes(files: Sequence[Path]) -> str:

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from alter.errors import AlterError, did_you_mean
+from alter.errors import AlterError, did_you_mean, first_line
 
 SPLITS = ("train", "validation", "test")
 Row = dict[str, Any]
@@ -154,7 +154,7 @@ class Hub(Source):
             yield from datasets.load_dataset(self.path, self.name, split=self.splits[split], revision=self.revision)
         except Exception as error:
             raise AlterError(
-                f"hub data set '{self.path}', split '{self.splits[split]}': cannot be loaded ({_first_line(error)}); check "
+                f"hub data set '{self.path}', split '{self.splits[split]}': cannot be loaded ({first_line(error)}); check "
                 "the id, name and splits, or download it where the hub is reached and name the files with a Files source."
             ) from error
 
@@ -256,7 +256,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(1000):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise AlterError(f"{path}: not readable as Parquet ({_first_line(error)}); write the file again.") from error
+        raise AlterError(f"{path}: not readable as Parquet ({first_line(error)}); write the file again.") from error
 
 
 def _read_excel(path: Path) -> Iterator[Row]:
@@ -270,7 +270,7 @@ def _read_excel(path: Path) -> Iterator[Row]:
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:  # openpyxl raises many kinds here
-        raise AlterError(f"{path}: not readable as Excel ({_first_line(error)}); save it again as .xlsx.") from error
+        raise AlterError(f"{path}: not readable as Excel ({first_line(error)}); save it again as .xlsx.") from error
     try:
         lines = book.worksheets[0].iter_rows(values_only=True)
         names = ["" if name is None else str(name) for name in next(lines, ())]
@@ -303,7 +303,3 @@ def _version(package: str) -> str | None:
 
 def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from alter.errors import AlterError
+from alter.errors import AlterError, first_line
 
 # Weights as safetensors only (a pickle can run code), and no Python files. Sub-folders hold other formats.
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -121,7 +121,7 @@ def download_snapshot(repo_id: str, into: Path | None = None) -> Path:
             )
         )
     except Exception as error:  # 401, 404, gated, broken connection: all mean that this source has not delivered
-        raise AlterError(f"the hub did not deliver '{repo_id}' ({_first_line(error)}).") from error
+        raise AlterError(f"the hub did not deliver '{repo_id}' ({first_line(error)}).") from error
     check_folder(folder)
     return folder
 
@@ -152,10 +152,5 @@ def check_reachable() -> None:
     thread.start()
     thread.join(PROBE_SECONDS + 2)
     if thread.is_alive() or failures:
-        reason = _first_line(failures[0]) if failures else "no answer"
+        reason = first_line(failures[0]) if failures else "no answer"
         raise AlterError(f"the hub at {constants.ENDPOINT} is not reachable ({reason}).")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -155,8 +155,8 @@ def guess_task(
     target, reason = (columns[str(answer)], "as told") if told else _target(useful, rows)
     if target.filled < rows:
         raise AlterError(
-            f"{where}: the column '{target.name}' {'is' if told else 'looks like'} the answer and is empty in "
-            f"{rows - target.filled} of {rows} rows; fill it in, or remove these rows."
+            f"{where}: the answer, the column '{target.name}', is empty in {rows - target.filled} of {rows} rows; fill it in, "
+            "remove these rows, or name another column by --answer."
         )
     inputs = [c for c in useful if c is not target and not _is_numeric(c) and not c.lists]
     if not inputs:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from alter.errors import AlterError
 from alter.nn.sharding import slice_like
-from alter.writing import write_text
 
 WEIGHTS_FILE = "adapters.safetensors"
 CONFIG_FILE = "alter.json"
@@ -31,7 +30,11 @@ def write_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, state)
-    write_text(folder / CONFIG_FILE, json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+    beside = (
+        folder / f".{CONFIG_FILE}.part"
+    )  # always the same name, so that a killed run leaves nothing behind in the end
+    beside.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
+    os.replace(beside, folder / CONFIG_FILE)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:

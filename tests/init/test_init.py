@@ -126,7 +126,7 @@ def test_fit_works_on_the_result_unedited(files, tmp_path, words):  # noqa: F811
         ([{"a;label": f"{i};x"} for i in range(30)], "a CSV file has commas"),
         (
             [{"text": text(), "label": "xy"[i % 2] if i else ""} for i in range(30)],
-            "'label' looks like the answer and is empty in 1",
+            "the answer, the column 'label', is empty in 1",
         ),
         ([{"text": text(), "label": "x"} for i in range(5)], "5 rows are too few"),
         ([{"size": i % 7, "label": i % 2} for i in range(30)], "no column holds text to read"),

@@ -13,15 +13,8 @@ from alter.data import Collator, Task, encode_choices
 from alter.data.encode import target_ids
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
-from alter.nn.decoding import (
-    SCORED_FIRST,
-    Generation,
-    Watch,
-    best_choices,
-    choice_log_likelihoods,
-    generate,
-    own_choice_log_likelihoods,
-)
+from alter.nn.choices import SCORED_FIRST, best_choices, choice_log_likelihoods, own_choice_log_likelihoods
+from alter.nn.decoding import Generation, Watch, generate
 from alter.nn.gates import expert_names, mean_gates
 from alter.nn.model import MTAModel
 from alter.nn.stepping import StepDecoder

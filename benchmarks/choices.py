@@ -7,7 +7,7 @@ import common
 import torch
 
 from alter.nn import LoRA, TaskSelector
-from alter.nn.decoding import choice_log_likelihoods
+from alter.nn.choices import choice_log_likelihoods
 
 
 @torch.inference_mode()

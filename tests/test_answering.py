@@ -40,7 +40,7 @@ def test_tasks_of_many_choices_share_a_batch(model, monkeypatch):  # noqa: F811
     names = ["sort", "pick", "sort", "pick", "pick"]
     alone = model.classify(TEXTS[:5], task=names)
     monkeypatch.setattr("alter.answering.SCORED_FIRST", 1)
-    monkeypatch.setattr("alter.nn.decoding.SCORED_FIRST", 1)
+    monkeypatch.setattr("alter.nn.choices.SCORED_FIRST", 1)
     found, seen = alter.answering.best_choices, []
     monkeypatch.setattr(
         "alter.answering.best_choices",

@@ -59,7 +59,7 @@ def test_on_a_gpu_answers_are_those_of_the_cpu(family, router, tmp_path, words, 
     add_newcomer(run)
     expected, joined = asked(alter.load(run)), alter.load(run).generate(TEXTS[:2], task="new")
     monkeypatch.setattr("alter.answering.SCORED_FIRST", 2)  # "pick" has more choices
-    monkeypatch.setattr("alter.nn.decoding.SCORED_FIRST", 2)
+    monkeypatch.setattr("alter.nn.choices.SCORED_FIRST", 2)
     with a_gpu():
         model = alter.load(run)
         assert {tensor.device for tensor in model.model.parameters()} == {GPU}

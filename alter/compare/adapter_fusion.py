@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_schedu
 from transformers.modeling_outputs import BaseModelOutput
 
 IGNORED = -100
-MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass, as in alter.nn.decoding
+MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass, as in alter.nn.choices
 
 Plan = dict[str, Any]
 Model = Any  # a PreTrainedModel, to which the library has added methods

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from alter.nn.decoding import CausalPrompts, end_tokens
+from alter.nn.choices import CausalPrompts
+from alter.nn.decoding import end_tokens
 from alter.nn.model import MTAModel
 from alter.nn.thin import ThinProducts
 

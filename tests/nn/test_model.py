@@ -26,9 +26,10 @@ from alter.nn import (
     TaskSelector,
     TokenGate,
     TopK,
-    decoding,
 )
-from alter.nn.decoding import best_choices, choice_log_likelihoods, generate
+from alter.nn import choices as scoring
+from alter.nn.choices import best_choices, choice_log_likelihoods
+from alter.nn.decoding import generate
 from tests.nn.tiny import FAMILIES, tiny_model
 
 TASKS = ["a", "b", "c"]
@@ -278,12 +279,12 @@ def test_the_best_choice_is_that_of_all_scores(family, seed, count, starts, scor
     drawn = {(11 + g.randrange(starts), *(g.randrange(11, 90) for _ in range(g.randrange(4))), 1) for _ in range(count)}
     choices = [list(choice) for choice in sorted(drawn)]
     own = [choices[: max(1, len(choices) - row * left_out)] for row in range(len(batch["input_ids"]))]  # of other tasks
-    before = decoding.SCORED_FIRST, decoding.MAX_SCORED_POSITIONS
-    decoding.SCORED_FIRST, decoding.MAX_SCORED_POSITIONS = scored, positions
+    before = scoring.SCORED_FIRST, scoring.MAX_SCORED_POSITIONS
+    scoring.SCORED_FIRST, scoring.MAX_SCORED_POSITIONS = scored, positions
     try:
         best, scores = best_choices(model, batch, own), choice_log_likelihoods(model, batch, choices)
     finally:
-        decoding.SCORED_FIRST, decoding.MAX_SCORED_POSITIONS = before
+        scoring.SCORED_FIRST, scoring.MAX_SCORED_POSITIONS = before
     for row, (found, known) in enumerate(zip(best, own, strict=True)):
         torch.testing.assert_close(scores[row, found], scores[row, : len(known)].amax(), atol=1e-5, rtol=1e-5)
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from alter.errors import AlterError
 from alter.nn import AdjacentSelector, FFNCopy, FirstPositionGate, MTAModel, TaskSelector
-from alter.nn.decoding import choice_log_likelihoods, generate
+from alter.nn.choices import choice_log_likelihoods
+from alter.nn.decoding import generate
 from alter.nn.routers import RouterShape, Routing
 from tests.nn.test_model import adapters, logits, prompts, train_batch
 from tests.nn.tiny import tiny_model

@@ -223,7 +223,7 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def _fit(arguments: list[str]) -> None:
-    if not any(a.startswith("--config") or a in ("-h", "--help") for a in arguments):
+    if not arguments:
         raise AlterError("fit: --config is missing; name a recipe, such as one that alter ls lists.")
     arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     from alter.requeue import REQUEUE

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,6 +122,8 @@ class Exporter:
             folder = out / name
             with made_whole(folder) as beside:
                 write(model, Task.from_dict(self.entries[name], str(self.run / "recipe.yaml")), beside, where, dtype)
+                for weights in beside.glob("*.safetensors"):
+                    shutil.copymode(beside / "README.md", weights)  # safetensors leaves them to their owner alone
             kinds = ("*.safetensors", "*.onnx", "*.data")
             after = [file for kind in kinds for file in folder.glob(kind)]
             print(

@@ -15,8 +15,6 @@ from alter.data import Task, encode_prompt
 from alter.data.encode import prompt_ids
 from alter.errors import AlterError
 from alter.guess import Guess, guess
-from alter.nn.decoding import Generation
-from alter.nn.model import MTAModel
 from alter.nn.task_predictor import TaskPredictor
 
 Text = str | Mapping[str, Any]
@@ -33,20 +31,10 @@ class Predictor(Answerer):
         folder: the model folder that it was loaded from; None for a model made in memory.
         task_predictor: says which task an input is for that comes without its name; None for a model of one task, or one that
             has not been tested.
-
-    Args:
-        model: the MTA model.
-        tokenizer: of its backbone.
-        tasks: in the order of their ids.
-        generation: how answers are decoded; greedily by default.
     """
 
-    def __init__(
-        self, model: MTAModel, tokenizer: Any, tasks: Sequence[Task], generation: Generation | None = None
-    ) -> None:
-        super().__init__(model, tokenizer, tasks, generation)
-        self.folder: Path | None = None
-        self.task_predictor: TaskPredictor | None = None
+    folder: Path | None = None
+    task_predictor: TaskPredictor | None = None
 
     def generate(
         self, texts: Text | Sequence[Text], task: str | Sequence[str] | None = None, max_new_tokens: int | None = None

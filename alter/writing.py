@@ -72,8 +72,6 @@ def made_whole(folder: Path) -> Iterator[Path]:
     beside.mkdir(parents=True)
     try:
         yield beside
-        for weights in beside.rglob("*.safetensors"):
-            shutil.copymode(beside / "README.md", weights)  # safetensors leaves them to their owner alone
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)

@@ -19,7 +19,8 @@ from alter.nn.gates import expert_names, mean_gates
 from alter.nn.model import MTAModel
 from alter.nn.stepping import StepDecoder
 
-MAX_BATCH_TOKENS = 2048
+MAX_BATCH_TOKENS = 2048  # of a CPU
+ON_GPU = 8  # times as many keep a GPU busy
 
 
 class Answer(NamedTuple):
@@ -63,6 +64,11 @@ class Answerer:
     def tasks(self) -> list[str]:
         """The tasks' names."""
         return list(self._tasks)
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """How many tokens, answers included, are answered together."""
+        return MAX_BATCH_TOKENS * (ON_GPU if self._device().type == "cuda" else 1)
 
     def task(self, name: str) -> Task:
         """Returns a task by name.
@@ -228,7 +234,7 @@ class Answerer:
         self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]], limits: Sequence[int]
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Rows and their batch of prompts, those of like length together, within a budget of tokens."""
-        for rows in eval_batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], MAX_BATCH_TOKENS):
+        for rows in eval_batches([len(p) + n for p, n in zip(prompts, limits, strict=True)], self.max_batch_tokens):
             yield rows, self._batch([tasks[row] for row in rows], [prompts[row] for row in rows])
 
     def _batch(self, tasks: Sequence[Task], prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:

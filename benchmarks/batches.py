@@ -48,7 +48,6 @@ def waiting(args, name):
                 trunk_cache=TrunkCache(folder=folder),
             )
             trainer = Trainer(
-                accelerator="cpu",
                 max_epochs=1,
                 limit_train_batches=args.steps,
                 limit_val_batches=0,

@@ -16,7 +16,7 @@ def one_pass_a_choice(found, prompts, choices):
     ids, count = prompts["input_ids"], len(prompts["input_ids"])
     scores = []
     for choice in choices:
-        target = torch.tensor([choice] * count)
+        target = torch.tensor([choice] * count, device=ids.device)
         if found.is_seq2seq:
             inputs, labels = ids, target
         else:
@@ -24,7 +24,7 @@ def one_pass_a_choice(found, prompts, choices):
             labels = torch.cat([torch.full_like(ids, -100), target], 1)
         mask = torch.ones_like(inputs)
         out = found({"input_ids": inputs, "attention_mask": mask, "labels": labels, "task_ids": prompts["task_ids"]})
-        scores.append(-torch.zeros(count).index_add(0, out.rows, out.losses))
+        scores.append(-torch.zeros(count, device=ids.device).index_add(0, out.rows, out.losses))
     return torch.stack(scores, 1)
 
 

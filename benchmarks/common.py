@@ -13,14 +13,29 @@ import torch
 
 from alter.nn import LoRA, MTAModel, TaskSelector
 from alter.nn.backbone import load_backbone
+from alter.strategy import QUANTISED
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= measures the processor of a GPU machine
 
 
 def hardware():
-    """The processor, its cores and the version of PyTorch."""
+    """The GPU where there is one, else the processor and its cores; and the version of PyTorch."""
+    if DEVICE == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def wait():
+    """Until the GPU has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def placed(batch):
+    """A batch where the models are."""
+    return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
 def _lines(file):
@@ -32,8 +47,10 @@ def alternate(rounds, **sides):
     seconds = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, run in sides.items():
+            wait()
             started = time.perf_counter()
             run()
+            wait()
             if number:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -84,6 +101,12 @@ def options(description):
     return parser
 
 
+def called(backbone, layers, precision, compiled=False):
+    """What a row calls its model; fp32 is not told."""
+    parts = [backbone, layers, "" if precision == "fp32" else precision, "compiled" if compiled else ""]
+    return " ".join(filter(None, parts))
+
+
 def save(rows, out):
     """Writes the rows."""
     if out:
@@ -102,7 +125,7 @@ def both_backbones(measure, args):
 def prompts(rows, length, tasks):
     """Random prompts of one length; every task in turn."""
     ids = torch.randint(100, 30000, (rows, length), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(rows) % tasks}
+    return placed({"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.arange(rows) % tasks})
 
 
 def model(backbone, precision="fp32", experts=1, expert=None, router=None, layers="last:4", noise=0.02):
@@ -110,6 +133,8 @@ def model(backbone, precision="fp32", experts=1, expert=None, router=None, layer
     torch.manual_seed(0)
     found = MTAModel(load_backbone(backbone, precision), [f"task{i}" for i in range(experts)], layers)
     found.add_experts(expert or LoRA(rank=16), router or TaskSelector())
+    if precision not in QUANTISED:  # these transformers has placed
+        found.to(DEVICE)
     for part, parameters in found.part_parameters().items():
         for parameter in parameters if part != "backbone" else ():
             parameter.data += noise * torch.randn_like(parameter)
@@ -124,12 +149,13 @@ def batch(found, rows=8, length=64, targets=8, seed=0):
     labels = (
         ids[:, :targets].clone() if found.is_seq2seq else ids.masked_fill(torch.arange(length) < length - targets, -100)
     )
-    return {
+    made = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
         "task_ids": torch.arange(rows) % len(found.tasks),
     }
+    return placed(made)
 
 
 def step(found, data):

@@ -4,6 +4,7 @@ python benchmarks/fused_mixture.py --t5 FOLDER
 """
 
 import common
+import torch
 
 from alter.nn import Bottleneck, LoRA, TaskSelector, TokenGate
 
@@ -13,16 +14,17 @@ ROUTERS = {"hard": TaskSelector(hard=True), "token-level": TokenGate()}
 
 def measure(name, backbone, args):
     """Rows for one backbone."""
-    return [row for kind in EXPERTS for row in measure_kind(name, backbone, kind, args)]
+    return [row for kind in args.kinds for row in measure_kind(name, backbone, kind, args)]
 
 
 def measure_kind(name, backbone, kind, args):
     """Rows for one kind of expert."""
     expert = EXPERTS[kind](rank=args.rank)
-    one = common.model(backbone, args.precision, 1, expert, TaskSelector(hard=True), args.layers)
+    called = common.called(name, args.layers, args.precision, args.compile)
+    one = made(backbone, 1, expert, TaskSelector(hard=True), args)
     rows = []
     for routing, router in ROUTERS.items():
-        many = common.model(backbone, args.precision, 8, expert, router, args.layers)
+        many = made(backbone, 8, expert, router, args)
         for what, run, target in (("step", common.step, 1.10), ("forward", common.forward, 1.05)):
             data = common.batch(many, args.batch, args.length)
             alone = {**data, "task_ids": data["task_ids"] * 0}
@@ -32,9 +34,19 @@ def measure_kind(name, backbone, kind, args):
                 one=lambda run=run, alone=alone: [run(one, alone) for _ in range(args.repeat)],
             )
             found = common.ratios(seconds["many"], seconds["one"])
-            title = f"{name} {args.layers}, {kind}, {routing}: {what} of 8 experts over one"
+            title = f"{called}, {kind}, {routing}: {what} of 8 experts over one"
             rows.append(common.row(title, found, target, at_most=True))
     return rows
+
+
+def made(backbone, experts, expert, router, args):
+    """The model, its blocks compiled where asked: one at a time, so that those alike are compiled once."""
+    found = common.model(backbone, args.precision, experts, expert, router, args.layers)
+    if args.compile:
+        for stack in {block.stack for block in found.body.adapted}:
+            for block in found.backbone.get_submodule(stack):
+                block.compile()
+    return found
 
 
 def main():
@@ -45,7 +57,10 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3, help="steps a round")
+    parser.add_argument("--compile", action="store_true", help="the blocks of both sides by torch.compile")
+    parser.add_argument("--kinds", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     args = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 32  # blocks with and without adapters, with and without gradients
     common.both_backbones(measure, args)
 
 

@@ -13,7 +13,7 @@ from alter.nn.decoding import generate
 def measure(name, backbone, args):
     """A row for each size of batch; both sides make just as many tokens."""
     found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval()
-    bare = common.load_backbone(backbone, args.precision)
+    bare = common.load_backbone(backbone, args.precision).to(common.DEVICE)
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
     rows = []
     for batch in args.batch:
@@ -29,7 +29,8 @@ def measure(name, backbone, args):
 
         seconds = common.alternate(args.rounds, mixed=mixed, bare=plain)
         speed = common.ratios(seconds["bare"], seconds["mixed"])
-        told = f"{name} {args.layers}, batch of {batch}: tokens/s of mixed tasks over the bare backbone"
+        called = common.called(name, args.layers, args.precision)
+        told = f"{called}, batch of {batch}: tokens/s of mixed tasks over the bare backbone"
         rows.append(common.row(told, speed, 0.9))
     return rows
 

@@ -14,12 +14,12 @@ from alter.nn.decoding import generate
 TASKS = 8
 
 
-def adapted_by_peft(folder, layers, rank):
+def adapted_by_peft(folder, layers, args):
     """The backbone with a LoRA a task by peft, in the same blocks as ours."""
-    backbone = common.load_backbone(folder)
+    backbone = common.load_backbone(folder, args.precision)
     last = backbone.config.num_hidden_layers
     config = LoraConfig(
-        r=rank,
+        r=args.rank,
         target_modules=["gate_proj", "up_proj", "down_proj"],
         layers_to_transform=None if layers == "all" else list(range(last - int(layers.split(":")[1]), last)),
         task_type="CAUSAL_LM",
@@ -27,14 +27,14 @@ def adapted_by_peft(folder, layers, rank):
     found = get_peft_model(backbone, config, adapter_name="task0")
     for index in range(1, TASKS):
         found.add_adapter(f"task{index}", config)
-    return found.eval()
+    return found.to(common.DEVICE).eval()
 
 
 def measure(args, layers):
     """A row for each size of batch."""
     folder = str(resolve_backbone(args.smollm2))  # peft knows folders alone
-    ours = common.model(folder, "fp32", TASKS, LoRA(rank=args.rank), TaskSelector(hard=True), layers).eval()
-    theirs = adapted_by_peft(folder, layers, args.rank)
+    ours = common.model(folder, args.precision, TASKS, LoRA(rank=args.rank), TaskSelector(hard=True), layers).eval()
+    theirs = adapted_by_peft(folder, layers, args)
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
     rows = []
     for batch in args.batch:
@@ -50,7 +50,8 @@ def measure(args, layers):
             generate(ours, prompts, **new)
 
         seconds = common.alternate(args.rounds, ours=alter, peft=peft)
-        name = f"SmolLM2-135M {layers}, batch of {batch}: mixed-task generation over peft's adapter_names"
+        called = common.called("SmolLM2-135M", layers, args.precision)
+        name = f"{called}, batch of {batch}: mixed-task generation over peft's adapter_names"
         rows.append(common.row(name, common.ratios(seconds["peft"], seconds["ours"]), 1.2))
     return rows
 

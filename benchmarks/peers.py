@@ -33,6 +33,7 @@ def train_alter(args, cached):
 
     class Clock(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            wait()
             ends.append(time.perf_counter())
             tokens.append(int(batch["attention_mask"].sum()))
 
@@ -40,13 +41,13 @@ def train_alter(args, cached):
     module = Stage1Module(
         args.smollm2,
         [task.name for task in data.tasks],
+        args.precision,
         layers=args.layers,
         expert=LoRA(rank=args.rank),
         router=TaskSelector(hard=True),
         trunk_cache=TrunkCache(folder=args.cache) if cached else None,
     )
     trainer = Trainer(
-        accelerator="cpu",
         max_steps=args.steps,
         limit_val_batches=0,
         logger=False,
@@ -63,6 +64,7 @@ def train_alter(args, cached):
 def train_peft(args):
     """The same with peft and transformers' Trainer."""
     import datasets
+    import torch
     from mixtures import mixture
     from peft import LoraConfig, get_peft_model
     from transformers import (
@@ -92,7 +94,8 @@ def train_peft(args):
     )
     tokenizer = AutoTokenizer.from_pretrained(args.smollm2)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    backbone = AutoModelForCausalLM.from_pretrained(args.smollm2)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    backbone = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=dtype)
     last = backbone.config.num_hidden_layers
     layers = list(range(last - int(args.layers.split(":")[1]), last))
     rank = args.rank * len(data.tasks)  # as many parameters as an expert a task
@@ -113,6 +116,7 @@ def train_peft(args):
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
+            wait()
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,12 +127,30 @@ def train_peft(args):
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=args.precision == "bf16",
             seed=13,
         )
         trainer = Trainer(model, arguments, train_dataset=dataset, data_collator=counted, callbacks=[Clock()])
         trainer.train()
     return ends, tokens[: len(ends)], sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def wait():
+    """Until the GPU has done what it was given, so that a step's end is its end."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak():
+    """Bytes on the GPU, else in the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def child(args):
@@ -142,7 +164,7 @@ def child(args):
             {
                 "tokens_per_second": sum(tokens[1:]) / (ends[-1] - ends[0]),
                 "first_step": ends[0] - STARTED,
-                "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak": peak(),
                 "trained": trained,
             }
         )
@@ -157,6 +179,7 @@ def main():
         parser.add_argument("--cache")
         parser.add_argument("--smollm2")
         parser.add_argument("--data")
+        parser.add_argument("--precision")
     else:
         import common
 
@@ -184,7 +207,7 @@ def main():
     for side in SIDES:
         print(side, {key: sorted(found)[len(found) // 2] for key, found in values[side].items()})
     speed, start, peak = "tokens_per_second", "first_step", "peak"
-    name = f"SmolLM2-135M {args.layers}, {args.mixture}"
+    name = f"{common.called('SmolLM2-135M', args.layers, args.precision)}, {args.mixture}"
     rows = [
         common.row(f"{name}: training over peft", common.ratios(values["alter"][speed], values["peft"][speed]), 1.5),
         common.row(
@@ -212,7 +235,7 @@ def run(side, args, cache):
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--cache", cache, "--smollm2", args.smollm2]
     command += ["--layers", args.layers, "--rank", str(args.rank), "--steps", str(args.steps)]
-    command += ["--max_tokens", str(args.max_tokens), "--mixture", args.mixture]
+    command += ["--max_tokens", str(args.max_tokens), "--mixture", args.mixture, "--precision", args.precision]
     command += ["--data", args.data] if args.data else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:

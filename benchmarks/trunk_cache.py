@@ -43,6 +43,7 @@ def multiply_adds(found, data, cut, rank, active):
 def measure(layers, mixture, args):
     """Rows for one placement."""
     count, data = batches(args.smollm2, args.data, args.steps, args.max_tokens, mixture)
+    data = [common.placed(batch) for batch in data]
     expert, router = LoRA(rank=args.rank), TaskSelector(hard=args.routing == "hard")
     plain = common.model(args.smollm2, args.precision, count, expert, router, layers)
     cached = common.model(args.smollm2, args.precision, count, expert, router, layers)

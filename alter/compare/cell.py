@@ -28,7 +28,7 @@ from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
 from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
-from alter.results import peak_memory_bytes
+from alter.results import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.run import fit
 from alter.run_folder import stage_records
 from alter.strategy import QUANTISED
@@ -64,6 +64,7 @@ def run_cell(folder: Path, split: str) -> None:
         },
         "tokens_per_second": found["tokens"] / seconds if seconds else None,
         "seconds": time.perf_counter() - started,  # of the last start, where there were more
+        "hardware": hardware(),
     }
     if answered:
         _write_answers(folder, split, answered)
@@ -86,7 +87,8 @@ def _train_and_answer(recipes: Sequence[Recipe], plan: dict[str, Any], split: st
     found |= {
         "tokens": sum(r["tokens"] for r in records),
         "step_seconds": sum(r["step_seconds"] for r in records),
-        "peak_memory_bytes": max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
+        "peak_memory_bytes": peak_device_memory_bytes()  # of a GPU, where one was used
+        or max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
         "validation_loss": fmean(losses) if losses and None not in losses else None,
     }
     return found, answered

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from alter import __version__
 from alter.compare.grid import SEEDS, Grid, Planner, run_grid
@@ -52,7 +48,6 @@ def compare(arguments: Sequence[str]) -> None:
         "parameter_budget": planner.budget.parameters,
         "command": shlex.join(["alter", "compare", *arguments]),
         "commit": _commit(),
-        "hardware": _hardware(),
         "hours": round(seconds / 3600, 2),
     }
     write_json(folder / "compare.json", result)
@@ -116,11 +111,3 @@ def _commit() -> str:
         return f"version {__version__}"
     found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip() or f"version {__version__}"
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"

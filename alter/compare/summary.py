@@ -91,6 +91,7 @@ def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task]
         "seeds": seeds,
         "primary_metrics": {task.name: task.metrics[0] for task in tasks},
         "best_baseline": best,
+        "hardware": "; ".join(dict.fromkeys(cell["hardware"] for own in found.values() for cell in own.values())),
         "methods": {},
     }
     for name, own in found.items():

@@ -22,7 +22,6 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from alter import references
-from alter.answering import MAX_BATCH_TOKENS
 from alter.data import MultiTaskDataModule, eval_batches
 from alter.loading import load
 from alter.nn.backbone import is_seq2seq, resolve_backbone
@@ -216,7 +215,7 @@ def _test(run: Path, recipe: Recipe, data: Sample) -> float:
         rows = data.examples(task.name, "test")
         prompts = rows["prompt_ids"][:]
         room = 0 if task.choices else task.max_target_tokens
-        chosen = eval_batches([len(prompt) + room for prompt in prompts], MAX_BATCH_TOKENS)[0]  # the longest
+        chosen = eval_batches([len(prompt) + room for prompt in prompts], predictor.max_batch_tokens)[0]  # the longest
         started = time.perf_counter()
         predictor.answer(task.name, [prompts[i] for i in chosen], probabilities=False)
         total += 2 * (time.perf_counter() - started) * len(rows) / len(chosen)

@@ -12,7 +12,8 @@ from alter.nn.loss import token_losses
 from alter.nn.model import MTAModel
 
 SCORED_FIRST = 8  # of many choices, those with the likeliest first tokens
-MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass; bounds the choices' caches and logits
+MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass of a CPU; bounds the choices' caches and logits
+ON_GPU = 8  # times as many keep a GPU busy
 
 
 @torch.inference_mode()
@@ -129,7 +130,9 @@ def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 def _rows_at_once(prompts: Mapping[str, Tensor], count: int, length: int) -> int:
     """How many prompts may be scored together with ``count`` choices each."""
-    return max(1, MAX_SCORED_POSITIONS // (count * (prompts["input_ids"].shape[1] + length)))
+    ids = prompts["input_ids"]
+    most = MAX_SCORED_POSITIONS * (ON_GPU if ids.device.type == "cuda" else 1)
+    return max(1, most // (count * (ids.shape[1] + length)))
 
 
 def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from alter.answering import MAX_BATCH_TOKENS, Answer
+from alter.answering import Answer
 from alter.data import Task
 from alter.predict import Predictor
 from alter.serve.metrics import Metrics
@@ -218,7 +218,7 @@ class Batcher:
                 job = self._waiting.popleft()
                 scored = bool(job.task.choices)
                 sizes = [*together[scored], job.size]
-                if scored in full or (len(sizes) > 1 and len(sizes) * max(sizes) > MAX_BATCH_TOKENS):
+                if scored in full or (len(sizes) > 1 and len(sizes) * max(sizes) > self.predictor.max_batch_tokens):
                     full.add(scored)
                     left.append(job)
                 else:

@@ -39,6 +39,7 @@ def write(folder, right, seed=0, rows=(40, 25), **facts):
         "tokens": 5,
         "tokens_per_second": 2.0,
         "peak_memory_bytes": 2**30,
+        "hardware": "a processor",
     }
     (folder / "test.json").write_text(json.dumps(found | {"validation_loss": 1.0, "routing": {}} | facts))
     return folder
@@ -51,6 +52,13 @@ def cells(tmp_path):
         name: {s: write(tmp_path / name / str(s), p, 10 * i + s) for s in (1, 2, 3)}
         for i, (name, p) in enumerate(right.items())
     }
+
+
+def test_every_machine_that_ran_a_cell_is_named(cells):
+    file = cells["full"][2] / "test.json"
+    assert summarise(cells, METHODS, TASKS, "test")["hardware"] == "a processor"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hardware": "a GPU"}))
+    assert summarise(cells, METHODS, TASKS, "test")["hardware"] == "a processor; a GPU"
 
 
 def test_means_deviations_and_the_best_baseline(cells):

@@ -1,0 +1,67 @@
+"""A training step in each precision of the backbone: against fp32, and as a share of this machine's matrix product.
+
+    python benchmarks/precisions.py --precisions fp32 bf16 int8
+
+The share counts the multiply-adds of the step's products, as trunk_cache.py does, against the fastest product of machine.py
+in the type that they are computed in; int8 weights are multiplied as bf16's are.
+"""
+
+import common
+import machine
+import torch
+from trunk_cache import multiply_adds
+
+from alter.nn import LoRA, TaskSelector
+
+
+def measure(layers, args, peaks):
+    """Rows for one placement."""
+    seconds, memory, work = {}, {}, {}
+    for precision in args.precisions:
+        found = common.model(
+            args.smollm2, precision, args.experts, LoRA(rank=args.rank), TaskSelector(hard=True), layers
+        )
+        data = common.batch(found, args.batch, args.length, args.length // 8)
+        cut = found.backbone.config.num_hidden_layers - len(found.layers)
+        work[precision] = 2 * multiply_adds(found, data, cut, args.rank, 1)[0]
+        if common.DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        steps = common.alternate(
+            args.rounds, step=lambda found=found, data=data: [common.step(found, data) for _ in range(args.repeat)]
+        )
+        seconds[precision] = [value / args.repeat for value in steps["step"]]
+        memory[precision] = torch.cuda.max_memory_allocated() / 2**30 if common.DEVICE == "cuda" else 0.0
+        del found
+    rows = []
+    for precision, values in seconds.items():
+        name = f"SmolLM2-135M {layers} {precision}"
+        peak = 1e9 * peaks["float32" if precision == "fp32" else "bfloat16"]
+        tokens = args.batch * args.length / sorted(values)[len(values) // 2]
+        print(
+            f"{name}: {tokens:,.0f} tokens/s, {work[precision] / 1e12:.3f} TFLOP a step, {memory[precision]:.2f} GiB on the GPU"
+        )
+        shares = [work[precision] / value / peak for value in values]
+        rows.append(common.row(f"{name}: share of the matrix product's peak", shares, None))
+        if precision != "fp32" and "fp32" in seconds:
+            rows.append(common.row(f"{name}: steps/s over fp32", common.ratios(seconds["fp32"], values), None))
+    return rows
+
+
+def main():
+    """Every placement."""
+    parser = common.options(__doc__)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--layers", nargs="+", default=["last:4", "last:12"])
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=3, help="steps a round")
+    args = parser.parse_args()
+    found = machine.peaks()
+    peaks = {name: found[f"{name} matrix product, GFLOP/s"] for name in ("float32", "bfloat16")}
+    common.save([row for layers in args.layers for row in measure(layers, args, peaks)], args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def load(
     accelerator = str((content.get("trainer") or {}).get("accelerator") or "auto")
     device = device or answering_device(accelerator)
     precision = answering_precision(content["precision"], "cpu" if device == "cpu" else accelerator)
-    model = kind.from_pretrained(folder, str(where), precision)
-    if precision not in QUANTISED:  # these transformers has placed
+    with made_on(device, precision):
+        model = kind.from_pretrained(folder, str(where), precision)
+    if precision not in QUANTISED:
         model.to(device)
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
@@ -66,6 +68,11 @@ def load(
 def answering_device(accelerator: str = "auto") -> str:
     """Where a finished run answers: on the GPU where there is one, unless its recipe's accelerator is ``cpu``."""
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def made_on(device: str, precision: str) -> AbstractContextManager[Any]:
+    """Within it, a backbone of this precision is loaded to where it will answer: quantised maps cannot move later."""
+    return torch.device(device) if precision in QUANTISED else nullcontext()
 
 
 def model_folder(run: Path) -> Path:

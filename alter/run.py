@@ -126,6 +126,7 @@ def quiet() -> None:
     # sampler makes exact, though Lightning cannot know.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # examples are encoded before training
     warnings.filterwarnings("ignore", message="The `srun` command is available")
     # Metrics that are the same on all processes.
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")

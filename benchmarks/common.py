@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from alter.loading import made_on
 from alter.nn import LoRA, MTAModel, TaskSelector
 from alter.nn.backbone import load_backbone
 from alter.strategy import QUANTISED
@@ -131,9 +132,10 @@ def prompts(rows, length, tasks):
 def model(backbone, precision="fp32", experts=1, expert=None, router=None, layers="last:4", noise=0.02):
     """A model with as many tasks as experts, whose adapters are not at their start."""
     torch.manual_seed(0)
-    found = MTAModel(load_backbone(backbone, precision), [f"task{i}" for i in range(experts)], layers)
+    with made_on(DEVICE, precision):
+        found = MTAModel(load_backbone(backbone, precision), [f"task{i}" for i in range(experts)], layers)
     found.add_experts(expert or LoRA(rank=16), router or TaskSelector())
-    if precision not in QUANTISED:  # these transformers has placed
+    if precision not in QUANTISED:
         found.to(DEVICE)
     for part, parameters in found.part_parameters().items():
         for parameter in parameters if part != "backbone" else ():

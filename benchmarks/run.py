@@ -1,6 +1,7 @@
 """Runs the benchmarks one after another and writes benchmarks/results/cpu.json and the tables of docs/performance.md.
 
     nox -s bench -- --data ROOT --t5 FOLDER
+    nox -s bench -- --data ROOT --t5 FOLDER --precision bf16      # on a machine with a GPU: gpu.json
 
 Arguments go to every benchmark; --only NAME ... runs some of them and keeps the other rows. What a benchmark has
 measured is written at once.
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 BENCHMARKS = (
     "fused_mixture",
@@ -23,6 +26,7 @@ BENCHMARKS = (
     "loading",
     "peers",
     "mixed_generation",
+    "precisions",  # of a GPU alone
 )
 PAGE = HERE.parent / "docs" / "performance.md"
 
@@ -33,18 +37,21 @@ def table(rows):
     for row in rows:
         target = "" if row["target"] is None else f"{row['bound']} {row['target']:g}"
         ratio = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-        lines.append(f"| {row['name']} | {ratio} | {target} | {'yes' if row['holds'] else '**no**'} |")
+        holds = "" if row["target"] is None else "yes" if row["holds"] else "**no**"
+        lines.append(f"| {row['name']} | {ratio} | {target} | {holds} |")
     return "\n".join(lines)
 
 
-def render(results):
-    """Puts the tables between the page's markers."""
+def render(results, kind):
+    """Puts the tables of a kind of machine between the page's markers."""
     page = PAGE.read_text()
-    rows = json.loads((results / "cpu.json").read_text())
-    machine = json.loads((results / "machine.json").read_text())
+    rows = json.loads((results / f"{kind}.json").read_text())
+    machine = json.loads((results / f"machine_{kind}.json").read_text())
     parts = {
-        "results": table(rows) + f"\n\nMeasured on {rows[0]['hardware']}.",
-        "machine": "\n".join(f"- {name}: {value:.0f}" for name, value in machine.items() if name != "hardware"),
+        f"results {kind}": table(rows) + f"\n\nMeasured on {rows[0]['hardware']}.",
+        f"machine {kind}": "\n".join(
+            f"- {name}: {value:,.0f}" for name, value in machine.items() if name != "hardware"
+        ),
     }
     for name, text in parts.items():
         page = re.sub(
@@ -55,15 +62,16 @@ def render(results):
 
 def main():
     """Every benchmark in turn."""
-    arguments, only = sys.argv[1:], list(BENCHMARKS)
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    arguments, only = sys.argv[1:], [name for name in BENCHMARKS if name != "precisions" or kind == "gpu"]
     if "--only" in arguments:
         at = arguments.index("--only")
         end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
         only, arguments = arguments[at + 1 : end], arguments[:at] + arguments[end:]
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    file = results / "cpu.json"
-    subprocess.run([sys.executable, HERE / "machine.py", "--out", results / "machine.json"], check=True)
+    file = results / f"{kind}.json"
+    subprocess.run([sys.executable, HERE / "machine.py", "--out", results / f"machine_{kind}.json"], check=True)
     for name in only:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "rows.json"
@@ -72,7 +80,7 @@ def main():
         kept = [row for row in (json.loads(file.read_text()) if file.is_file() else []) if row["benchmark"] != name]
         order = sorted(kept + rows, key=lambda row: BENCHMARKS.index(row["benchmark"]))
         file.write_text(json.dumps(order, indent=2) + "\n")
-        render(results)
+        render(results, kind)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from alter.data import Task
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.inside import gates_by_task
-from alter.loading import answering_device, load
+from alter.loading import answering_device, load, made_on
 from alter.metrics import bootstrap, metric
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
@@ -99,9 +99,11 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
     data = recipe.open_data(backbone)
     if not plan["trains"]:
         names = [task.name for task in recipe.tasks]
-        model = MTAModel(load_backbone(str(backbone), recipe.config["precision"]), names, "all")
-        if recipe.config["precision"] not in QUANTISED:
-            model.to(answering_device(recipe.config["trainer"]["accelerator"]))
+        precision, device = recipe.config["precision"], answering_device(recipe.config["trainer"]["accelerator"])
+        with made_on(device, precision):
+            model = MTAModel(load_backbone(str(backbone), precision), names, "all")
+        if precision not in QUANTISED:
+            model.to(device)
         generation = Generation(**recipe.config["generation"])
         predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks, generation)
     else:

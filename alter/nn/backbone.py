@@ -100,7 +100,8 @@ def load_backbone(name_or_path: str | Path, precision: str = "fp32") -> PreTrain
 
     Args:
         name_or_path: as ``resolve_backbone`` takes it.
-        precision: fp32, bf16, int8 or nf4; with the last two, the head and what is tied to it stay unquantised.
+        precision: fp32, bf16, int8 or nf4; with the last two, the head and what is tied to it stay unquantised, and the model
+            stays on the device that is torch's default now.
 
     Raises:
         AlterError: the precision is unknown, or this is not a language model under 1B parameters.
@@ -187,10 +188,15 @@ def _precision_options(precision: str) -> dict[str, Any]:
         return {"dtype": torch.bfloat16}
     from transformers import BitsAndBytesConfig
 
+    # Quantised maps cannot move later, and transformers would put them on a GPU wherever there is one.
+    device = torch.get_default_device()
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if fast else torch.float32
     if precision == "int8":
-        return {"dtype": torch.float32, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return {"dtype": torch.float32, "quantization_config": four_bit}
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"dtype": dtype, "device_map": {"": device}, "quantization_config": config}
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:

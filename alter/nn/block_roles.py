@@ -116,7 +116,7 @@ class _Probe:
     def of(cls, module: nn.Module, roles: tuple[str | None, str, str]) -> _Probe | None:
         """Runs the block, noting what enters its linear maps; None where it does not run on hidden states alone."""
         up = module.get_submodule(roles[1])
-        x = torch.randn(1, 4, sizes(up)[0], generator=torch.Generator().manual_seed(0))
+        x = torch.randn(1, 4, sizes(up)[0], generator=torch.Generator().manual_seed(0), device="cpu")  # the same on all
         x = x.to(weight_of(up).device, _input_dtype(up))
         try:
             # Large enough that the activation bends: near zero, a gate and its partner cannot be told apart.

@@ -64,7 +64,7 @@ class Body:
         """
         return self.decoder(input_ids=input_ids, **{"use_cache": False, **options})
 
-    @torch.compiler.disable  # torch.compile does not follow a forward that is replaced for a while
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile does not follow a forward that is replaced for a while
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The head, with whatever the model does before and after it (scaling, capping, biases).
 

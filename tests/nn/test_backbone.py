@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -222,6 +223,26 @@ def test_quantised_maps_pass_gradients_back_after_inference_too(saved, precision
         x, direction = torch.randn(5, 64, requires_grad=True), torch.randn(5, 128)
         linear(x).backward(direction)
         torch.testing.assert_close(x.grad, direction @ weight, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+@pytest.mark.parametrize(("place", "dtype"), [("cpu", torch.float32), ("cuda:0", torch.bfloat16)])
+def test_quantised_maps_are_made_where_they_stay(saved, precision, place, dtype, monkeypatch):
+    told = {}
+
+    def from_pretrained(path, **options):
+        told.update(options)
+        raise OSError("no such device")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that nobody asks for
+    with torch.device(place), pytest.raises(AlterError, match="no such device"):
+        load_backbone(saved / "llama", precision)
+    assert told["device_map"] == {"": torch.device(place)}
+    assert told["dtype"] == dtype
+    if precision == "nf4":
+        assert told["quantization_config"].bnb_4bit_compute_dtype == dtype
 
 
 @pytest.mark.parametrize(("precision", "hint"), [("bf61", "Did you mean 'bf16'"), ("int4", "fp32, bf16, int8, nf4")])

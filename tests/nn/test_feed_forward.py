@@ -172,6 +172,13 @@ def test_an_inline_block_of_another_function_is_not_taken():
         find_feed_forwards(model, "model.encoder.layers.?")
 
 
+def test_a_model_is_looked_through_wherever_new_tensors_are_made():
+    model = tiny_model("llama")
+    with torch.device("meta"):  # as Lightning makes a GPU the default while a model is made
+        found = find_feed_forwards(model)
+    assert found == find_feed_forwards(model)
+
+
 def test_attention_alone_is_no_feed_forward():
     model = nn.Module()
     model.layers = nn.ModuleList(nn.MultiheadAttention(16, 4) for _ in range(2))

@@ -92,10 +92,10 @@ class CachedTrunk:
                 found[row] = states.to(self.store.dtype)
                 self.store.put(keys[row], found[row])
         batch, seq = inputs["input_ids"].shape
-        states = torch.zeros(batch, seq, self.store.width, dtype=self.dtype, device=inputs["input_ids"].device)
+        states = torch.zeros(batch, seq, self.store.width, dtype=self.dtype)
         for row, stored in found.items():
             states[row, : len(stored)] = stored
-        return states
+        return states.to(inputs["input_ids"].device)  # a GPU waits for one copy and not for one a row
 
     def _compute(
         self, rows: Sequence[int], lengths: Sequence[int], inputs: Mapping[str, Tensor]
@@ -106,7 +106,7 @@ class CachedTrunk:
         what is stored would else depend on which batch, which process or which interrupted run came first.
         """
         if inputs["input_ids"].device.type != "cpu":
-            computed = self.trunk.states(**{name: value[list(rows)] for name, value in inputs.items()})
+            computed = self.trunk.states(**{name: value[list(rows)] for name, value in inputs.items()}).cpu()
             yield from ((row, states[: lengths[row]]) for row, states in zip(rows, computed, strict=True))
             return
         for row in rows:

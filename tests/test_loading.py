@@ -77,5 +77,7 @@ def test_a_run_for_the_cpu_answers_there(tmp_path, words):  # noqa: F811
     content = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**content, "trainer": {"accelerator": "cpu"}}))
     with a_gpu():
-        assert next(alter.load(run).model.parameters()).device.type == "cpu"
-        assert next(alter.load(run, device="cuda").model.parameters()).device == GPU
+        here, there = alter.load(run), alter.load(run, device="cuda")
+        assert next(here.model.parameters()).device.type == "cpu"
+        assert next(there.model.parameters()).device == GPU
+        assert there.max_batch_tokens == 8 * here.max_batch_tokens  # few rows would leave a GPU idle

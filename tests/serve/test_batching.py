@@ -11,13 +11,13 @@ from alter.serve import batching
 from alter.serve.batching import STEPS, Batcher, Job, RoutingJob
 from alter.serve.metrics import Metrics
 
-SCORED = SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, name="scored", choices=["a", "b"])
-WRITTEN = SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, name="written", choices=None)
+SCORED = SimpleNamespace(name="scored", choices=["a", "b"])
+WRITTEN = SimpleNamespace(name="written", choices=None)
 
 
 def test_a_failing_request_for_routing_is_no_others_failure():
     # Its calls are made at once: a browser test in the same process may have left a loop of its own running here.
-    loop = SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, call_soon_threadsafe=lambda call, *given: call(*given))
+    loop = SimpleNamespace(call_soon_threadsafe=lambda call, *given: call(*given))
     answered = Job(SCORED, [1], limit=4, _loop=loop)
     asked = RoutingJob(SCORED, [1], limit=4, _loop=loop, given="a")
 
@@ -27,7 +27,9 @@ def test_a_failing_request_for_routing_is_no_others_failure():
     def answer_mixed(*args):
         return [Answer("a", None)]
 
-    predictor = SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, step_decoder=lambda watch: None, answer_mixed=answer_mixed, gates=gates)
+    predictor = SimpleNamespace(
+        max_batch_tokens=MAX_BATCH_TOKENS, step_decoder=lambda watch: None, answer_mixed=answer_mixed, gates=gates
+    )
     batcher = Batcher(predictor, Metrics(), max_batch=32, max_waiting=64)
     batcher.submit([asked, answered])
     batcher._closed = True
@@ -39,14 +41,14 @@ def test_a_failing_request_for_routing_is_no_others_failure():
 @pytest.mark.parametrize("cost", [0.5, 10])
 def test_an_answer_is_written_for_as_long_as_others_were_scored(monkeypatch, cost):
     clock, events, loop = [0.0], [], asyncio.new_event_loop()
-    monkeypatch.setattr(batching, "time", SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(batching, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
 
     def job(task):
         return Job(task, [1, 2], limit=40, since=0.0, _loop=loop)
 
     class Decoder:
         def __init__(self):
-            self.rows = [SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, key=job(WRITTEN))]
+            self.rows = [SimpleNamespace(key=job(WRITTEN))]
 
         def step(self):
             clock[0] += 1
@@ -60,7 +62,9 @@ def test_an_answer_is_written_for_as_long_as_others_were_scored(monkeypatch, cos
         events.append("scored")
         return [Answer("a", None)] * len(names)
 
-    predictor = SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, step_decoder=lambda watch: Decoder(), answer_mixed=answer_mixed)
+    predictor = SimpleNamespace(
+        max_batch_tokens=MAX_BATCH_TOKENS, step_decoder=lambda watch: Decoder(), answer_mixed=answer_mixed
+    )
     batcher = Batcher(predictor, Metrics(), max_batch=32, max_waiting=64)
     batcher.submit([job(SCORED)])
     batcher._closed = True  # ends once all is answered
@@ -74,10 +78,13 @@ def test_an_answer_is_written_for_as_long_as_others_were_scored(monkeypatch, cos
 
 def test_an_input_that_does_not_fit_yet_holds_up_its_own_kind_alone():
     def job(task, tokens, limit=0):
-        return Job(task, [1] * tokens, limit=limit, _loop=SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, call_soon_threadsafe=lambda *given: None))
+        return Job(task, [1] * tokens, limit=limit, _loop=SimpleNamespace(call_soon_threadsafe=lambda *given: None))
 
     writing = job(WRITTEN, 10, 90)
-    predictor = SimpleNamespace(max_batch_tokens=MAX_BATCH_TOKENS, step_decoder=lambda watch: SimpleNamespace(rows=[SimpleNamespace(key=writing)]))
+    predictor = SimpleNamespace(
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        step_decoder=lambda watch: SimpleNamespace(rows=[SimpleNamespace(key=writing)]),
+    )
     batcher = Batcher(predictor, Metrics(), max_batch=8, max_waiting=64)
     small, large, behind = job(WRITTEN, 50, 50), job(WRITTEN, MAX_BATCH_TOKENS - 100, 50), job(WRITTEN, 50, 50)
     scored = [job(SCORED, 30), job(SCORED, 40)]

@@ -13,14 +13,13 @@ from alter.data import Collator, Task, encode_choices
 from alter.data.encode import target_ids
 from alter.data.sampler import eval_batches
 from alter.errors import AlterError, did_you_mean
-from alter.nn.choices import SCORED_FIRST, best_choices, choice_log_likelihoods, own_choice_log_likelihoods
+from alter.nn.choices import SCORED_FIRST, at_once, best_choices, choice_log_likelihoods, own_choice_log_likelihoods
 from alter.nn.decoding import Generation, Watch, generate
 from alter.nn.gates import expert_names, mean_gates
 from alter.nn.model import MTAModel
 from alter.nn.stepping import StepDecoder
 
 MAX_BATCH_TOKENS = 2048  # of a CPU
-ON_GPU = 8  # times as many keep a GPU busy
 
 
 class Answer(NamedTuple):
@@ -68,7 +67,7 @@ class Answerer:
     @property
     def max_batch_tokens(self) -> int:
         """How many tokens, answers included, are answered together."""
-        return MAX_BATCH_TOKENS * (ON_GPU if self._device().type == "cuda" else 1)
+        return at_once(MAX_BATCH_TOKENS, self._device())
 
     def task(self, name: str) -> Task:
         """Returns a task by name.

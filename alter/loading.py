@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,7 @@ def load(
     accelerator = str((content.get("trainer") or {}).get("accelerator") or "auto")
     device = device or answering_device(accelerator)
     precision = answering_precision(content["precision"], "cpu" if device == "cpu" else accelerator)
-    with made_on(device, precision):
-        model = kind.from_pretrained(folder, str(where), precision)
-    if precision not in QUANTISED:
-        model.to(device)
+    model = made_on(device, precision, lambda: kind.from_pretrained(folder, str(where), precision))
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
     # an earlier stage's model still has the tasks that were removed from the run
@@ -70,9 +67,12 @@ def answering_device(accelerator: str = "auto") -> str:
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def made_on(device: str, precision: str) -> AbstractContextManager[Any]:
-    """Within it, a backbone of this precision is loaded to where it will answer: quantised maps cannot move later."""
-    return torch.device(device) if precision in QUANTISED else nullcontext()
+def made_on(device: str, precision: str, make: Callable[[], MTAModel]) -> MTAModel:
+    """Makes a model that is on a device afterwards; with quantised maps there, since these cannot move."""
+    if precision not in QUANTISED:
+        return make().to(device)
+    with torch.device(device):
+        return make()
 
 
 def model_folder(run: Path) -> Path:

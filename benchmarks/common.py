@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -11,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from alter import results
 from alter.loading import made_on
 from alter.nn import LoRA, MTAModel, TaskSelector
 from alter.nn.backbone import load_backbone
-from alter.strategy import QUANTISED
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= measures the processor of a GPU machine
@@ -22,10 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES=
 
 def hardware():
     """The GPU where there is one, else the processor and its cores; and the version of PyTorch."""
-    if DEVICE == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{results.hardware()}, torch {torch.__version__}"
 
 
 def wait():
@@ -132,11 +128,9 @@ def prompts(rows, length, tasks):
 def model(backbone, precision="fp32", experts=1, expert=None, router=None, layers="last:4", noise=0.02):
     """A model with as many tasks as experts, whose adapters are not at their start."""
     torch.manual_seed(0)
-    with made_on(DEVICE, precision):
-        found = MTAModel(load_backbone(backbone, precision), [f"task{i}" for i in range(experts)], layers)
+    tasks = [f"task{i}" for i in range(experts)]
+    found = made_on(DEVICE, precision, lambda: MTAModel(load_backbone(backbone, precision), tasks, layers))
     found.add_experts(expert or LoRA(rank=16), router or TaskSelector())
-    if precision not in QUANTISED:
-        found.to(DEVICE)
     for part, parameters in found.part_parameters().items():
         for parameter in parameters if part != "backbone" else ():
             parameter.data += noise * torch.randn_like(parameter)

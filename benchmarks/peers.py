@@ -137,7 +137,7 @@ def train_peft(args):
 
 
 def wait():
-    """Until the GPU has done what it was given, so that a step's end is its end."""
+    """As common.wait, which would bring ALTER's imports into peft's side."""
     import torch
 
     if torch.cuda.is_available():

@@ -31,7 +31,6 @@ from alter.recipe import Recipe, read_recipe
 from alter.results import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.run import fit
 from alter.run_folder import stage_records
-from alter.strategy import QUANTISED
 from alter.writing import write_json
 
 PLAN = "cell.json"
@@ -100,10 +99,7 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
     if not plan["trains"]:
         names = [task.name for task in recipe.tasks]
         precision, device = recipe.config["precision"], answering_device(recipe.config["trainer"]["accelerator"])
-        with made_on(device, precision):
-            model = MTAModel(load_backbone(str(backbone), precision), names, "all")
-        if precision not in QUANTISED:
-            model.to(device)
+        model = made_on(device, precision, lambda: MTAModel(load_backbone(str(backbone), precision), names, "all"))
         generation = Generation(**recipe.config["generation"])
         predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks, generation)
     else:

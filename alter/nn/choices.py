@@ -13,7 +13,12 @@ from alter.nn.model import MTAModel
 
 SCORED_FIRST = 8  # of many choices, those with the likeliest first tokens
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass of a CPU; bounds the choices' caches and logits
-ON_GPU = 8  # times as many keep a GPU busy
+ON_GPU = 8  # times as much at once keeps a GPU busy
+
+
+def at_once(most: int, device: torch.device) -> int:
+    """How much a device does at once of what a CPU does ``most`` of."""
+    return most * (ON_GPU if device.type == "cuda" else 1)
 
 
 @torch.inference_mode()
@@ -131,8 +136,7 @@ def _padded(choices: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def _rows_at_once(prompts: Mapping[str, Tensor], count: int, length: int) -> int:
     """How many prompts may be scored together with ``count`` choices each."""
     ids = prompts["input_ids"]
-    most = MAX_SCORED_POSITIONS * (ON_GPU if ids.device.type == "cuda" else 1)
-    return max(1, most // (count * (ids.shape[1] + length)))
+    return max(1, at_once(MAX_SCORED_POSITIONS, ids.device) // (count * (ids.shape[1] + length)))
 
 
 def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

@@ -38,6 +38,7 @@ def generate(shell: str) -> str:
 
 def _recipe_flags() -> argparse.ArgumentParser:
     """Every flag of a recipe, with the choices that jsonargparse knows."""
+    from alter.precision import KNOWN
     from alter.recipe import recipe_parser
 
     recipe = recipe_parser()
@@ -50,6 +51,8 @@ def _recipe_flags() -> argparse.ArgumentParser:
         if names and ".optimizer.lr." not in names[0]:  # a tensor's own arguments
             about = (action.help or "").split("\n")[0].split(" (type:")[0]
             choices = [str(choice) for choice in action.choices] if action.choices else None
+            if action.dest == "precision":  # no choices to jsonargparse, since the recipe's check says it better
+                choices = list(KNOWN)
             kind = Path if names == ["--config"] else None
             extra: Any = {"type": kind} if kind else {}
             flags.add_argument(*names, dest=action.dest, help=about.replace("%", "%%"), choices=choices, **extra)

@@ -11,6 +11,7 @@ from alter.nn.backbone import PRECISIONS
 from alter.yaml_file import read_yaml
 
 AUTO = "auto"
+KNOWN = (AUTO, *PRECISIONS)
 CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}  # of x86 and Arm, as Linux writes them
 
 
@@ -32,10 +33,9 @@ def computes_bf16(accelerator: str = "auto") -> bool | None:
 
 def check_precision(precision: str) -> list[str]:
     """What is wrong with a recipe's ``precision``."""
-    known = (AUTO, *PRECISIONS)
-    if precision in known:
+    if precision in KNOWN:
         return []
-    return [f"precision: '{precision}' is not one of {', '.join(known)}.{did_you_mean(precision, known)}"]
+    return [f"precision: '{precision}' is not one of {', '.join(KNOWN)}.{did_you_mean(precision, KNOWN)}"]
 
 
 def choose_precision(config: Mapping[str, Any], here: bool = True) -> str:

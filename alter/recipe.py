@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import Trainer
 
+from alter import run_folder
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
 from alter.nn import Expert, Router, TrunkCache
@@ -28,7 +29,7 @@ from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
 from alter.yaml_file import read_yaml
 
-STAGES: dict[str, type[StageModule]] = {"stage1": Stage1Module, "stage2": Stage2Module}
+STAGES: dict[str, type[StageModule]] = dict(zip(run_folder.STAGES, (Stage1Module, Stage2Module), strict=True))
 DEFAULTS = {  # named here too, so that their arguments are flags even where a recipe leaves the class out
     "stage1": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.TaskSelector"}},
     "stage2": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.SharedGate"}},

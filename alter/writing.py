@@ -60,7 +60,7 @@ def _plain(obj: Any) -> Any:
 
 @contextlib.contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside, which takes the place of a new or empty one once it is complete.
+    """A folder beside, which takes the place of a new or empty one once it is complete; else nothing new is left.
 
     Raises:
         AlterError: the folder is there and holds something.
@@ -69,6 +69,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
         raise AlterError(f"{folder}: already there and not empty; give a new folder, or remove it first.")
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
+    new = [parent for parent in folder.parents if not parent.exists()]
     beside.mkdir(parents=True)
     try:
         yield beside
@@ -77,3 +78,6 @@ def made_whole(folder: Path) -> Iterator[Path]:
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that holds something
+            for parent in new:
+                parent.rmdir()

@@ -20,6 +20,7 @@ LINES = {  # what is typed, and some of what is offered
     "alter fit --data.temp": {"--data.temperature"},
     "alter doctor --stage2.model.router.hid": {"--stage2.model.router.hidden"},
     "alter fit --stage1.model.schedule ": {"constant", "linear", "cosine"},
+    "alter doctor --precision ": {"auto", "fp32", "bf16", "int8", "nf4"},
 }
 
 

@@ -62,15 +62,15 @@ def test_a_file_in_the_place_of_the_folder_is_said(tmp_path):
 
 
 def test_a_folder_is_there_once_it_is_complete_or_not_at_all(tmp_path):
-    folder = tmp_path / "out" / "made"
+    folder = tmp_path / "new" / "out" / "made"
     with pytest.raises(ValueError, match="stopped"), made_whole(folder) as beside:  # noqa: PT012 (it fails half way)
         (beside / "half").write_text("x")
         raise ValueError("stopped")
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.iterdir())
     with made_whole(folder) as beside:
         (beside / "whole").write_text("x")
         assert not folder.exists()
     assert [file.name for file in folder.iterdir()] == ["whole"]
     with pytest.raises(AlterError, match="already there and not empty"), made_whole(folder):
         pass
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["made"]
+    assert [file.name for file in folder.parent.iterdir()] == ["made"]

@@ -74,12 +74,13 @@ def run_cell(folder: Path, split: str) -> None:
 
 def _train_and_answer(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:
     """What was measured, and the answers of all runs."""
-    found: dict[str, Any] = {"routing": {}, "trainable_parameters": 0}
+    answers_too = split != TRAINED
+    found: dict[str, Any] = {"routing": {}, "trainable_parameters": 0} if answers_too else {}
     answered: Answered = []
     for recipe in recipes:
         if plan["trains"]:
             fit(recipe)
-        if split != TRAINED:
+        if answers_too:
             answered += _answer(recipe, plan, split, found)
     records = [record for recipe in recipes for record in stage_records(recipe.run).values()]
     losses = [list(stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]

@@ -22,7 +22,7 @@ from alter.card import model_card
 from alter.data import Task
 from alter.errors import AlterError, did_you_mean, first_line
 from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
-from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
+from alter.nn.backbone import QUANTISED, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import merged, one_adapter
 from alter.nn.files import WEIGHTS_FILE, read_config
 from alter.nn.hub import weight_files
@@ -108,7 +108,7 @@ class Exporter:
                     f"--task: there is no task '{name}'; it is one of {', '.join(self.config['tasks'])}."
                     f"{did_you_mean(name, self.config['tasks'])}"
                 )
-        if self.content["precision"] not in ("fp32", "bf16"):
+        if self.content["precision"] in QUANTISED:
             print(
                 f"The run trained beside a backbone in {self.content['precision']}; what is written has its full weights, so "
                 "answers may differ slightly."

@@ -12,13 +12,12 @@ import torch
 from alter.data import Task
 from alter.errors import AlterError
 from alter.guess import read_task_predictor
-from alter.nn.backbone import load_tokenizer, resolve_backbone
+from alter.nn.backbone import QUANTISED, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import CONFIG_FILE, read_config
 from alter.nn.model import MTAModel
 from alter.precision import answering_precision
 from alter.predict import Predictor
-from alter.strategy import QUANTISED
 from alter.yaml_file import read_yaml
 
 CALIBRATION_FILE = "calibration.json"

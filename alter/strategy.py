@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from alter.errors import did_you_mean
+from alter.nn.backbone import QUANTISED
 
 ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # for what is not worth several processes
 KNOWN = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp2")
-QUANTISED = ("int8", "nf4")
 _SHARDED = ("fsdp", "model_parallel", "modelparallel", "deepspeed")
 _FORKED = ("spawn", "fork", "notebook")
 

@@ -18,6 +18,7 @@ from alter import terminal
 from alter.data import MultiTaskDataModule, Task
 from alter.data.sources import SPLITS
 from alter.errors import AlterError
+from alter.nn.backbone import QUANTISED
 from alter.precision import slow_precision
 
 MOST_REPEATED = 0.01  # of the test prompts also in train
@@ -218,7 +219,7 @@ def machine(precision: str, accelerator: str = "auto") -> Iterator[Line]:
     try:
         found = version("bitsandbytes")
     except PackageNotFoundError:
-        needed = precision in ("int8", "nf4")
+        needed = precision in QUANTISED
         yield Line(
             False if needed else None,
             "bitsandbytes",

@@ -16,7 +16,8 @@ from alter.nn.hub import cached_snapshot, check_folder, download_snapshot, read_
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PRECISIONS = ("fp32", "bf16", "int8", "nf4")
+QUANTISED = ("int8", "nf4")
+PRECISIONS = ("fp32", "bf16", *QUANTISED)
 MAX_PARAMETERS = 1_000_000_000
 SAMPLES, SAMPLE_BYTES = 4, 256
 # What a configuration says beside the function that the weights compute.

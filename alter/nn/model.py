@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError, did_you_mean
-from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
+from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
 from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
@@ -441,7 +441,7 @@ class MTAModel(nn.Module):
                 model.add_newcomer(task, make_template(expert, Expert, where))
         model.retired = list(config.get("retired", []))
         if config.get("own_backbone"):
-            if precision not in ("fp32", "bf16"):
+            if precision in QUANTISED:
                 raise AlterError(
                     f"{where}: the backbone was trained too, so its precision cannot be {precision}; load it as fp32 or bf16."
                 )

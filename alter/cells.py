@@ -21,7 +21,13 @@ LOG = "log.txt"
 
 @contextmanager
 def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Within, no other process runs the cell; where one does, waits for it or ends this one with `BUSY`."""
+    """Within, no other process runs the cell; where one does, waits for it or ends this one with `BUSY`.
+
+    A process that a cell's training has started to help it is within already.
+    """
+    if is_helper():
+        yield
+        return
     lock = FileLock(folder / ".lock", timeout=-1 if wait else 2)  # longer than `is_running` holds it
     try:
         lock.acquire()
@@ -31,6 +37,11 @@ def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_helper() -> bool:
+    """Whether a training of several processes has started this one, and another is its first."""
+    return any(os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "SLURM_PROCID"))
 
 
 def is_running(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8, better an escape than no line
     try:
         _run(arguments)
     except AlterError as error:
@@ -331,8 +334,9 @@ def _predict(options: argparse.Namespace) -> None:
         lines = (_line(answer) for answer in predictor.stream(named, rows, place=f"{options.input} row"))
     else:
         lines = (_guessed_line(found, answer) for found, answer in predictor.stream_unnamed(rows))
+    escaped = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")  # JSON can be written in any encoding
     for line in lines:
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+        print(json.dumps(line, ensure_ascii=escaped), flush=True)
 
 
 def _line(answer: Answer) -> dict[str, Any]:
@@ -355,9 +359,11 @@ def _guessed_line(found: Guess, answer: Answer | None) -> dict[str, Any]:
 
 def _open(name: str) -> TextIO:
     if name == "-":
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # JSON is UTF-8, whatever the terminal is
         return sys.stdin
     try:
-        return open(name, encoding="utf-8")
+        return open(name, encoding="utf-8-sig")
     except OSError as error:
         raise AlterError(
             f"--input: {name} cannot be read ({error.strerror}); name a table or a file of JSON lines, or -."
@@ -372,7 +378,10 @@ def _rows(name: str) -> Iterator[dict[str, Any]]:
         yield from read_file(Path(name))
     else:
         with _open(name) as stream:
-            yield from _json_lines(stream, name)
+            try:
+                yield from _json_lines(stream, name)
+            except UnicodeDecodeError as error:
+                raise AlterError(f"{name}: not UTF-8 (byte {error.start}); write it as UTF-8.") from error
 
 
 def _json_lines(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:

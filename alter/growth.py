@@ -21,7 +21,7 @@ from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
 from alter.loading import CALIBRATION_FILE, load, model_folder, run_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
-from alter.nn.files import read_config
+from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
 from alter.results import peak_memory_bytes, render_table, run_results
@@ -73,14 +73,16 @@ def add_task(
     if consolidate:
         _require_consolidable(run, content)
     begun = records(folder)
-    if task.name in known and "tested" in begun and consolidate:  # stopped while it consolidated
-        consolidate_run(run)
+    if task.name in known and "tested" in begun and consolidate and "consolidated" not in begun:  # stopped meanwhile
+        _consolidate_with(run, folder)
         return borrowed(load(run).model, task.name)
     if task.name in known and ("tested" in begun or "added" not in begun):
         raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
     backbone = resolve_backbone(content["backbone"])
-    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(content, draws)}, backbone)
-    _claim(folder, {"task": task.to_dict(), "shots": shots, "draws": draws, "lr": lr})
+    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(run, content, draws)}, backbone)
+    settings = {key: value for key, value in task.to_dict().items() if key != "where"}
+    given = {"task": settings, "shots": shots, "draws": draws, "lr": lr}
+    _claim(folder, given if task.name in known else {**given, "model of the run": _digest(run / "model")})
     say(data.summary())
     if "added" not in begun:
         say(f"\n{task.name}: trains in {folder}")
@@ -108,7 +110,7 @@ def add_task(
     print(f"\n{describe(task.name, found)}")
     record(folder, "tested", seconds["test"])
     if consolidate:
-        consolidate_run(run)
+        _consolidate_with(run, folder)
     else:
         print(f"\nThe other tasks answer as before. Next: alter predict --run {run} --task {task.name} --input FILE")
     return found
@@ -125,8 +127,8 @@ def newcomer_arguments(
     given = {"expert": _newcomer_expert(content), "own": OWN, "keep": KEEP, "optimizer": optimizer}
     given |= {key: stage1[key] for key in KEPT if key in stage1}  # its schedule is its own: stage 1's may never fall
     arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
-    epochs = {} if _drawn(content, draws)["examples_per_epoch"] is None else {"max_epochs": 1}
-    arguments["trainer"] |= {**epochs, "val_check_interval": CHECKS}
+    whole = _drawn(run, content, draws)["examples_per_epoch"] is None
+    arguments["trainer"] |= {"max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
     return arguments
 
 
@@ -217,6 +219,13 @@ def consolidate_run(run: Path) -> None:
     measure(run, data=data)
 
 
+def _consolidate_with(run: Path, folder: Path) -> None:
+    """Consolidates a run after an addition, and notes there that it is done."""
+    started = time.perf_counter()
+    consolidate_run(run)
+    record(folder, "consolidated", time.perf_counter() - started)
+
+
 def borrowed(model: MTAModel, task: str) -> dict[str, Any]:
     """What a task that was added later takes from whom: its shares of the mixture.
 
@@ -276,19 +285,29 @@ def _consolidation(run: Path, tasks: Sequence[str]) -> Path:
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Notes what an addition was begun with.
 
+    Args:
+        folder: of the addition.
+        settings: what is compared; what else was noted stays as it was.
+
     Raises:
         AlterError: it was begun with something else.
     """
     file = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
-    begun = file.is_file() and (folder / "checkpoints").is_dir()
-    if begun and (changed := differences(json.loads(file.read_text()), settings)):
+    begun = file.is_file() and ((folder / "checkpoints").is_dir() or "added" in records(folder))
+    noted = json.loads(file.read_text()) if begun else {}
+    if begun and (changed := differences(noted, {**noted, **settings})):
         raise AlterError(
-            f"{file}: this addition was begun with another setting of {', '.join(changed)}; give the same again, or remove "
-            f"{folder} to begin anew."
+            f"{file}: this addition was begun with another {', '.join(changed)}; give the same again, or remove {folder} to "
+            "begin anew."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, settings)
+    write_json(file, {**noted, **settings})
+
+
+def _digest(model: Path) -> str:
+    """Tells a model from what it was before another change of the run."""
+    return hashlib.sha256(b"".join((model / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))).hexdigest()
 
 
 def _require_consolidable(run: Path, content: Mapping[str, Any]) -> None:
@@ -299,11 +318,16 @@ def _require_consolidable(run: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _drawn(content: Mapping[str, Any], draws: int | None) -> dict[str, int | None]:
-    """Training examples: by default as many as each of the run's tasks had, None where its recipe leaves it to their sizes."""
-    data, epochs = content["data"], content["trainer"]["max_epochs"] or 1
-    mean = data["examples_per_epoch"] and -(-data["examples_per_epoch"] * epochs // len(data["tasks"]))
-    return {"examples_per_epoch": draws or mean}
+def _epochs(content: Mapping[str, Any]) -> int:
+    """Of stage 1."""
+    return max(1, {**content["trainer"], **content["stage1"]["trainer"]}["max_epochs"] or 1)
+
+
+def _drawn(run: Path, content: Mapping[str, Any], draws: int | None) -> dict[str, int | None]:
+    """Training examples: by default as many as each task of the first ones had; None where the recipe leaves it to their sizes."""
+    an_epoch, model = content["data"]["examples_per_epoch"], read_config(run / "model")
+    first = len(model["tasks"]) - len(model.get("newcomers", []))
+    return {"examples_per_epoch": draws or (an_epoch and -(-an_epoch * _epochs(content) // first))}
 
 
 def _data(settings: Mapping[str, Any], backbone: Path) -> MultiTaskDataModule:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alter.data import Task
+from alter.data.sources import writable
 from alter.errors import AlterError
 from alter.nn.task_predictor import Features, Kind, TaskPredictor, text_features
 
@@ -87,7 +88,7 @@ def joined(task: Task, row: Mapping[str, Any]) -> str:
 
 
 def _features(predictor: Predictor, texts: Sequence[str]) -> Features:
-    ids = predictor.tokenizer(list(texts), add_special_tokens=False).input_ids
+    ids = predictor.tokenizer([writable(text) for text in texts], add_special_tokens=False).input_ids
     return text_features(predictor.model, ids)
 
 

@@ -105,7 +105,8 @@ class Recipe:
     def epochs_before(self, stage: str) -> int:
         """Epochs of the mixture that the stages before this one draw, whole or in part."""
         before = list(STAGES)[: list(STAGES).index(stage)]
-        return sum({**self.config["trainer"], **self.config[name]["trainer"]}.get("max_epochs") or 1 for name in before)
+        epochs = ({**self.config["trainer"], **self.config[name]["trainer"]}.get("max_epochs") or 1 for name in before)
+        return sum(max(1, number) for number in epochs)  # -1 says that max_steps or max_time ends it
 
     def data_args(self, tokenizer: str, seq2seq: bool) -> dict[str, Any]:
         """Arguments for ``MultiTaskDataModule``."""

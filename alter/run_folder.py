@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STAGES = ("stage1", "stage2")
 # Keys that may differ between two calls for one run folder, since they do not change what is computed.
 UNCOMPARED = re.compile(
-    r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.license|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
+    r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.(license|where)|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
 )
 
 

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
@@ -274,6 +275,15 @@ def test_print_config_shows_the_whole_recipe_with_comments(project, capsys):
     assert config["stage2"]["model"]["class_path"] == "alter.stages.Stage2Module"
 
 
+def test_what_ends_a_stage_may_be_steps_and_has_to_be_something(project, capsys):
+    length = ("--trainer.max_epochs", "-1", "--test", "false")
+    fit(*length, "--trainer.max_steps", "3")
+    assert json.loads((project / "run" / "progress.json").read_text()).keys() >= {"stage1", "stage2"}
+    change(project, run="other")
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", *length, "--trainer.max_time", "00:00:00:05")
+    assert "give max_epochs or max_steps" in sentence
+
+
 def test_predict_streams_answers_as_json_lines(project, capsys, monkeypatch):
     fit("--test", "false")
     capsys.readouterr()
@@ -287,6 +297,11 @@ def test_predict_streams_answers_as_json_lines(project, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", (project / "rows.jsonl").open())
     main(["predict", "--run", "run", "--task", "echo", "--input", "-"])
     assert [set(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [{"answer"}, {"answer"}]
+    with monkeypatch.context() as patch:  # a terminal that is not UTF-8, and half an emoji
+        patch.setattr("sys.stdin", TextIOWrapper(BytesIO('\ufeff{"text": "\u00fc \\ud83d"}'.encode()), "ascii"))
+        patch.setattr("sys.stdout", TextIOWrapper(written := BytesIO(), "ascii"))
+        main(["predict", "--run", "run", "--task", "echo", "--input", "-"])
+    assert json.loads(written.getvalue().decode("ascii")).keys() == {"answer"}
     (project / "rows.csv").write_text("number,text\n1,w1 w2\n2,w3\n")
     main(["predict", "--run", "run", "--task", "sort", "--input", "rows.csv"])
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
@@ -421,6 +436,7 @@ def test_arguments_of_stage_two_are_checked_before_stage_one(project, capsys, ar
         (["--task", "sorted"], "", "there is no task 'sorted'; it is one of echo, sort. Did you mean 'sort'?"),
         (["--task", "sort"], '{"txt": "w1"}', "the template names 'txt'|names 'text', which is not a field of the row"),
         (["--task", "sort"], "not json", "rows.jsonl, line 1: not JSON"),
+        (["--task", "sort"], b'{"text": "\xff"}', "rows.jsonl: not UTF-8"),
         (["--task", "sort"], "[1]", "rows.jsonl, line 1: expected an object"),
         (["--task", "sort", "--run", "nowhere"], "", "nowhere: no run here"),
         (["--task", "sort", "--input", "nofile"], "", "nofile cannot be read"),
@@ -428,7 +444,7 @@ def test_arguments_of_stage_two_are_checked_before_stage_one(project, capsys, ar
 )
 def test_predict_refuses_bad_input(project, capsys, arguments, content, message):
     fit("--test", "false")
-    (project / "rows.jsonl").write_text(content)
+    (project / "rows.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     defaults = ["predict", "--run", "run", "--input", "rows.jsonl"]
     sentence = refused(capsys, *defaults, *arguments)[0]
     assert any(part in sentence for part in message.split("|"))

@@ -161,6 +161,49 @@ def test_an_addition_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypat
     assert same(one, other)
 
 
+def test_an_addition_that_was_stopped_does_not_undo_what_happened_to_the_run_meanwhile(grown, capsys, monkeypatch):
+    from alter.stages import AddTaskModule
+
+    step = AddTaskModule.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 5:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "200"]
+    with monkeypatch.context() as patch:
+        patch.setattr(AddTaskModule, "training_step", stopped)
+        with pytest.raises(SystemExit):
+            main(add)
+    main(["remove-task", "--run", "run", "--task", "sort", "--consolidate"])
+    consolidated = load_file("run/model/adapters.safetensors")
+    (sentence,) = refused(capsys, *add)
+    assert "begun with another model of the run" in sentence
+    assert same(load_file("run/model/adapters.safetensors"), consolidated)
+    shutil.rmtree("run/added/new")
+    main(add)
+    assert alter.load("run").tasks == ["echo", "new"]
+
+
+def test_a_newcomer_draws_what_each_first_task_did_in_stage_one(grown):
+    change_recipe(  # a run whose length stands with its stages
+        grown / "run",
+        trainer__max_epochs=None,
+        stage1__trainer={"max_epochs": 3},
+        stage2__trainer={"max_epochs": 1},
+        data__examples_per_epoch=20,
+    )
+    for name in ("new", "newer"):
+        (grown / f"{name}.yaml").write_text((grown / "new.yaml").read_text().replace("name: new", f"name: {name}"))
+        main(["add-task", "--run", "run", "--task", f"{name}.yaml"])
+        assert json.loads((grown / "run" / "added" / name / "progress.json").read_text())["added"]["tokens"] > 0
+    content = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert growth._drawn(Path("run"), content, None) == {
+        "examples_per_epoch": 30
+    }  # 3 epochs of 20, over two first tasks
+
+
 def test_an_addition_that_was_stopped_after_it_joined_is_tested_by_the_same_command(grown, capsys, monkeypatch):
     add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
 

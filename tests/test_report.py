@@ -201,6 +201,13 @@ def test_a_confusion_counts_pairs_and_joins_rare_classes():
     assert "35" in [text.get_text() for text in drawn.axes[0].texts]
 
 
+@given(st.lists(st.text("$_^5 %{\\", min_size=1, max_size=6), min_size=2, max_size=4, unique=True))
+def test_labels_are_drawn_as_they_are_written(labels):
+    drawn = svg(confusion(labels, labels))
+    for label in labels:
+        assert f">{label}<" in drawn
+
+
 def test_what_somebody_wrote_stays_as_it_is_written():
     assert '<td class="text">**Note** &lt;b&gt;</td>' in markup.table(["prompt"], [["**Note** <b>"]], long=True)
     assert "<b>0.5</b>" in markup.table(["metric"], [["**0.5**"]])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
 import time
@@ -131,7 +132,7 @@ def train(model: Model, plan: Plan, batches: Sequence[Batch], validation: Sequen
     Args:
         model: with its trainable parameters chosen.
         plan: the optimizer and its schedule.
-        batches: a step each.
+        batches: as many a step as the plan says; the last step may have fewer.
         validation: batches of each task that counts.
 
     Returns:
@@ -139,28 +140,30 @@ def train(model: Model, plan: Plan, batches: Sequence[Batch], validation: Sequen
     """
     parameters = trainable(model)
     optimizer = getattr(torch.optim, plan["optimizer"])(list(parameters.values()), **plan["optimizer_args"])
-    steps = len(batches)
+    together = plan["accumulate_grad_batches"]
+    steps = math.ceil(len(batches) / together)
     scheduler = get_scheduler(plan["schedule"], optimizer, round(plan["warmup"] * steps), steps)
-    checks = {round(steps * (i + 1) / plan["validations"]) for i in range(plan["validations"])}
+    checks = {round(len(batches) * (i + 1) / plan["validations"]) for i in range(plan["validations"])}
     tokens, seconds, best, state = 0, 0.0, float("inf"), {}
-    for step, batch in enumerate(batches, start=1):
+    for number, batch in enumerate(batches, start=1):
         started = time.perf_counter()
         losses, rows, read = token_losses(model, plan, batch)
         loss = losses.mean() if plan["loss_average"] == "token" else _by_example(losses, rows, len(batch["prompts"]))
         if not torch.isfinite(loss):
-            raise SystemExit(f"The loss is {loss.item()} at step {step} of {steps}; lower the learning rate.")
+            raise SystemExit(f"The loss is {loss.item()} at batch {number} of {len(batches)}; lower the learning rate.")
         penalty = model.get_fusion_regularization_loss()  # part of the method, on the fusion's value matrices
-        (loss if penalty is None else loss + penalty).backward()
-        if plan["clip"]:
-            nn.utils.clip_grad_norm_(parameters.values(), plan["clip"])
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        ((loss if penalty is None else loss + penalty) / together).backward()
+        if number % together == 0 or number == len(batches):
+            if plan["clip"]:
+                nn.utils.clip_grad_norm_(parameters.values(), plan["clip"])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
         tokens += read
         seconds += time.perf_counter() - started
-        if step in checks and (found := _validation_loss(model, plan, validation)) < best:
+        if number in checks and (found := _validation_loss(model, plan, validation)) < best:
             best, state = found, {name: parameter.detach().clone() for name, parameter in parameters.items()}
-            print(f"step {step} of {steps}: validation loss {best:.4f}", flush=True)
+            print(f"batch {number} of {len(batches)}: validation loss {best:.4f}", flush=True)
     _set(model, state)
     return {
         "tokens": tokens,

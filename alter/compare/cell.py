@@ -30,7 +30,7 @@ from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
 from alter.results import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.run import fit
-from alter.run_folder import stage_records
+from alter.run_folder import is_first, stage_records
 from alter.writing import write_json
 
 PLAN = "cell.json"
@@ -54,7 +54,12 @@ def run_cell(folder: Path, split: str) -> None:
     if plan["runner"] == "adapter_fusion":
         found, answered = handover.train_and_answer(recipes[0], "validation" if split == TRAINED else split)
     else:
-        found, answered = _train_and_answer(recipes, plan, split)
+        if plan["trains"]:
+            for recipe in recipes:
+                fit(recipe)
+        if not is_first():
+            return  # of a training's several processes
+        found, answered = _measure(recipes, plan, split)
     seconds = found.pop("step_seconds")
     found |= {
         "tasks": {
@@ -72,16 +77,13 @@ def run_cell(folder: Path, split: str) -> None:
         shutil.rmtree(checkpoints)  # the models stay
 
 
-def _train_and_answer(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:
+def _measure(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:
     """What was measured, and the answers of all runs."""
     answers_too = split != TRAINED
     found: dict[str, Any] = {"routing": {}, "trainable_parameters": 0} if answers_too else {}
     answered: Answered = []
-    for recipe in recipes:
-        if plan["trains"]:
-            fit(recipe)
-        if answers_too:
-            answered += _answer(recipe, plan, split, found)
+    for recipe in recipes if answers_too else ():
+        answered += _answer(recipe, plan, split, found)
     records = [record for recipe in recipes for record in stage_records(recipe.run).values()]
     losses = [list(stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
     found |= {

@@ -22,7 +22,7 @@ from alter.recipe import Recipe, dump
 from alter.writing import write_json
 
 SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
-PLACES = {"run", "folder", "root", "cache_dir"}  # where things are, which changes no result
+PLACES = {"run", "folder", "root", "cache_dir", "where"}  # where things are, which changes no result
 SEEDS = (13, 21, 42, 87, 100)  # those of the few-shot literature (arXiv 2012.15723)
 
 

@@ -104,6 +104,7 @@ def _plan(recipe: Recipe, data: MultiTaskDataModule, tokenizer: Any) -> dict[str
         "optimizer_args": arguments["optimizer"]["init_args"],
         **{key: arguments[key] for key in ("schedule", "warmup", "loss_average")},
         "clip": trainer.get("gradient_clip_val"),
+        "accumulate_grad_batches": trainer.get("accumulate_grad_batches", 1),
         "validations": round(1 / interval) if isinstance(interval, float) else 1,
         "pad": tokenizer.pad_token_id,
         "stop_tokens": line_ends(tokenizer),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from alter import __version__
 from alter.compare.grid import SEEDS, Grid, Planner, run_grid
-from alter.compare.methods import METHODS, find_method
+from alter.compare.methods import METHODS, Method, find_method
 from alter.compare.summary import summarise
 from alter.compare.tables import markdown, page
 from alter.errors import AlterError
@@ -27,7 +27,7 @@ def compare(arguments: Sequence[str]) -> None:
         AlterError: an argument or the recipe is wrong, or cells have failed.
     """
     options, flags = _parser().parse_known_args(arguments)
-    methods = dict(find_method(name) for name in options.methods.split(","))
+    methods = _methods(options.methods.split(","))
     recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags)
     if recipe.config["stages"] != ["stage1", "stage2"]:
         raise AlterError("stages: a comparison starts from a recipe with both stages; leave the key out.")
@@ -55,6 +55,18 @@ def compare(arguments: Sequence[str]) -> None:
     (folder / "compare.md").write_text(markdown(result), encoding="utf-8")
     (folder / "compare.html").write_text(page(result, title), encoding="utf-8")
     print(f"\n{markdown(result)}\nWritten to {folder}: compare.json, compare.md, compare.html")
+
+
+def _methods(given: Sequence[str]) -> dict[str, Method]:
+    methods: dict[str, Method] = {}
+    for argument in given:
+        name, method = find_method(argument)
+        if name in methods:
+            raise AlterError(
+                f"--methods: '{argument}' is a second method named '{name}'; rename the file, or leave one out."
+            )
+        methods[name] = method
+    return methods
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -124,7 +124,7 @@ def _one_stage(config: Config, budget: Budget) -> list[Training]:
     config["stage1"]["trainer"] = {**_without_length(config["stage1"]["trainer"]), "max_steps": 0}
     config["stage2"]["trainer"] = _without_length(config["stage2"]["trainer"])
     first, second = (config[stage]["model"]["init_args"] for stage in ("stage1", "stage2"))
-    second |= {"task_expert_lr": 1.0, "optimizer": first["optimizer"]}
+    second |= {"task_expert_lr": 1.0, "optimizer": copy.deepcopy(first["optimizer"])}
     return [Training(config)]
 
 
@@ -185,11 +185,8 @@ def _adapter_fusion(config: Config, budget: Budget) -> list[Training]:
     config["trainer"]["max_epochs"] = 2
     arguments = config["stage1"]["model"]["init_args"]
     arguments["expert"] = {"class_path": "alter.nn.Bottleneck", "init_args": {"rank": 1}}
-    trainer = {**config["trainer"], **config["stage1"]["trainer"]}
     if not arguments["optimizer"]["class_path"].startswith("torch.optim."):
         raise AlterError("--methods: adapter_fusion takes optimizers of torch.optim alone; leave the method out.")
-    if trainer.get("accumulate_grad_batches", 1) != 1:
-        raise AlterError("--methods: adapter_fusion does not accumulate_grad_batches; leave the method out.")
     return [Training(config, budget=budget.parameters, runner="adapter_fusion")]
 
 

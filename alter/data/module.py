@@ -17,7 +17,7 @@ from alter.data.encode import encode_task
 from alter.data.mixture import mixture_rates
 from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches, share_out
 from alter.data.sources import SPLITS
-from alter.data.task import Task, load_tasks
+from alter.data.task import Task, limit_problems, load_tasks
 from alter.errors import AlterError
 from alter.home import alter_home
 from alter.terminal import columns
@@ -73,6 +73,8 @@ class MultiTaskDataModule(LightningDataModule):
             raise AlterError(
                 f"data.shots: {shots} is below 1; give how many rows of a class to learn from, such as 16."
             )
+        if problems := list(limit_problems(limit or {}, "data.limit")):
+            raise AlterError(*problems)
         self.tasks: list[Task] = [
             _limited(task, limit or {}) for task in load_tasks(tasks or [], Path(root or "."), root)
         ]
@@ -250,8 +252,6 @@ def _limited(task: Task, limit: Mapping[str, int]) -> Task:
     """The task with no more rows of a split than the mixture's own limit."""
     if not limit:
         return task
-    if min(limit.values()) < 1:
-        raise AlterError(f"data.limit: {dict(limit)} has a number below 1; give the most rows of a split.")
     lower = {split: min(rows, task.limit.get(split, rows)) for split, rows in limit.items()}
     return replace(task, limit={**task.limit, **lower})
 

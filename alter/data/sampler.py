@@ -19,6 +19,9 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
     one ended. Nothing is remembered: what earlier epochs drew is computed again from the seed, so a resumed run and every
     rank see the same plan.
 
+    Examples of one length are mostly of one task, so batches of every length take turns (see ``in_turn``): the few that
+    an optimizer accumulates, or that its averages remember, are then a fair draw of the mixture.
+
     Every epoch has as many batches as the first: a trainer counts them once, and plans its validations and its learning
     rate by that count. Where the drawn examples would fill fewer, the largest batches are halved; where they would fill
     more, the budget grows by percents until they fit.
@@ -128,7 +131,7 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
             largest = max(range(len(batches)), key=lambda i: len(batches[i]))
             half = len(batches[largest]) // 2
             batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
-        return [batches[i] for i in self._rng(epoch, "batches").permutation(len(batches))]
+        return [batches[i] for i in in_turn(len(batches), self._rng(epoch, "batches").random())]
 
     def _fewest(self) -> int:
         """Batches that no budget could bring an epoch below, for a task may get one draw more than in the first."""
@@ -151,6 +154,23 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
     def _rng(self, *key: int | str) -> np.random.Generator:
         numbers = [part if isinstance(part, int) else int.from_bytes(part.encode(), "big") for part in key]
         return np.random.default_rng([self.seed, *numbers])
+
+
+def in_turn(number: int, start: float) -> np.ndarray:
+    """An order of ``number`` sorted things in which any few that follow each other lie evenly over the whole range.
+
+    The golden ratio's multiples, modulo 1, leave no large gap after any number of them (the three-distance theorem); a
+    random order would.
+
+    Args:
+        number: how many things.
+        start: where the order starts, from 0 to 1.
+
+    Returns:
+        a permutation, [number].
+    """
+    places = (start + np.arange(number) * (5**0.5 - 1) / 2) % 1
+    return places.argsort().argsort()
 
 
 def share_out(batches: Sequence[Sequence[Pair]], rank: int, world_size: int) -> list[list[Pair]]:

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -212,11 +212,13 @@ def _near(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the library's 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as stream:
         header = stream.readline()
         stream.seek(0)
         reader = csv.DictReader(stream, delimiter=_separator(header), strict=True)
         try:
+            _require_names(reader.fieldnames or (), f"{path}, line 1")
             for row in reader:
                 if None in row or None in row.values():
                     raise AlterError(
@@ -228,13 +230,18 @@ def _read_csv(path: Path) -> Iterator[Row]:
             raise AlterError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend the quotes.") from error
 
 
+def _require_names(names: Sequence[str], where: str) -> None:
+    if "" in names or len(set(names)) < len(names):
+        raise AlterError(f"{where}: every column needs a name of its own; write them into the first row.")
+
+
 def _separator(header: str) -> str:
-    """What stands between a header's names: a comma, unless another sign is more often there, as some countries' Excel writes."""
-    return max(",;\t|", key=re.sub(r'"[^"]*"', "", header).count)
+    """What stands between a header's names: what is most often there; a comma may stand in a name more easily than the others."""
+    return max(";\t|,", key=re.sub(r'"[^"]*"', "", header).count)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -276,8 +283,7 @@ def _read_excel(path: Path) -> Iterator[Row]:
         names = ["" if name is None else str(name) for name in next(lines, ())]
         while names and not names[-1]:
             names.pop()
-        if "" in names or len(set(names)) < len(names):
-            raise AlterError(f"{path}, row 1: every column needs a name of its own; write them into the first row.")
+        _require_names(names, f"{path}, row 1")
         for line in lines:
             cells = ["" if cell is None else cell for cell in line[: len(names)]]
             if any(cell != "" for cell in cells):
@@ -287,6 +293,11 @@ def _read_excel(path: Path) -> Iterator[Row]:
 
 
 TABLES = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".xlsx": _read_excel}
+
+
+def writable(text: str) -> str:
+    """The text with a question mark for half a character, which JSON can escape (an emoji cut in two) and no file can hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def stable_fraction(text: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -95,9 +96,9 @@ class Task:
             elif name not in known:
                 kind = "classification" if self.choices else "generation"
                 yield f"{where}, key 'metrics': '{name}' is not a {kind} metric; known are {', '.join(known)}.{did_you_mean(name, known)}"
-        for name in self.limit:
-            if name not in SPLITS:
-                yield f"{where}, key 'limit': '{name}' is not a split; splits are {', '.join(SPLITS)}.{did_you_mean(name, SPLITS)}"
+        if not self.name or self.name.startswith(".") or {"/", "\\", "\0"} & set(self.name):
+            yield f"{where}, key 'name': files are named by it; give one without / and \\ that starts with no dot."
+        yield from limit_problems(self.limit, f"{where}, key 'limit'")
         if self.choices is not None and (len(self.choices) < 2 or len(set(self.choices)) < len(self.choices)):
             yield f"{where}, key 'choices': give at least two choices, each once."
         if self.choices and self.truncate_target:
@@ -119,6 +120,7 @@ class Task:
         parsed = _TEMPLATES.parse(self.prompt)
         keys = [item.arg for item in parsed.find_all(nodes.Getitem) if getattr(item.node, "name", "") == "row"]
         named = {key.value for key in keys if isinstance(key, nodes.Const)}
+        named |= {item.attr for item in parsed.find_all(nodes.Getattr) if getattr(item.node, "name", "") == "row"}
         return sorted(meta.find_undeclared_variables(parsed) - {"row"} | named)
 
     def inputs(self, row: Fields) -> Fields:
@@ -200,7 +202,7 @@ class Task:
 
     def _render(self, key: str, row: Fields, place: str) -> str:
         try:
-            return self._compiled[key].render({"row": row, **row})
+            return sources.writable(self._compiled[key].render({"row": row, **row}))
         except UndefinedError as error:
             # "'x' is undefined", or of row['x']: "'dict object' has no attribute 'x'"
             name = (re.findall(r"'([^']*)'", str(error)) or [""])[-1]
@@ -337,11 +339,20 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, roo
     return tasks
 
 
+def limit_problems(limit: Mapping[str, int], where: str) -> Iterator[str]:
+    """What is wrong with the most rows of each split."""
+    for split, rows in limit.items():
+        if split not in SPLITS:
+            yield f"{where}: '{split}' is not a split; splits are {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}"
+        elif rows < 1:
+            yield f"{where}: {split} is {rows}, below 1; give the most rows of the split."
+
+
 def _task_files(entry: str, folder: Path) -> list[Path]:
     for base in (folder, Path()):
-        if found := sorted(glob.glob(str(base / entry))):
+        if found := sorted(glob.glob(str(Path(glob.escape(str(base))) / entry))):
             return [Path(name) for name in found]
-    near = [str(p.relative_to(folder)) for p in (folder / entry).parent.glob("*.yaml")]
+    near = [os.path.relpath(p, folder) for p in (folder / entry).parent.glob("*.yaml")]
     raise AlterError(
         f"data.tasks: there is no task file '{entry}' in {folder}; correct the path.{did_you_mean(entry, near)}"
     )

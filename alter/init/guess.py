@@ -18,7 +18,7 @@ ANSWERS = (
 )  # fmt: skip
 TYPE_KEYS = ("type", "label", "slot", "entity", "tag", "category", "class")
 TEXT_KEYS = ("text", "value", "span", "mention", "word", "name", "entity")
-NO_VARIABLES = {"and", "else", "false", "if", "in", "is", "none", "not", "or", "true"}  # words of Jinja
+NO_VARIABLES = {"and", "else", "false", "if", "in", "is", "none", "not", "or", "self", "true"}  # words of Jinja
 MOST_CHOICES = 200
 LONGEST_CHOICE = 60  # characters
 MOST_FIELDS = 6
@@ -105,7 +105,7 @@ def _field(name: str) -> str:
 
 
 def _is_variable(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z_]\w*", name) is not None and name.lower() not in NO_VARIABLES
+    return name.isidentifier() and name.lower() not in NO_VARIABLES
 
 
 def _spoken(name: str) -> str:

@@ -185,7 +185,7 @@ def _task_text(proposal: Proposal, folder: Path) -> str:
         del arguments["seed"]
     prompt = textwrap.indent(guess.prompt, "  ")
     lines = [
-        f"# {guess.kind.capitalize()}: {guess.target.name}, from {', '.join(c.name for c in guess.inputs)}. "
+        f"# {guess.kind.capitalize()}: {_line(guess.target.name)}, from {', '.join(_line(c.name) for c in guess.inputs)}. "
         "Guessed by alter init; every line may be changed.",
         f"name: {proposal.name}",
         "source:",
@@ -270,6 +270,11 @@ def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> st
         examples=min(16_000, max(600, 3 * rows)),
         rows=f"{rows:,}",
     )
+
+
+def _line(name: str) -> str:
+    """A column's name for a comment; a sheet's may have several lines."""
+    return " ".join(name.split())
 
 
 def _inline(value: Any) -> str:

@@ -26,7 +26,7 @@ from alter.predict import Predictor
 from alter.serve import page
 from alter.serve.batching import Batcher, Done, Job, QueueFull, RoutingJob
 from alter.serve.errors import Refused, content, failure
-from alter.serve.guard import Guard
+from alter.serve.guard import HEADERS, Guard
 from alter.serve.messages import (
     ChatRequest,
     ClassifyRequest,
@@ -174,16 +174,20 @@ class Server:
 
     async def models(self) -> Response:
         """Lists the tasks as models."""
-        found = [self._model(name) for name in self.predictor.tasks]
-        if self.predictor.task_predictor is not None:
-            found.append({"id": AUTO, "object": "model", "created": 0, "owned_by": "alter"})
-        return JSONResponse({"object": "list", "data": found})
+        names = [*self.predictor.tasks, *([AUTO] if self._guesses(AUTO) else [])]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, name: str) -> Response:
         """One task as a model."""
-        return JSONResponse(self._model(self._task(name).name))
+        return JSONResponse(self._model(name if self._guesses(name) else self._task(name).name))
+
+    def _guesses(self, name: str) -> bool:
+        """Whether the name leaves it to the server to find each input's task."""
+        return name == AUTO and self.predictor.task_predictor is not None
 
     def _model(self, name: str) -> dict[str, Any]:
+        if self._guesses(name):
+            return {"id": AUTO, "object": "model", "created": 0, "owned_by": "alter"}
         task = self.predictor.task(name)
         return {
             "id": name,
@@ -212,7 +216,7 @@ class Server:
 
     def _task(self, name: str) -> Task:
         if name not in self.predictor.tasks:
-            known = ", ".join(self.predictor.tasks)
+            known = ", ".join(self.predictor.tasks) + (f", or {AUTO}" if self._guesses(AUTO) else "")
             near = did_you_mean(name, self.predictor.tasks)
             raise Refused(404, f"There is no model of this name; a model is a task, one of {known}.{near}", "model")
         return self.predictor.task(name)
@@ -230,8 +234,7 @@ class Server:
         if not 0 < len(inputs) <= self.limits.max_waiting:
             most = self.limits.max_waiting
             raise Refused(400, f"Give 1 to {most} inputs in one request, not {len(inputs)}.", param)
-        guessed = model == AUTO and self.predictor.task_predictor is not None
-        task = None if guessed else self._task(model)
+        task = None if self._guesses(model) else self._task(model)
 
         def encode() -> list[tuple[Task, list[int]]]:
             if task is None:
@@ -419,4 +422,6 @@ def _tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(http: HTTPRequest, error: Exception) -> Response:
-        return failure(500, FAILED)
+        response = failure(500, FAILED)
+        response.headers.update(HEADERS)  # it is sent from outside the guard
+        return response

@@ -72,6 +72,9 @@ class Measured:
         self.metrics.in_flight.inc()
         try:
             await self.app(scope, receive, noted)
+        except Exception:
+            status = 500  # told further out
+            raise
         finally:
             took = time.perf_counter() - started
             path = getattr(scope.get("route"), "path", scope["path"])  # /v1/models/{name}, whatever the name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -192,7 +193,7 @@ class StageModule(LightningModule):
         sums, counts = _per_example(losses, rows, len(batch["task_ids"]))
         loss = losses.mean() if self.loss_average == "token" else (sums / counts.clamp_min(1)).mean()
         if not torch.isfinite(loss + auxiliary):
-            self._note_bad(float(loss + auxiliary), batch, batch_idx)
+            self._note_bad((loss + auxiliary).item(), batch, batch_idx)
             return sum((p * 0.0).sum() for p in self.parameters() if p.requires_grad)  # type: ignore[return-value]
         counted = batch.get("counts", 1.0)
         self._window[:3] += counted * torch.stack([loss.detach(), auxiliary.detach(), torch.ones_like(loss)])
@@ -209,14 +210,14 @@ class StageModule(LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients).detach()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # cut over processes
         loss, auxiliary, batches, bad = self.trainer.strategy.reduce(self._window, reduce_op="sum")
-        if not torch.isfinite(norm):
+        if not (torch.isfinite(norm) or self._scaler_skips):
             bad = bad + 1
             self._bad = (
                 self._bad or f"The gradient's norm is {norm.item()} at step {self.global_step} of {type(self).__name__}"
             )
         if bad:
             self._skip(int(bad))
-            if not torch.isfinite(norm):
+            if not (torch.isfinite(norm) or self._scaler_skips):
                 optimizer.zero_grad(set_to_none=True)  # what has no gradient takes no step
         sums, counts = self.trainer.strategy.reduce(self._task_window, reduce_op="sum")
         present = (counts > 0).nonzero().flatten().tolist()
@@ -229,6 +230,11 @@ class StageModule(LightningModule):
             values["train/gradient_norm"] = norm
         self._log_step({**values, **{f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}})
         self._start_window()
+
+    @property
+    def _scaler_skips(self) -> bool:
+        """Whether the loss is scaled, as for fp16, by what leaves out a step that overflows, and takes a lower scale."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _log_step(self, values: Mapping[str, Tensor | float]) -> None:
         """Writes at once what Lightning would write after a checkpoint at the end of the batch, which a resume would lose."""
@@ -326,9 +332,13 @@ class StageModule(LightningModule):
         optimizer = self.make_optimizer(groups)
         for group in optimizer.param_groups:
             group["lr"] *= rates[group["name"]]
-        steps = int(self.trainer.estimated_stepping_batches)
+        if (steps := self.trainer.estimated_stepping_batches) == math.inf:
+            raise AlterError(
+                "trainer.max_epochs: the learning rate is planned over all steps, and nothing says how many there are; give "
+                "max_epochs or max_steps (max_time may still end it sooner)."
+            )
         scheduler = get_scheduler(
-            self.schedule, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps
+            self.schedule, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=int(steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 
 from alter.requeue import REQUEUE, leave_allocation
@@ -21,21 +19,20 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     leave_allocation()
     REQUEUE.listen()
-    from alter.cells import only_one
+    from alter.cells import is_helper, only_one
     from alter.errors import AlterError
     from alter.sweep.plan import FAILED, RESULT, read_sweep
     from alter.writing import write_json
 
     sweep = read_sweep(options.folder)
     cell = sweep.cell(options.number)
-    first = os.environ.get("SLURM_PROCID", "0") == "0"
-    with only_one(cell, options.wait) if first else nullcontext():
+    with only_one(cell, options.wait):
         if (cell / RESULT).is_file():
             return
         (cell / FAILED).unlink(missing_ok=True)
         try:
             known = _run(sweep.recipe(options.number), flags)
-            if first:
+            if not is_helper():
                 write_json(cell / RESULT, known)
         except Exception as error:
             traceback.print_exc()

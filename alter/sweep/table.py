@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def table(sweep: Sweep, cells: Sequence[Row]) -> str:
 def _shown(value: Any) -> str:
     """A value in few characters: of a class the name alone."""
     if isinstance(value, str):
-        return value.rpartition(".")[2] if value.replace(".", "").isidentifier() else value
+        name = re.fullmatch(r"(?:[A-Za-z_]\w*\.)+([A-Z]\w*)", value)
+        return name[1] if name else value if value.isprintable() else json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict) and "class_path" in value:
         arguments = ", ".join(f"{name}={_shown(inner)}" for name, inner in (value.get("init_args") or {}).items())
         return f"{_shown(value['class_path'])}({arguments})"

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from alter.cli import main
-from alter.compare.grid import Planner
+from alter.compare.grid import Grid, Planner
+from alter.compare.grid import _plan as plan_cell
 from alter.compare.methods import METHODS
 from alter.recipe import read_recipe
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -99,6 +100,45 @@ def test_ranks_are_chosen_to_use_the_parameter_budget_and_draws_the_tokens(compa
         if name not in ("untouched", "two_stage"):
             assert sum(run.config["data"]["examples_per_epoch"] for run in runs) == pytest.approx(135, abs=1)
     assert recipe.config["data"]["examples_per_epoch"] == 90  # the plans changed copies
+
+
+@pytest.mark.parametrize("name", [name for name in HERE if METHODS[name].trains])
+def test_a_factor_is_on_every_learning_rate_once(compared, name, tmp_path):
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    planner = Planner(recipe)
+    grid = Grid(tmp_path / "grid", recipe, METHODS, [13], "test", (1.0, 2.0))
+
+    def rates(factor):
+        cell = plan_cell(grid, planner, name, 13, factor)
+        plans = [
+            yaml.safe_load((cell / file).read_text())
+            for file in json.loads((cell / "cell.json").read_text())["recipes"]
+        ]
+        return [
+            plan[stage]["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+            for plan in plans
+            for stage in plan["stages"]
+        ]
+
+    assert rates(2.0) == pytest.approx([2 * rate for rate in rates(1.0)])
+
+
+def test_a_cell_is_the_same_wherever_its_recipe_is_read_from(compared, tmp_path):
+    planned = []
+    for config in ("recipe.yaml", str(compared / "recipe.yaml")):
+        recipe = read_recipe(["--config", config])
+        grid = Grid(tmp_path / "grid", recipe, METHODS, [13], "test", (1.0,))
+        cell = plan_cell(grid, Planner(recipe), "stage1", 13, 1.0)
+        planned.append(json.loads((cell / "cell.json").read_text())["settings"])
+    assert planned[0] == planned[1]
+
+
+@pytest.mark.slow
+def test_cells_may_train_on_several_processes(compared):
+    change(compared, trainer__devices=2, trainer__strategy="ddp")
+    found = compare("--methods", "stage1,alone", "--seeds", "1")["methods"]
+    assert found["stage1"]["average"]["mean"] >= 0
+    assert len(list(Path("out/cells/alone/seed13").glob("test.json*"))) == 1
 
 
 def test_methods_of_one_stage_end_as_the_recipe_does_and_keep_its_scale(compared):
@@ -190,6 +230,7 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
     ("arguments", "said"),
     [
         (["--methods", "stge1"], "stage1"),
+        (["--methods", "stage1,stage1"], "a second method named 'stage1'"),
         (["--seeds", "0"], "--seeds"),
         (["--seeds", "x"], "--seeds"),
         (["--tune", "0,1"], "--tune"),

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from alter.data import MixtureBatchSampler, eval_batches
+from alter.data.sampler import in_turn
 
 LENGTHS = [np.arange(5, 45), np.full(200, 12), np.random.default_rng(0).integers(3, 60, 900)]
 RATES = np.array([0.2, 0.3, 0.5])
@@ -52,6 +53,27 @@ def test_batches_keep_the_budget_and_lose_nothing(seed, budget, epoch, mixed):
         assert len(batch) == 1 or len(batch) * longest <= budget
         assert mixed or len({t for t, _ in batch}) == 1
     assert sorted(flat(batches)) == sorted(sampler.draws(epoch))
+
+
+@settings(deadline=None, max_examples=200)
+@given(number=st.integers(1, 400), start=st.floats(0, 1), data=st.data())
+def test_any_few_that_follow_each_other_lie_over_the_whole_range(number, start, data):
+    order = in_turn(number, start)
+    assert sorted(order) == list(range(number))
+    few = data.draw(st.integers(1, number))
+    first = data.draw(st.integers(0, number - few))
+    gaps = np.diff([-1, *sorted(order[first : first + few]), number])
+    assert gaps.max() <= 2.2 * number / few + 2  # in a random order, some gap is about log(few) times the mean
+
+
+def test_batches_that_follow_each_other_are_a_fair_draw_of_the_mixture():
+    lengths = [np.full(500, 10), np.full(500, 20), np.full(500, 60)]  # each batch is of one task, but for two
+    sampler = make(lengths=lengths, rates=np.full(3, 1 / 3), examples_per_epoch=1500, max_tokens=240)
+    batches = list(sampler)
+    share = np.array([500 * 10, 500 * 20, 500 * 60]) / 45000
+    for start in range(len(batches) - 36):
+        counts = np.bincount([task for task, _ in [b[0] for b in batches[start : start + 36]]], minlength=3)
+        assert np.abs(counts / 36 - share).max() < 0.08
 
 
 @settings(deadline=None, max_examples=60)

@@ -113,6 +113,18 @@ def test_a_table_says_itself_what_stands_between_its_columns(tmp_path, separator
     assert list(read_file(tmp_path / "x.csv")) == [{"text": "one, two; three", "a, b; c": "x", "label": "ja"}]
 
 
+def test_a_comma_in_a_name_does_not_outvote_a_semicolon(tmp_path):
+    (tmp_path / "x.csv").write_text("text;label, coarse\na, b;yes\n")
+    assert list(read_file(tmp_path / "x.csv")) == [{"text": "a, b", "label, coarse": "yes"}]
+
+
+def test_json_lines_may_start_with_a_byte_order_mark_and_a_text_may_be_long(tmp_path):
+    (tmp_path / "x.jsonl").write_text('\ufeff{"text": "a"}\n', encoding="utf-8")
+    assert list(read_file(tmp_path / "x.jsonl")) == [{"text": "a"}]
+    (tmp_path / "x.csv").write_text(f"text,label\n{'a ' * 100_000},b\n")
+    assert [len(row["text"]) for row in read_file(tmp_path / "x.csv")] == [200_000]
+
+
 def test_rows_of_a_drawn_split_keep_their_numbers_in_the_file(tmp_path):
     rows = [{"n": str(n)} for n in range(1, 41)]
     source = Files(str(write(tmp_path / "x.jsonl", rows)), validation=0.3, test=0.3)
@@ -132,6 +144,8 @@ def test_rows_of_a_drawn_split_keep_their_numbers_in_the_file(tmp_path):
         ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: not an object"),
         ("x.csv", b"a,b\n1,2\n1\n", r"line 3: not as many fields"),
         ("x.csv", b'a,b\n1,"2\n', r"x.csv, line \d: not valid CSV|not as many fields"),
+        ("x.csv", b"a,b,a\n1,2,3\n", r"x.csv, line 1: every column needs a name of its own"),
+        ("x.csv", b"a,,b\n1,2,3\n", r"x.csv, line 1: every column needs a name of its own"),
         ("x.parquet", b"PAR1 is not enough", r"not readable as Parquet"),
         ("x.jsonl", b'{"a": "\xff"}\n', r"not UTF-8"),
     ],

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given
@@ -81,6 +83,8 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
         ({"truncate_target": True}, r"key 'truncate_target': a choice is scored whole"),
         ({"prompt": "{{ text"}, r"key 'prompt': not a Jinja template"),
         ({"limit": {"trian": 3}}, r"key 'limit': 'trian' is not a split.*Did you mean 'train'"),
+        ({"limit": {"train": 0}}, r"key 'limit': train is 0, below 1"),
+        *(({"name": name}, r"key 'name': files are named by it") for name in ("", "a/b", "..", ".a", "a\\b", "a\0b")),
         ({"choices": ["yes"]}, r"at least two choices"),
         ({"weight": 0}, r"key 'weight'"),
         ({"max_target_tokens": 0}, r"key 'max_target_tokens'"),
@@ -132,6 +136,30 @@ def test_a_misspelt_file_finds_its_neighbour(tmp_path):
     (tmp_path / "intents.yaml").write_text("")
     with pytest.raises(AlterError, match=r"no task file 'intent.yaml'.*Did you mean 'intents.yaml'"):
         load_tasks(["intent.yaml"], tmp_path)
+
+
+def test_a_misspelt_file_elsewhere_is_one_sentence_too(tmp_path):
+    (tmp_path / "intents.yaml").write_text("")
+    with pytest.raises(AlterError, match=r"no task file '.*intent.yaml'"):
+        load_tasks([str(tmp_path / "intent.yaml")], Path())
+
+
+def test_a_folders_name_is_no_pattern(tmp_path):
+    folder = tmp_path / "b[1]*"
+    folder.mkdir()
+    (folder / "t.yaml").write_text(yaml.safe_dump(task_dict(tmp_path)))
+    assert [task.name for task in load_tasks(["*.yaml"], folder)] == ["t"]
+
+
+def test_fields_named_through_the_row_are_known(tmp_path):
+    task = Task.from_dict({**task_dict(tmp_path), "prompt": "{{ row.text }} {{ row['b c'] }} {{ d }}"}, "t.yaml")
+    assert task.fields == ["b c", "d", "text"]
+
+
+def test_half_a_character_is_a_question_mark(tmp_path):
+    task = Task.from_dict(task_dict(tmp_path), "t.yaml")
+    assert "a ?" in task.render_prompt({"text": "a \ud83d"}, "row 1")
+    assert "a \U0001f600" in task.render_prompt({"text": "a \U0001f600"}, "row 1")
 
 
 def test_an_unknown_template_variable_names_the_fields(tmp_path):

@@ -186,6 +186,11 @@ def test_the_model_auto_guesses_each_inputs_task_or_says_that_it_is_not_clear(un
         assert refused.value.code == "low_confidence"
         status, told = post(address, "/v1/routing", {"model": "auto", "input": SORT})
         assert (status, told["model"]) == (200, "sort")
+        half = {"model": "auto", "messages": [{"role": "user", "content": f"{SORT} \ud83d"}]}  # an emoji cut in two
+        assert post(address, "/v1/chat/completions", half)[0] in (200, 422)
+        assert server.models.retrieve("auto").id == "auto"
+        with pytest.raises(openai.NotFoundError, match="or auto"):
+            server.models.retrieve("none")
         status, told = post(address, "/v1/classify", {"model": "auto", "input": [SORT]})
         assert (status, told["data"][0]["model"]) == (200, "sort")
 
@@ -316,6 +321,17 @@ def test_a_batch_that_fails_is_500_and_the_next_is_answered(predictor, monkeypat
         assert (status, told["error"]["type"]) == (500, "server_error")
         assert "somebody" not in told["error"]["message"]
         assert post(address, "/v1/classify", {"model": "sort", "input": "w1"})[0] == 200
+
+
+def test_an_error_of_our_own_is_counted_and_answered_as_500(predictor, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(predictor, "encode", lambda *args: 1 / 0)
+    with serving(predictor) as address:
+        status, _, headers = ask(address, "POST", "/v1/classify", {"model": "sort", "input": "w1"})
+        assert status == 500
+        assert headers["cache-control"] == "no-store"
+        assert b'status="500"' in ask(address, "GET", "/metrics")[1]
+    assert any(record.getMessage().startswith("POST /v1/classify 500 ") for record in caplog.records)
 
 
 def test_nothing_that_a_client_wrote_is_logged_and_every_request_is(predictor, caplog):

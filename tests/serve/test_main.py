@@ -166,6 +166,35 @@ def test_the_page_answers_shows_probabilities_and_who_answered(browser, predicto
 
 
 @pytest.mark.slow
+def test_what_is_stopped_or_left_for_another_task_brings_no_answer(browser, predictor):
+    from playwright.sync_api import Error
+
+    with serving(predictor) as address:
+        page = browser.new_page()
+        held = []
+        page.route("**/v1/classify", lambda route: held.append(route))
+        page.goto(address)
+        page.locator("#task option").nth(3).wait_for(state="attached")
+        page.select_option("#task", "sort")
+        page.locator("#fields textarea").fill("w5 w9")
+        page.get_by_role("button", name="Answer").click()
+        page.get_by_role("button", name="Stop").click()
+        page.wait_for_function("document.getElementById('took').textContent === 'Stopped.'")
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_function("!document.getElementById('stop').disabled")
+        page.select_option("#task", "pair")
+        assert len(held) == 2
+        for late in held:
+            with suppress(Error):  # the page has given it up
+                late.fulfill(json={"data": [{"label": "yes", "probabilities": {"yes": 0.9, "no": 0.1}}]})
+        page.wait_for_timeout(300)
+        assert [page.inner_text(f"#{name}") for name in ("answer", "took")] == ["", ""]
+        assert page.is_disabled("#stop")
+        assert not page.is_visible("#likely")
+        page.close()
+
+
+@pytest.mark.slow
 def test_a_list_of_tasks_that_comes_late_clears_no_answer(browser, predictor):
     from playwright.sync_api import Error
 

@@ -90,3 +90,20 @@ def test_a_gradient_that_explodes_takes_no_step(project, capsys, monkeypatch):  
     change(project, run="other", stage1__model__init_args__skip_bad_batches=0)
     (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", *FLAGS)
     assert "The gradient's norm is nan at step 3" in sentence
+
+
+def test_what_overflows_in_fp16_is_left_to_the_scaler(project):  # noqa: F811
+    """The scale doubles at every step until a gradient is infinite; the scaler then halves it and takes no step."""
+    scaler = {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu", "growth_interval": 1}}
+    mixed = {"precision": "16-mixed", "device": "cpu", "scaler": scaler}
+    change(
+        project,
+        trainer__max_epochs=6,
+        trainer__plugins=[{"class_path": "lightning.pytorch.plugins.MixedPrecision", "init_args": mixed}],
+    )
+    main(["fit", "--config", "recipe.yaml", *FLAGS])
+    checkpoint = torch.load(project / "run" / "stage1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["skipped"] == 0
+    assert checkpoint["MixedPrecision"]["scale"] < 2.0 ** (16 + checkpoint["global_step"])  # it did overflow
+    weights = load_file(project / "run" / "model" / "adapters.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())

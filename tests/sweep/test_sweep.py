@@ -69,6 +69,17 @@ def test_a_sweep_ranks_its_cells_shows_what_failed_and_tries_that_again_when_ask
     assert trained == pytest.approx(min(found.values()), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_cells_may_train_on_several_processes_and_differ_in_text_of_several_lines(project, capfd):  # noqa: F811
+    change(project, trainer__max_epochs=1, trainer__devices=2, trainer__strategy="ddp")
+    points = [{"data.tasks.1.prompt": f"{{{{ text }}}}\n{word}:\n"} for word in ("Answer", "Reply")]
+    (project / "points.yaml").write_text(yaml.safe_dump(points))
+    main([*COMMAND, "--points", "points.yaml"])
+    assert "2 done of 2" in capfd.readouterr().out
+    best = yaml.safe_load(Path("out/best.yaml").read_text())
+    assert best["data"]["tasks"][1]["prompt"] in [point["data.tasks.1.prompt"] for point in points]
+
+
 def planned(*flags):
     """A sweep whose cells are there and have not run."""
     from alter.recipe import read_recipe

@@ -299,7 +299,8 @@ def test_predict_streams_answers_as_json_lines(project, capsys, monkeypatch):
     assert [set(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [{"answer"}, {"answer"}]
     with monkeypatch.context() as patch:  # a terminal that is not UTF-8, and half an emoji
         patch.setattr("sys.stdin", TextIOWrapper(BytesIO('\ufeff{"text": "\u00fc \\ud83d"}'.encode()), "ascii"))
-        patch.setattr("sys.stdout", TextIOWrapper(written := BytesIO(), "ascii"))
+        terminal = TextIOWrapper(written := BytesIO(), "ascii")
+        patch.setattr("sys.stdout", terminal)
         main(["predict", "--run", "run", "--task", "echo", "--input", "-"])
     assert json.loads(written.getvalue().decode("ascii")).keys() == {"answer"}
     (project / "rows.csv").write_text("number,text\n1,w1 w2\n2,w3\n")
@@ -458,6 +459,10 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
         ({"data__temprature": 2}, "recipe.yaml: data: unknown key 'temprature'; .* Did you mean 'temperature'?"),
         ({"data__temperature": "hot"}, "recipe.yaml: data: the key 'temperature' is 'hot', which is not float"),
         ({"data__temperature": -1}, "data.temperature: -1"),
+        ({"data__examples_per_epoch": -5}, "data.examples_per_epoch: -5 is below 1"),
+        ({"data__max_tokens": 0}, "data.max_tokens: 0 is below 1"),
+        ({"data__seed": -1}, "data.seed: -1 is below 0"),
+        ({"data__limit": {"trian": 3}}, "data.limit: 'trian' is not a split.*Did you mean 'train'?"),
         ({"trainer__max_epoch": 2}, "recipe.yaml: trainer: unknown key 'max_epoch'; .* Did you mean 'max_epochs'?"),
         ({"stage1__modle": {}}, "recipe.yaml: stage1: unknown key 'modle'; .* Did you mean 'model'?"),
         ({"stage1__trainer": {"max_epoks": 1}}, "recipe.yaml: stage1.trainer: unknown key 'max_epoks'"),

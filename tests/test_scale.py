@@ -1,6 +1,7 @@
 """Strategies: what the overlays do on two processes, against one."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -66,6 +67,8 @@ def test_two_processes_learn_what_one_does_on_the_same_global_batches(project, o
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         torch.testing.assert_close(theirs[key], tensor, atol=1e-5, rtol=1e-5)
+    read = [json.loads((project / run / "progress.json").read_text())["stage1"]["tokens"] for run in ("one", "two")]
+    assert read[0] == read[1]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ class Throughput(Callback):
     Validation, checkpoints and the waiting for the next batch are not in the seconds.
 
     Attributes:
-        tokens: that this process has read: prompts and targets.
+        tokens: that all processes have read: prompts and targets.
         seconds: from the start to the end of each step.
     """
 
@@ -36,9 +36,11 @@ class Throughput(Callback):
     ) -> None:
         """Stops it, and counts."""
         self.seconds += time.perf_counter() - self._started
-        self.tokens += int(batch["attention_mask"].sum())
+        tokens = batch["attention_mask"].sum()
         if cast(StageModule, module).model.is_seq2seq:  # else the targets stand in the same row
-            self.tokens += int((batch["labels"] != IGNORED).sum())
+            tokens = tokens + (batch["labels"] != IGNORED).sum()
+        tokens = (tokens * batch.get("counts", 1)).long()  # one that only keeps other processes company does not count
+        self.tokens += int(trainer.strategy.reduce(tokens, reduce_op="sum"))
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""

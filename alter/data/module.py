@@ -69,6 +69,15 @@ class MultiTaskDataModule(LightningDataModule):
         limit: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
+        for key, value in {
+            "examples_per_epoch": examples_per_epoch,
+            "max_tokens": max_tokens,
+            "eval_max_tokens": eval_max_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise AlterError(f"data.{key}: {value} is below 1; give a positive number.")
+        if seed < 0:
+            raise AlterError(f"data.seed: {seed} is below 0; give a number from 0 on.")
         if shots is not None and shots < 1:
             raise AlterError(
                 f"data.shots: {shots} is below 1; give how many rows of a class to learn from, such as 16."

@@ -251,6 +251,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise AlterError(f"{path}, line {number}: not JSON ({error}); write one object a line.") from error
             if not isinstance(row, dict):
                 raise AlterError(f"{path}, line {number}: not an object; write one object a line.")
+            if "\\ud" in line.lower():  # a surrogate, and so perhaps half of a character
+                row = json.loads(writable(json.dumps(row, ensure_ascii=False)))
             yield row
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alter.data.sources import writable
-
 MOST_VALUES = 1000  # different values of a column that are counted; more of them are no labels
 
 
@@ -52,7 +50,7 @@ class Column:
         if isinstance(value, list):
             self._add_list(value)
             return
-        text = "" if value is None else writable(str(value)).strip()
+        text = "" if value is None else str(value).strip()
         if not text:
             return
         self.filled += 1
@@ -72,7 +70,7 @@ class Column:
             self.items += isinstance(item, (Mapping, str))
             self.others += not isinstance(item, (Mapping, str))
             self.keys.update(list(item) if isinstance(item, Mapping) else [])
-        text = writable("; ".join(str(list(item.values()) if isinstance(item, Mapping) else item) for item in items))
+        text = "; ".join(str(list(item.values()) if isinstance(item, Mapping) else item) for item in items)
         self.characters += len(text)
         self.bytes += len(text.encode())
         self.longest = max(self.longest, len(text))

@@ -125,6 +125,11 @@ def test_json_lines_may_start_with_a_byte_order_mark_and_a_text_may_be_long(tmp_
     assert [len(row["text"]) for row in read_file(tmp_path / "x.csv")] == [200_000]
 
 
+def test_half_a_character_in_json_is_a_question_mark(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a\\ud83d": ["b\\uD83D", "\\ud83d\\ude00", "\\\\ud83d"]}\n')
+    assert list(read_file(tmp_path / "x.jsonl")) == [{"a?": ["b?", "\U0001f600", "\\ud83d"]}]
+
+
 def test_rows_of_a_drawn_split_keep_their_numbers_in_the_file(tmp_path):
     rows = [{"n": str(n)} for n in range(1, 41)]
     source = Files(str(write(tmp_path / "x.jsonl", rows)), validation=0.3, test=0.3)

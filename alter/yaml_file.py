@@ -16,7 +16,15 @@ MAX_NODES = (
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Makes plain values alone."""
+    """Makes plain values alone; a task's choices stay as they are written, whatever YAML would take them for."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if key.value == "choices" and isinstance(value, yaml.SequenceNode):
+                for item in value.value:
+                    if isinstance(item, yaml.ScalarNode) and item.value:
+                        item.tag = "tag:yaml.org,2002:str"  # `yes`, `true` and `007` are labels, not true, true and 7
+        return dict(super().construct_mapping(node, deep))
 
 
 def read_yaml(file: Path) -> Any:

@@ -239,7 +239,7 @@ class Task:
             raise AlterError(f"{where}: a task is a mapping with name, source, prompt and target, not {mapping!r}.")
         given = {key: value for key, value in mapping.items() if value is not None}  # an empty key is the default
         mapping = {"where": where, **copy.deepcopy(given)}
-        # a choice such as `yes` or `1` is no string to YAML
+        # from Python or a flag, where a choice such as `yes` or `1` may be no string; a file's are, by `read_yaml`
         if isinstance(mapping.get("choices"), list):
             names = {True: "yes", False: "no"}
             mapping["choices"] = [names[c] if isinstance(c, bool) else str(c) for c in mapping["choices"]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,14 @@ class FrozenFeedForward:
         self.hidden_size = found.hidden_size
         self.shapes = {role: sizes(linear) for role, linear in self._linears.items()}
         self.dtype = dtype
+        self._input: Tensor | None = None
+        self._read: dict[str, Tensor] = {}
+
+    def reading(self, x: Tensor) -> Self:
+        """The same block, which applies its first maps to ``x`` [batch, seq, d] once, for all experts that vary it."""
+        found = copy.copy(self)
+        found._input, found._read = x, {}
+        return found
 
     def module(self, role: str) -> nn.Module:
         """Returns the frozen linear map of this role."""
@@ -39,6 +49,37 @@ class FrozenFeedForward:
             return self._linears[role](x)
         return self._linears[role](x.flatten(0, -2)).unflatten(0, x.shape[:-1])  # bitsandbytes takes no more dimensions
 
+    def bias(self, role: str) -> Tensor | None:
+        """Returns the bias of the frozen linear map of this role, [out], where it has one."""
+        return cast("Tensor | None", self._linears[role].bias)
+
+    def _first(self, role: str, x: Tensor) -> Tensor:
+        if x is not self._input:
+            return self.linear(role, x)
+        if role not in self._read:
+            self._read[role] = self.linear(role, x)
+        return self._read[role]
+
+    def inner(self, x: Tensor, change: Callable[[str, Tensor], Tensor], apart: bool = False) -> Tensor:
+        """What enters the block's last map, where something is added to what each first map gives.
+
+        Args:
+            x: [batch, seq, d].
+            change: called with a role and ``x``, returns what to add.
+            apart: for several experts by themselves: ``change`` gets [batch, seq, 1, d] and returns [batch, seq, experts, h].
+
+        Returns:
+            [batch, seq, h], or [batch, seq, experts, h].
+        """
+
+        def linear(role: str, x: Tensor) -> Tensor:
+            frozen = self._first(role, x)
+            if apart:
+                frozen, x = frozen.unsqueeze(-2), x.unsqueeze(-2)
+            return frozen + change(role, x).to(frozen.dtype)
+
+        return self._before_down(x, linear)
+
     def run(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Computes the block's formula with another set of linear maps.
 
@@ -49,8 +90,9 @@ class FrozenFeedForward:
         Returns:
             ``down(act(gate(x)) * up(x))`` where the block is gated, else ``down(act(up(x)))``.
         """
-        if "gate" in self._linears:  # noqa: SIM108 (two formulas, two lines)
-            inner = self.activation(linear("gate", x)) * linear("up", x)
-        else:
-            inner = self.activation(linear("up", x))
-        return linear("down", inner)
+        return linear("down", self._before_down(x, linear))
+
+    def _before_down(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        if "gate" in self._linears:
+            return self.activation(linear("gate", x)) * linear("up", x)
+        return self.activation(linear("up", x))

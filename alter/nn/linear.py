@@ -30,6 +30,14 @@ def sizes(linear: nn.Module) -> tuple[int, int]:
     return shape
 
 
+def plain_weight(linear: nn.Module) -> Tensor | None:
+    """The weight [out, in] itself, for computing with it; None where it is quantised."""
+    weight = weight_of(linear)
+    if not weight.is_floating_point():
+        return None
+    return weight.t() if type(linear).__name__ == "Conv1D" else weight
+
+
 def dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """A linear map as plain tensors, whatever its precision.
 
@@ -40,11 +48,8 @@ def dense_weight(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         copies of the weight [out, in] and the bias [out] or None, in fp32.
     """
     bias = None if linear.bias is None else cast(Tensor, linear.bias).detach().float().clone()
-    if weight_of(linear).is_floating_point():
-        weight = weight_of(linear).detach().float()
-        return (weight.t() if type(linear).__name__ == "Conv1D" else weight).clone(
-            memory_format=torch.contiguous_format
-        ), bias
+    if (plain := plain_weight(linear)) is not None:
+        return plain.detach().float().clone(memory_format=torch.contiguous_format), bias
     # Quantised weights have layouts of their own; the map itself says what it computes.
     with torch.no_grad():
         unit = torch.eye(sizes(linear)[0], device=weight_of(linear).device)

@@ -129,6 +129,9 @@ class MTAModel(nn.Module):
     def add_shared(self, expert: Expert, num_shared: int, router: Router, keep: float = 0.9) -> None:
         """Stage 2: shared experts and the gate over the task experts' mixture and them.
 
+        What the task experts change is divided by ``keep``, so that their share of it is what all of it was: the model
+        answers nearly as it did before, exactly where experts do not act before an activation.
+
         Args:
             expert: template of the shared experts.
             num_shared: how many.
@@ -142,6 +145,8 @@ class MTAModel(nn.Module):
         row = torch.tensor([keep, *[(1 - keep) / num_shared] * num_shared])
         for layer in self.layers.values():
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
+            if keep > 0:
+                layer.experts.strengthen(1 / keep, layer.frozen)
         self._place_adapters()
 
     def add_newcomer(self, task: str, expert: Expert | None = None, own: float = 0.8, keep: float = 0.8) -> None:

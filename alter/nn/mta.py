@@ -11,6 +11,7 @@ from alter.errors import AlterError
 from alter.nn.experts import Expert
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.newcomer import Newcomer
+from alter.nn.outputs import Outputs
 from alter.nn.routers import Router, RouterShape, Routing
 from alter.nn.template import Template
 
@@ -163,20 +164,23 @@ class MixtureOfTaskAdapters(nn.Module):
         return torch.cat(mixed)[torch.cat(groups).argsort()]
 
     def _mix_new(self, newcomer: Newcomer, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
-        y, ffn_share = newcomer(x, self.experts, self.shared, self.frozen, routing)
+        y, ffn_share = newcomer(x, self.experts, self.shared, self.frozen.reading(x), routing)
         parts = [self.experts, newcomer.expert, *([self.shared] if self.shared is not None else [])]
         return y if all(part.contains_ffn for part in parts) else (1.0 - ffn_share) * ffn_output() + y
 
     def _mix_trained(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
         gates = self.router(x, routing)
-        task = self.experts.mix(x, gates, self.frozen, self.router.active, routing)
         ffn_share: Tensor | float
         if self.shared is None:
-            y, ffn_share = task, float(self.experts.contains_ffn)
+            y = self.experts.mix(x, gates, self.frozen, self.router.active, routing)
+            ffn_share = float(self.experts.contains_ffn)
         else:
-            outputs = torch.cat([task.unsqueeze(-2), self.shared.each(x, self.frozen, routing)], dim=-2)
-            weights = self.shared_router(outputs.float().flatten(-2), routing)
-            y = torch.einsum("bsk,bskd->bsd", weights.expand(*outputs.shape[:2], -1).to(outputs.dtype), outputs)
+            frozen = self.frozen.reading(x)
+            task = self.experts.mixed_outputs(x, gates, frozen, self.router.active, routing)
+            outputs = Outputs.beside([task, self.shared.own_outputs(x, frozen, routing)])
+            linearly = self.shared_router.reads_linearly
+            weights = self.shared_router(outputs if linearly else outputs.whole().float().flatten(-2), routing)
+            y = outputs.weighted(weights)
             ffn_share = self._ffn_share(weights, self.shared.contains_ffn)
         if isinstance(ffn_share, float) and ffn_share == 1.0:
             return y

@@ -198,3 +198,25 @@ def test_a_template_describes_itself_and_its_copies_are_apart():
     _, _, built = make(expert.fresh())
     assert list(built.parameters())
     assert not list(expert.parameters())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "expert",
+    [Bottleneck(rank=4), LoRA(rank=3), HydraLoRA(rank=3), MTLLoRA(rank=3), FFNCopy()],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_share_of_strengthened_experts_is_what_all_was(expert, bias):
+    """Exactly where they add to what a map gives: here to the last one alone."""
+    _, frozen, expert = make(expert, bias=bias)
+    for parts in ("a", "b", "weight", "bias"):
+        for role in ("gate", "up"):
+            if role in getattr(expert, parts, {}):  # as the frozen map
+                part = getattr(expert, parts)[role]
+                linear = frozen.module(role)
+                part.data.copy_({"weight": linear.weight.t(), "bias": linear.bias}.get(parts, torch.zeros(())))
+    x = torch.randn(2, 6, D)
+    plain = frozen.run(x, frozen.linear).unsqueeze(-2) if expert.contains_ffn else 0.0
+    before = expert.each(x, frozen, ROUTING) - plain
+    expert.strengthen(4.0, frozen)
+    torch.testing.assert_close((expert.each(x, frozen, ROUTING) - plain) / 4, before, atol=1e-5, rtol=1e-4)

@@ -304,6 +304,21 @@ def test_a_task_answers_with_its_own_expert(family):
 
 
 @PAIR
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+@pytest.mark.parametrize("task_expert", EXPERTS, ids=name)
+def test_stage_two_starts_where_stage_one_ended(family, task_expert, keep):
+    """Exactly with a bottleneck; with changes before an activation nearly, far nearer than a share of them alone would be."""
+    model = make(family, task_expert, TaskGate(), noise=0.001)
+    batch = train_batch(model)
+    before = logits(model, batch)
+    with model.adapters_disabled():
+        learned = (before - logits(model, batch)).norm()
+    model.add_shared(LoRA(rank=4), 2, SharedGate(), keep)
+    moved = (logits(model, batch) - before).norm()
+    assert moved < learned * (1e-3 if isinstance(task_expert, Bottleneck) else 0.05)
+
+
+@PAIR
 @pytest.mark.parametrize("task_expert", EXPERTS, ids=name)
 @pytest.mark.parametrize("shared", EXPERTS, ids=name)
 def test_stage_two_computes_its_equation(family, task_expert, shared):

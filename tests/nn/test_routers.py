@@ -100,9 +100,19 @@ def test_shared_gate_equals_its_equation():
     gates = router(x, Routing(torch.tensor([0, 0])))
     for b in range(2):
         for s in range(3):
-            inner = (router.inner.weight @ x[b, s] + router.inner.bias).clamp_min(0)
+            units = router.inner.weight @ x[b, s] + router.inner.bias
+            away = units - units.sum() / 5
+            inner = (away / (away.square().sum() / 5 + 1e-5).sqrt()).clamp_min(0)
             logits = router.outer.weight @ inner + router.outer.bias
             torch.testing.assert_close(gates[b, s], logits.exp() / logits.exp().sum())
+
+
+def test_a_shared_gate_decides_alike_however_large_what_it_reads_is():
+    router = build(SharedGate(hidden=5), noise=1.0)
+    torch.nn.init.zeros_(router.inner.bias)
+    x = torch.randn(2, 3, D)
+    routing = Routing(torch.tensor([0, 0]))
+    torch.testing.assert_close(router(1000 * x, routing), router(x, routing), atol=1e-3, rtol=1e-3)
 
 
 def test_a_hard_selector_takes_the_likeliest_expert_alone_and_learns_nothing():
@@ -344,7 +354,7 @@ def test_noise_is_drawn_while_training_alone(router):
         (AdjacentSelector(temperature=-1.0), "AdjacentSelector: temperature is -1.0"),
         (TokenGate(temperature=0.0), "TokenGate: temperature is 0.0"),
         (TaskGate(temperature=0.0), "TaskGate: temperature is 0.0"),
-        (SharedGate(hidden=0), "SharedGate: hidden is 0; give 1 or more."),
+        (SharedGate(hidden=0), "SharedGate: hidden is 0; give 2 or more."),
         (FirstPositionGate(hidden=-1), "FirstPositionGate: hidden is -1; give 1 or more, or none."),
     ],
 )

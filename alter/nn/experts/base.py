@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from alter.nn.frozen import FrozenFeedForward
+from alter.nn.outputs import Outputs
 from alter.nn.routers.base import Routing
 from alter.nn.template import Template
 
@@ -51,6 +52,20 @@ class Expert(Template):
     @abstractmethod
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         """Returns every expert's output by itself, [batch, seq, experts, d]."""
+
+    def mixed_outputs(
+        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
+    ) -> Outputs:
+        """What ``mix`` returns, as the only one of ``Outputs``."""
+        return Outputs(self.mix(hidden_states, gates, ffn, active, routing).unsqueeze(-2))
+
+    def own_outputs(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Outputs:
+        """What ``each`` returns, as ``Outputs``."""
+        return Outputs(self.each(hidden_states, ffn, routing))
+
+    @abstractmethod
+    def strengthen(self, factor: float, ffn: FrozenFeedForward) -> None:
+        """Multiplies what every expert changes, so that a share of ``1 / factor`` of it is what all of it was."""
 
     def merged(self, gates: Tensor, ffn: FrozenFeedForward, task_id: int) -> Linears | None:
         """The linear maps of one feed-forward that is the mixture with fixed gates.

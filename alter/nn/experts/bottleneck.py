@@ -70,5 +70,9 @@ class Bottleneck(Expert):
         wide.up = nn.Parameter(torch.cat([expert.up for expert in experts], dim=1))
         return wide
 
+    @torch.no_grad()
+    def strengthen(self, factor: float, ffn: FrozenFeedForward) -> None:
+        self.up.mul_(factor)
+
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         return torch.einsum("bsek,ekd->bsed", self._units(hidden_states), self.up)

@@ -49,6 +49,14 @@ class FFNCopy(Expert):
             for role, weight in self.weight.items()
         }
 
+    @torch.no_grad()
+    def strengthen(self, factor: float, ffn: FrozenFeedForward) -> None:
+        for role, weight in self.weight.items():
+            frozen, bias = dense_weight(ffn.module(role))
+            weight.copy_(torch.lerp(frozen.t(), weight, factor))
+            if bias is not None:
+                self.bias[role].copy_(torch.lerp(bias, self.bias[role], factor))
+
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         outputs = ffn.run(hidden_states.flatten(0, 1), self._all_experts)
         return outputs.transpose(0, 1).unflatten(0, hidden_states.shape[:2])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alter.nn.experts.base import Expert, Linears
+from alter.nn.experts.base import Linears
+from alter.nn.experts.low_rank import Change, LowRank
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.linear import dense_weight
 from alter.nn.routers.base import Routing
 
 
-class HydraLoRA(Expert):
+class HydraLoRA(LowRank):
     """Low-rank changes that share A: ``F_k`` is F with ``W + (alpha / rank) B_k A``.
 
     A mixture is ``W + (alpha / rank) (sum_k g_k B_k) A``. With the router ``TokenGate`` it is the design of Tian et al.,
@@ -24,39 +25,24 @@ class HydraLoRA(Expert):
         alpha: the changes are scaled by ``alpha / rank``; None means alpha = rank.
     """
 
-    contains_ffn = True
-    blends_parameters = True
-
-    def __init__(self, rank: int = 32, alpha: float | None = None) -> None:
-        super().__init__()
-        self.rank = rank
-        self.alpha = alpha
-
-    def check(self) -> None:
-        self._require("rank", self.rank >= 1, "give 1 or more")
-
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for role, (fan_in, fan_out) in ffn.shapes.items():
             self.a[role] = nn.Parameter(torch.empty(fan_in, self.rank).uniform_(-1, 1) * fan_in**-0.5)
             b = 1e-3 * torch.randn(num_experts, self.rank, fan_out)
             self.b[role] = nn.Parameter(b - b.mean(0))
-        self.scale = 1.0 if self.alpha is None else self.alpha / self.rank
 
     def _low(self, role: str, x: Tensor, routing: Routing) -> Tensor:
         """What enters B, [batch, ..., width] -> [batch, ..., rank]."""
         return x.to(self.a[role].dtype) @ self.a[role] * self.scale
 
-    def mix(
-        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
-    ) -> Tensor:
-        def linear(role: str, x: Tensor) -> Tensor:
+    def mixed_change(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Change:
+        def change(role: str, x: Tensor) -> Tensor:
             low = self._low(role, x, routing)
             scaled = (gates.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [batch, seq, experts * rank]
-            frozen = ffn.linear(role, x)
-            return frozen + (scaled @ self.b[role].flatten(0, 1)).to(frozen.dtype)
+            return scaled @ self.b[role].flatten(0, 1)
 
-        return ffn.run(hidden_states, linear)
+        return change
 
     def _inner(self, role: str, task_id: int) -> Tensor:
         """What stands before B for one task, [in, rank]."""
@@ -71,12 +57,9 @@ class HydraLoRA(Expert):
             found[role] = weight + (self._inner(role, task_id) @ outer).T, bias
         return found
 
-    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
-        experts = next(iter(self.b.values())).shape[0]
+    def own_changes(self, routing: Routing) -> Change:
+        def change(role: str, x: Tensor) -> Tensor:
+            low = self._low(role, x, routing).expand(*x.shape[:-2], len(self.b[role]), self.rank)
+            return torch.einsum("bser,ero->bseo", low, self.b[role])
 
-        def linear(role: str, x: Tensor) -> Tensor:  # x is [batch, seq, 1 or experts, width]
-            low = self._low(role, x, routing).expand(*x.shape[:-2], experts, self.rank)
-            frozen = ffn.linear(role, x)
-            return frozen + torch.einsum("bser,ero->bseo", low, self.b[role]).to(frozen.dtype)
-
-        return ffn.run(hidden_states.unsqueeze(-2), linear)
+        return change

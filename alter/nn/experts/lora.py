@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alter.nn.experts.base import Expert, Linears, few_experts
+from alter.nn.experts.base import Linears, few_experts
+from alter.nn.experts.low_rank import Change, LowRank
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.linear import dense_weight
 from alter.nn.routers.base import Routing
 
 
-class LoRA(Expert):
+class LoRA(LowRank):
     """Low-rank changes of the feed-forward's own linear maps: ``F_k`` is F with ``W + (alpha / rank) B_k A_k``.
 
     A mixture blends the changes, ``W + sum_k g_k (alpha / rank) B_k A_k``, as one wide pair of matmuls a linear map.
@@ -22,38 +23,22 @@ class LoRA(Expert):
         alpha: the changes are scaled by ``alpha / rank``; None means alpha = rank.
     """
 
-    contains_ffn = True
-    blends_parameters = True
-
-    def __init__(self, rank: int = 32, alpha: float | None = None) -> None:
-        super().__init__()
-        self.rank = rank
-        self.alpha = alpha
-
-    def check(self) -> None:
-        self._require("rank", self.rank >= 1, "give 1 or more")
-
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for role, (fan_in, fan_out) in ffn.shapes.items():
             self.a[role] = nn.Parameter(torch.empty(fan_in, num_experts, self.rank).uniform_(-1, 1) * fan_in**-0.5)
             self.b[role] = nn.Parameter(torch.zeros(num_experts, self.rank, fan_out))
-        self.scale = 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def mix(
-        self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
-    ) -> Tensor:
+    def mixed_change(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Change:
         few = few_experts(hidden_states, gates * self.scale, active)
         scaled = few.units(self.rank) if few else (gates * self.scale).repeat_interleave(self.rank, -1)
 
-        def linear(role: str, x: Tensor) -> Tensor:
+        def change(role: str, x: Tensor) -> Tensor:
             a, b = self.a[role], self.b[role]
             a, b = (few.inputs(a), few.outputs(b)) if few else (a.flatten(1), b.flatten(0, 1))
-            change = (x.to(scaled.dtype) @ a * scaled) @ b
-            frozen = ffn.linear(role, x)
-            return frozen + change.to(frozen.dtype)
+            return (x.to(scaled.dtype) @ a * scaled) @ b
 
-        return ffn.run(hidden_states, linear)
+        return change
 
     @torch.no_grad()
     def merged(self, gates: Tensor, ffn: FrozenFeedForward, task_id: int) -> Linears:
@@ -64,14 +49,10 @@ class LoRA(Expert):
             found[role] = weight + change, bias
         return found
 
-    def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
-        experts = next(iter(self.b.values())).shape[0]
+    def own_changes(self, routing: Routing) -> Change:
+        def change(role: str, x: Tensor) -> Tensor:
+            a, b = self.a[role], self.b[role]
+            low = torch.einsum("bsed,der->bser", x.to(a.dtype).expand(*x.shape[:-2], len(b), x.shape[-1]), a)
+            return torch.einsum("bser,ero->bseo", low * self.scale, b)
 
-        def linear(role: str, x: Tensor) -> Tensor:  # x is [batch, seq, 1 or experts, width]
-            frozen = ffn.linear(role, x)
-            x = x.to(self.a[role].dtype).expand(*x.shape[:-2], experts, x.shape[-1])
-            low = torch.einsum("bsed,der->bser", x, self.a[role])
-            change = torch.einsum("bser,ero->bseo", low * self.scale, self.b[role])
-            return frozen + change.to(frozen.dtype)
-
-        return ffn.run(hidden_states.unsqueeze(-2), linear)
+        return change

@@ -105,7 +105,8 @@ def train_all(model: Model, plan: Plan, folder: Path) -> list[dict[str, Any]]:
         records.append(_train_once(model, plan, weights / f"{name}.pt", batches, validation[i : i + 1]))
     print("fusion", flush=True)
     model.train_adapter_fusion(Fuse(*names))
-    records.append(_train_once(model, plan, weights / "fusion.pt", _read(folder / "fusion.jsonl"), validation))
+    slower = {**plan, "optimizer_args": plan["fusion_optimizer_args"]}
+    records.append(_train_once(model, slower, weights / "fusion.pt", _read(folder / "fusion.jsonl"), validation))
     return records
 
 

@@ -22,6 +22,7 @@ from alter.writing import write_json
 
 INTERPRETER = "ALTER_ADAPTERS_PYTHON"
 SCRIPT = Path(__file__).with_name("adapter_fusion.py")
+FUSION_LR = 0.1  # on the adapters' learning rate: the fusion's matrices are whole, as those of full fine-tuning are
 ADAPTERS, FUSION = 0, 1  # the epochs of the draws: the first half and the second
 
 
@@ -92,6 +93,7 @@ def _plan(recipe: Recipe, data: MultiTaskDataModule, tokenizer: Any) -> dict[str
     backbone = resolve_backbone(config["backbone"])
     blocks = select_layers(find_feed_forwards(load_backbone(backbone), arguments["ffn"]), arguments["layers"])
     interval = trainer.get("val_check_interval")
+    optimizer_args = arguments["optimizer"]["init_args"]
     return {
         "backbone": str(backbone.absolute()),
         "seq2seq": data.seq2seq,
@@ -101,7 +103,9 @@ def _plan(recipe: Recipe, data: MultiTaskDataModule, tokenizer: Any) -> dict[str
         "blocks": [f"{block.stack}.{block.index}" for block in blocks],
         "bottleneck": arguments["expert"]["init_args"]["rank"],
         "optimizer": arguments["optimizer"]["class_path"].rpartition(".")[2],
-        "optimizer_args": arguments["optimizer"]["init_args"],
+        "optimizer_args": optimizer_args,
+        "fusion_optimizer_args": optimizer_args
+        | {key: value * FUSION_LR for key, value in optimizer_args.items() if key == "lr"},
         **{key: arguments[key] for key in ("schedule", "warmup", "loss_average")},
         "clip": trainer.get("gradient_clip_val"),
         "accumulate_grad_batches": trainer.get("accumulate_grad_batches", 1),

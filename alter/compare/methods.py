@@ -166,12 +166,13 @@ def _baseline(kind: str) -> Callable[[Config, Budget], list[Training]]:
             "class_path": "alter.compare.baselines.BaselineModule",
             "init_args": arguments,
         }
+        if kind in OWN_LR:
+            optimizer = arguments["optimizer"]
+            optimizer["init_args"] = {**optimizer["init_args"], "lr": OWN_LR[kind]}
         if kind == "full":
             if config["precision"] == "bf16":
                 config["trainer"]["precision"] = "bf16-mixed"
             config["precision"] = "fp32"  # bf16 weights cannot take small steps
-            optimizer = arguments["optimizer"]
-            optimizer["init_args"] = {**optimizer["init_args"], "lr": FULL_LR}
             return [Training(config)]
         return [Training(config, budget=budget.parameters)]
 
@@ -190,7 +191,9 @@ def _adapter_fusion(config: Config, budget: Budget) -> list[Training]:
     return [Training(config, budget=budget.parameters, runner="adapter_fusion")]
 
 
-FULL_LR = 2e-4  # adapters take ten times that; `alter compare --tune` searches around it
+# Where adapters take 2e-3; `alter compare --tune` searches around both. Whole weights take a tenth of it. Peft divides
+# Polytropon's changes by their rank and has no alpha, so that its steps are as much smaller.
+OWN_LR = {"full": 2e-4, "poly": 2e-2}
 
 METHODS: dict[str, Method] = {
     "untouched": Method("the backbone as it came", _untouched, baseline=True, trains=False),

@@ -17,8 +17,9 @@ from alter.data.sources import SPLITS, Fields, Row, stable_fraction
 from alter.data.task import Task
 from alter.errors import AlterError
 
-VERSION = 3  # raise whenever the same task would be encoded differently
+VERSION = 4  # raise whenever the same task would be encoded differently
 CHUNK = 1000
+MEASURED = 13  # the seed by which a limit draws validation and test rows, whatever that of the run
 MAX_MESSAGES = 5
 
 
@@ -30,7 +31,7 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
         tokenizer: of the backbone.
         seq2seq: whether the backbone has an encoder.
         cache: folder of all encoded tasks.
-        seed: of the drawn ``limit`` and ``shots``.
+        seed: of the training rows that ``limit`` draws, and of ``shots``.
         shots: K, to learn from few training rows alone: see ``draw_shots``; None for all.
 
     Returns:
@@ -233,8 +234,12 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
 
 
 def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:
-    """The split's rows, or ``limit`` of them drawn by seed; a second pass keeps memory flat."""
+    """The split's rows, or ``limit`` of them drawn by seed; a second pass keeps memory flat.
+
+    Rows to measure on are the same for every seed, so that seeds differ by what was learnt alone.
+    """
     limit = task.limit.get(split)
+    seed = seed if split == "train" else MEASURED
     rows = task.opened.numbered(split)
     if limit is None:
         yield from rows

@@ -40,7 +40,7 @@ class MultiTaskDataModule(LightningDataModule):
         eval_max_tokens: of a validation batch.
         mixed_batches: whether a batch mixes tasks.
         num_workers: processes that load batches.
-        seed: of the mixture, of drawn limits and of shots.
+        seed: of the mixture, of the training rows that limits draw, and of shots.
         shots: K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K
             others, as LM-BFF does; the test split stays as it is. By default all rows.
         limit: most rows of a split of every task, drawn by the seed, where the task's own limit is not lower:

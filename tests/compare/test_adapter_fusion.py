@@ -116,6 +116,7 @@ def test_what_is_handed_over_is_what_the_loaders_and_the_predictor_take(planned,
     assert plan["validations"] == 2
     assert plan["accumulate_grad_batches"] == 2
     assert plan["optimizer"] == "AdamW"
+    assert plan["fusion_optimizer_args"] == {**plan["optimizer_args"], "lr": plan["optimizer_args"]["lr"] * 0.1}
     stacks = ["encoder.block", "decoder.block"] if data.seq2seq else ["model.layers"]
     last = [1, 2] if data.seq2seq else [2, 3]
     assert plan["blocks"] == [f"{stack}.{i}" for stack in stacks for i in last]

@@ -123,6 +123,18 @@ def test_a_factor_is_on_every_learning_rate_once(compared, name, tmp_path):
     assert rates(2.0) == pytest.approx([2 * rate for rate in rates(1.0)])
 
 
+def test_a_method_whose_steps_are_of_another_size_starts_at_a_rate_of_its_own(compared):
+    recipe = read_recipe(["--config", "recipe.yaml", "--stage1.model.optimizer.init_args.lr", "0.003"])
+    budget = Planner(recipe).budget
+
+    def rate(name):
+        (run,) = METHODS[name].plan(copy.deepcopy(recipe.config), budget)
+        return run.config["stage1"]["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+
+    found = {name: rate(name) for name in ("stage1", "peft_lora", "full", "peft_poly")}
+    assert found == {"stage1": 0.003, "peft_lora": 0.003, "full": 2e-4, "peft_poly": 2e-2}
+
+
 def test_a_cell_is_the_same_wherever_its_recipe_is_read_from(compared, tmp_path):
     planned = []
     for config in ("recipe.yaml", str(compared / "recipe.yaml")):

@@ -142,6 +142,14 @@ def test_a_limit_draws_rows_by_seed(tmp_path, tokenizer):
     assert [whole.index(t) for t in texts[0]] == sorted(whole.index(t) for t in texts[0])
 
 
+def test_the_rows_to_measure_on_are_those_of_every_seed(tmp_path, tokenizer):
+    task = make(tmp_path, train=100, validation=50, test=50, limit={"train": 10, "validation": 10, "test": 10})
+    found = [encode(task, tokenizer, tmp_path / "cache", seed=seed)[0] for seed in (13, 14)]
+    drawn = [{split: splits[split]["prompt"][:] for split in ("train", "validation", "test")} for splits in found]
+    assert drawn[0]["train"] != drawn[1]["train"]
+    assert all(drawn[0][split] == drawn[1][split] and len(drawn[0][split]) == 10 for split in ("validation", "test"))
+
+
 def _encode_in_process(arguments):
     task, words, cache = arguments
     from transformers import AutoTokenizer

@@ -129,8 +129,8 @@ class MTAModel(nn.Module):
     def add_shared(self, expert: Expert, num_shared: int, router: Router, keep: float = 0.9) -> None:
         """Stage 2: shared experts and the gate over the task experts' mixture and them.
 
-        What the task experts change is divided by ``keep``, so that their share of it is what all of it was: the model
-        answers nearly as it did before, exactly where experts do not act before an activation.
+        What the task experts change is divided by ``keep``, where the gate starts there, so that their share of it is what all
+        of it was: the model answers nearly as it did before, exactly where experts do not act before an activation.
 
         Args:
             expert: template of the shared experts.
@@ -145,7 +145,7 @@ class MTAModel(nn.Module):
         row = torch.tensor([keep, *[(1 - keep) / num_shared] * num_shared])
         for layer in self.layers.values():
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
-            if keep > 0:
+            if keep > 0 and router.starts_at_prior:
                 layer.experts.strengthen(1 / keep, layer.frozen)
         self._place_adapters()
 

@@ -13,6 +13,7 @@ from alter.errors import AlterError
 from alter.nn import (
     Bottleneck,
     Description,
+    FirstPositionGate,
     FFNCopy,
     HydraLoRA,
     LoRA,
@@ -316,6 +317,13 @@ def test_stage_two_starts_where_stage_one_ended(family, task_expert, keep):
     model.add_shared(LoRA(rank=4), 2, SharedGate(), keep)
     moved = (logits(model, batch) - before).norm()
     assert moved < learned * (1e-3 if isinstance(task_expert, Bottleneck) else 0.05)
+
+
+def test_experts_stay_as_they_are_under_a_gate_that_starts_anywhere():
+    model = make("llama")
+    before = [p.clone() for p in model.part_parameters()["experts"]]
+    model.add_shared(LoRA(rank=4), 2, FirstPositionGate(), keep=0.5)
+    assert all(torch.equal(p, b) for p, b in zip(model.part_parameters()["experts"], before, strict=True))
 
 
 @PAIR

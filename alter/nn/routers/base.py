@@ -123,6 +123,7 @@ class Router(Template):
         reads_tokens: whether a token's gates depend on its hidden state; False lets a model be collapsed to one task.
         reads_prompt: whether it needs ``Routing.prompt``, which is not made otherwise.
         reads_sequence: whether a token's gates depend on other tokens too, so that the layer must always hand over all.
+        starts_at_prior: whether the first gates are the prior's, at least on average.
         reads_linearly: whether nothing but one linear map reads what stage 2's gate is given, which then is handed to it as
             ``alter.nn.outputs.Outputs``, whose ``read`` applies that map.
     """
@@ -132,6 +133,7 @@ class Router(Template):
     reads_tokens = True
     reads_prompt = False
     reads_sequence = False
+    starts_at_prior = True
     reads_linearly = False
 
     @property

@@ -20,6 +20,7 @@ class FirstPositionGate(Router):
     """
 
     reads_sequence = True
+    starts_at_prior = False
 
     def __init__(self, hidden: int | None = None) -> None:
         super().__init__()

@@ -13,8 +13,8 @@ from alter.errors import AlterError
 from alter.nn import (
     Bottleneck,
     Description,
-    FirstPositionGate,
     FFNCopy,
+    FirstPositionGate,
     HydraLoRA,
     LoRA,
     ModSquad,

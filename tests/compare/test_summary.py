@@ -126,6 +126,15 @@ def test_the_tables_say_what_was_found(cells):
     assert re.findall(r'href="[^#]', document) == []
 
 
+def test_methods_that_train_other_numbers_of_parameters_are_named(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    result["parameter_budget"] = 10
+    result["methods"]["untouched"]["trainable_parameters"] = 0  # it trains nothing, so it is no exception
+    assert "every method that trains is within 10% of it." in markdown(result)
+    result["methods"]["full"]["trainable_parameters"] = 400
+    assert "every method that trains is within 10% of it, except full." in markdown(result)
+
+
 def test_one_seed_has_no_deviation(tmp_path):
     cells = {name: {13: write(tmp_path / name, 0.5)} for name in ("full", "two_stage")}
     result = summarise(cells, METHODS, TASKS, "test")

@@ -16,8 +16,17 @@ from alter.terminal import width
 
 def shipped_recipes() -> Path:
     """The folder of the recipes that come with ALTER, in a checkout or in a wheel."""
+    return _beside("recipes")
+
+
+def shipped_pages() -> Path:
+    """The folder that these recipes call ``docs``."""
+    return _beside("docs")
+
+
+def _beside(folder: str) -> Path:
     package = Path(__file__).parent
-    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 @dataclass
@@ -100,6 +109,7 @@ def listing() -> str:
             lines += textwrap.wrap(fact, width(), initial_indent=first, subsequent_indent=" " * len(first))
         lines.append("")
     lines.append("To train one: alter fit --config NAME. For a copy to change: alter cp NAME DIR.")
+    lines.append(f"What recipes call docs is {shipped_pages()}")
     return "\n".join(lines)
 
 

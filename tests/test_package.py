@@ -1,5 +1,6 @@
 """What is published: the wheel from a checkout and from the sdist are the same, and hold what the commands read."""
 
+import re
 import sys
 import tarfile
 import zipfile
@@ -28,6 +29,14 @@ def contents(wheel):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def pages_named():
+    """The pages that what is installed sends its readers to."""
+    files = [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "alter").rglob("*.py")]
+    found = {page for file in files for page in re.findall(r"\bdocs/\w+\.md", file.read_text(encoding="utf-8"))}
+    assert "docs/data.md" in found
+    return found
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     return contents(build(ROOT, "wheel", tmp_path_factory.mktemp("wheel")))
@@ -44,6 +53,9 @@ def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
 
 
 def test_the_wheel_holds_the_code_the_recipes_and_the_scripts_that_commands_read(wheel):
+    wheel = dict(wheel)
+    for page in pages_named():
+        assert wheel.pop(f"alter/{page}") == (ROOT / page).read_bytes()
     for folder, inside in (("alter", "alter"), ("recipes", "alter/recipes")):
         for file in (ROOT / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:

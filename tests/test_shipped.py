@@ -1,6 +1,7 @@
 """The recipes that come with ALTER, listed and copied by their verbs."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,13 +24,16 @@ def test_ls_tells_of_every_recipe_what_it_needs_and_takes(capsys):
         assert recipe.takes.endswith(".")
         assert recipe.backbone in blocks[recipe.file.stem]
     assert "20 minutes" in blocks["medical"]
-    assert max(map(len, out.splitlines())) <= 110
+    assert max(map(len, "\n\n".join(blocks.values()).splitlines())) <= 110
+    pages = Path(out.splitlines()[-1].removeprefix("What recipes call docs is "))
+    assert "docs/data.md" in out
+    assert (pages / "data.md").is_file()
 
 
 def test_ls_fits_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     main(["ls"])
-    assert 70 < max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert 70 < max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 80  # the last is a path
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -92,9 +92,8 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
         )
     if "parameter_budget" in result:
         budget = result["parameter_budget"]
-        apart = [
-            name for name, method in result["methods"].items() if abs(method["trainable_parameters"] / budget - 1) > 0.1
-        ]
+        trained = {name: method["trainable_parameters"] for name, method in result["methods"].items()}
+        apart = [name for name, count in trained.items() if count and abs(count / budget - 1) > 0.1]
         yield (
             f"- Parameter budget: {budget:,}, that of the recipe's two stages; every method that trains is within 10% of it"
             f"{', except ' if apart else ''}{', '.join(apart)}."

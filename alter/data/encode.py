@@ -200,7 +200,7 @@ def encode_prompt(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place:
 
 
 def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) -> tuple[str, list[int]]:
-    """Cuts the end of the field that the task names until the prompt fits; nothing else of the prompt changes.
+    """Cuts the end of the field that the task names, a text or a list, until the prompt fits; nothing else of it changes.
 
     Raises:
         AlterError: the task names no field, or the rest alone does not fit.
@@ -213,13 +213,14 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
             f"{'no field' if task.truncate is None else repr(task.truncate) + ', which the row does not have'}; "
             "name the field to shorten, or raise max_prompt_tokens."
         )
-    text = str(row[task.truncate])
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    low, high = 0, len(offsets)  # the most tokens of the field that fit; tokens at the seam may merge, so search
+    field = row[task.truncate]
+    whole = field if isinstance(field, list) else str(field)
+    ends = range(1, len(whole) + 1) if isinstance(whole, list) else _token_ends(whole, tokenizer)
+    low, high = 0, len(ends)  # the most of the field that fits; tokens at the seam may merge, so search
     best: tuple[str, list[int]] | None = None
     while low <= high:
         middle = (low + high) // 2
-        prompt = task.render_prompt({**row, task.truncate: text[: offsets[middle - 1][1]] if middle else ""}, place)
+        prompt = task.render_prompt({**row, task.truncate: whole[: ends[middle - 1] if middle else 0]}, place)
         ids = prompt_ids([prompt], tokenizer, seq2seq)[0]
         if len(ids) <= limit:
             best, low = (prompt, ids), middle + 1
@@ -231,6 +232,12 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
             "raise max_prompt_tokens."
         )
     return best
+
+
+def _token_ends(text: str, tokenizer: Any) -> list[int]:
+    """The character behind each token."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    return [end for _, end in offsets]
 
 
 def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:

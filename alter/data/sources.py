@@ -17,6 +17,7 @@ from typing import Any
 from alter.errors import AlterError, did_you_mean, first_line
 
 SPLITS = ("train", "validation", "test")
+CHATS = (["user", "assistant"], ["system", "user", "assistant"])  # the roles of a chat's messages
 Row = dict[str, Any]
 Fields = Mapping[str, Any]  # a row that is only read
 
@@ -48,6 +49,8 @@ class Files(Source):
         train: file of the training rows.
         validation: a file, or the share of ``train`` to set aside.
         test: a file, or the share of ``train`` to set aside.
+        chat: column of a chat, a list of messages with ``role`` and ``content``: one of the user and one of the assistant, after at
+            most one of the system. Each becomes a column with the role's name.
         group: column whose equal values stay in one split (a patient, a customer); by default only equal rows do.
         seed: of the shares.
         folder: that relative paths start from; a task file's own folder.
@@ -63,8 +66,10 @@ class Files(Source):
         seed: int = 13,
         folder: str = ".",
         root: str | None = None,
+        chat: str | None = None,
     ) -> None:
         self.splits = {"train": train, "validation": validation, "test": test}
+        self.chat = chat
         self.group = group
         self.seed = seed
         self.places = [*([Path(root)] if root else []), Path(folder), Path()]
@@ -94,7 +99,7 @@ class Files(Source):
                 f"{path}: no such file; name the folder that holds {name} by the recipe's key data.root (--data.root FOLDER), "
                 f"or correct the path in the task's source.{_near(path)}"
             )
-        yield from read_file(path)
+        yield from read_file(path) if self.chat is None else read_chats(path, self.chat)
 
     def _drawn_split(self, row: Row) -> str:
         shares = {n: share for n in ("validation", "test") if isinstance(share := self.splits[n], float)}
@@ -121,7 +126,8 @@ class Files(Source):
                 path = self._path(place)
                 stat = path.stat() if path.is_file() else None
                 stats.append((str(path), stat and (stat.st_size, stat.st_mtime_ns)))
-        return _digest(self.splits, self.group, self.seed, stats)
+        chat = [] if self.chat is None else [self.chat]
+        return _digest(self.splits, self.group, self.seed, stats, *chat)
 
 
 class Hub(Source):
@@ -205,6 +211,34 @@ def read_file(path: Path) -> Iterator[Row]:
         yield from reader(path)
     except UnicodeDecodeError as error:
         raise AlterError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
+
+
+def read_chats(path: Path, chat: str) -> Iterator[Row]:
+    """Streams a file's rows with a column for each role of the chat in their column ``chat``, instead of it.
+
+    Raises:
+        AlterError: as ``read_file``; or a chat has other messages than one of the user and one of the assistant.
+    """
+    for number, row in enumerate(read_file(path), 1):
+        messages = row.pop(chat, None)
+        if not is_chat(messages) or [message["role"] for message in messages] not in CHATS:
+            raise AlterError(
+                f"{path}, row {number}: '{chat}' is not one text of the user and one of the assistant, after at most one of the "
+                "system; leave the row out, or make it rows of two messages."
+            )
+        yield {**row, **{message["role"]: message["content"] for message in messages}}
+
+
+def is_chat(messages: Any) -> bool:
+    """Whether it is a list of messages with a role and a text."""
+    return (
+        isinstance(messages, list)
+        and bool(messages)
+        and all(
+            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+    )
 
 
 def _near(path: Path) -> str:

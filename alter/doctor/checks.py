@@ -25,6 +25,7 @@ MOST_REPEATED = 0.01  # of the test prompts also in train
 MOST_TRUNCATED = 0.1  # of the prompts
 MOST_MISSPELT = 0.01  # of the targets
 MOST_SPELT = 5000  # targets; there may be millions
+LESS_MEMORY = "lower data.max_tokens, set gradient_checkpointing: true in both stages' models, or name fewer layers"
 EXAMPLES = 3
 BAR = 40
 
@@ -251,5 +252,5 @@ def fits(needed: int, available: int | None, what: str) -> Line:
         return Line(None, "memory", said)
     said += f", {available / 2**30:.1f} GiB available"
     if needed > available:
-        return Line(False, "memory", f"{said}; lower data.max_tokens, or see Out of memory in docs/troubleshooting.md.")
+        return Line(False, "memory", f"{said}; {LESS_MEMORY}.")
     return Line(True, "memory", said)

@@ -109,9 +109,7 @@ def _trial(arguments: Sequence[str]) -> Iterator[Line]:
         if done.returncode == 0:
             found = json.loads(output.read_text())
     if done.returncode < 0 or "out of memory" in done.stderr.lower():
-        yield Line(
-            False, "memory", "a trial of a few steps ran out of it; see Out of memory in docs/troubleshooting.md."
-        )
+        yield Line(False, "memory", f"a trial of a few steps ran out of it; {checks.LESS_MEMORY}.")
         return
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+NO_ANSWER = "none"  # what is written where a row's mapping of answers has none
+TAG = re.compile(r"O|[BI]-.+")  # of a word: outside, at the beginning of a span, or inside one
+CODE = re.compile(r"(?=\S*\d)\S+")  # one word with a digit
 MOST_VALUES = 1000  # different values of a column that are counted; more of them are no labels
 
 
@@ -21,9 +25,13 @@ class Column:
         filled: rows in which it is not empty.
         texts: rows in which it is a text, a truth value included.
         number: rows in which it is a number, or a text that is one.
+        codes: rows in which it is one word with a digit.
+        mappings: rows in which it is a mapping.
+        answers: rows in which it is a mapping whose ``text`` is a list of answers, as SQuAD has them; the first counts as its value.
         lists: rows in which it is a list.
         items: things in these lists: mappings or texts.
         others: things in these lists that are neither.
+        tags: things in these lists that are tags of words.
         characters: of all its values as text.
         bytes: of all its values in UTF-8.
         longest: characters of the longest.
@@ -36,9 +44,13 @@ class Column:
     filled: int = 0
     texts: int = 0
     number: int = 0
+    codes: int = 0
+    mappings: int = 0
+    answers: int = 0
     lists: int = 0
     items: int = 0
     others: int = 0
+    tags: int = 0
     characters: int = 0
     bytes: int = 0
     longest: int = 0
@@ -50,12 +62,15 @@ class Column:
         if isinstance(value, list):
             self._add_list(value)
             return
-        text = "" if value is None else str(value).strip()
+        text = as_text(value)
         if not text:
             return
         self.filled += 1
+        self.mappings += isinstance(value, Mapping)
+        self.answers += _has_answers(value)
         self.texts += isinstance(value, (str, bool))
         self.number += _is_number(value, text)
+        self.codes += CODE.fullmatch(text) is not None
         self.characters += len(text)
         self.bytes += len(text.encode())
         self.longest = max(self.longest, len(text))
@@ -69,6 +84,7 @@ class Column:
         for item in items:
             self.items += isinstance(item, (Mapping, str))
             self.others += not isinstance(item, (Mapping, str))
+            self.tags += isinstance(item, str) and TAG.fullmatch(item) is not None
             self.keys.update(list(item) if isinstance(item, Mapping) else [])
         text = "; ".join(str(list(item.values()) if isinstance(item, Mapping) else item) for item in items)
         self.characters += len(text)
@@ -109,6 +125,18 @@ def read_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Column], 
         for name, value in row.items():
             columns.setdefault(str(name), Column(str(name))).add(value)
     return columns, count
+
+
+def as_text(value: Any) -> str:
+    """A value as a template writes it; of SQuAD's answers the first."""
+    if _has_answers(value):
+        value = next(iter(value["text"]), NO_ANSWER)
+    return "" if value is None else str(value).strip()
+
+
+def _has_answers(value: Any) -> bool:
+    texts = value.get("text") if isinstance(value, Mapping) else None
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
 def _is_number(value: Any, text: str) -> bool:

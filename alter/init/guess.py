@@ -8,14 +8,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alter.errors import AlterError
-from alter.init.columns import MOST_VALUES, Column
+from alter.init.columns import MOST_VALUES, NO_ANSWER, Column, as_text
 
 # Columns that are answers by their usual names, the likelier first.
 ANSWERS = (
     "label", "labels", "target", "answer", "answers", "class", "category", "intent", "sentiment", "output", "response",
     "summary", "completion", "translation", "entities", "slots", "spans", "ner", "topic", "relation", "tag", "tags",
-    "gold", "y", "department", "priority", "status", "score", "rating", "stars",
+    "gold", "y", "department", "priority", "status", "score", "rating", "stars", "assistant",
 )  # fmt: skip
+# Two texts to compare have names of one of these pairs, or alike but for a number or letter at the end, or are about as long.
+PAIRS = (
+    {"premise", "hypothesis"},
+    {"question", "sentence"},
+    {"question", "passage"},
+    {"query", "document"},
+    {"claim", "evidence"},
+)
+ALIKE = 2  # how many times as long the longer is, at the most
 TYPE_KEYS = ("type", "label", "slot", "entity", "tag", "category", "class")
 TEXT_KEYS = ("text", "value", "span", "mention", "word", "name", "entity")
 NO_VARIABLES = {"and", "else", "false", "if", "in", "is", "none", "not", "or", "self", "true"}  # words of Jinja
@@ -87,9 +96,13 @@ class TaskGuess:
         """What a prompt shows of a column; only the longest is shortened by tokens, so the others are by characters."""
         room = int(self.max_prompt_tokens // 2 / max(len(self.inputs) - 1, 1) * column.characters_a_token)
         filters = ["default('', true)"] if column.filled < self.rows else []
-        if column is not self.longest_input and column.longest > room:
+        field = _field(column.name)
+        if column.lists:  # of words; who asks later may have a text
+            field = f"{field} if {field} is string else {field}"
+            filters += ["join(' ')"]
+        elif column is not self.longest_input and column.longest > room:
             filters += ["string", f"truncate({room}, true)"]
-        return " | ".join([_field(column.name), *filters])
+        return " | ".join([field, *filters])
 
 
 def _room(tokens: int, least: int, most: int) -> int:
@@ -136,7 +149,8 @@ def guess_task(
     """
     if "row" in columns and (odd := next((name for name in columns if not _is_variable(name)), None)) is not None:
         raise AlterError(f"{where}: rename the column 'row'; through this name templates reach the column '{odd}'.")
-    left_out, group, useful = {}, None, []
+    sample = list(sample)
+    left_out, group, useful = dict[str, str](), None, list[Column]()
     for column in columns.values():
         reason = None if column.name == answer else _useless(column, rows)
         if reason is None:
@@ -147,10 +161,17 @@ def guess_task(
         else:
             left_out[column.name] = reason
     if len(useful) < 2:
+        shown = ", ".join(f"{name} ({left_out[name]})" if name in left_out else name for name in columns)
+        separated = where.lower().endswith((".csv", ".tsv"))
+        hint = "a CSV file has commas, semicolons or tabs between its columns" if separated else "add what is missing"
         raise AlterError(
-            f"{where}: one column to read and one to answer are needed, and only {len(useful)} of {len(columns)} "
-            f"({', '.join(columns)}) can be used; a CSV file has commas, semicolons or tabs between its columns."
+            f"{where}: one column to read and one to answer are needed, and only {len(useful)} of {len(columns)} can be used: "
+            f"{shown}; {hint}."
         )
+    codes = [column for column in useful if column.name != answer and _is_code(column, rows)]
+    if len(useful) - len(codes) >= 2:  # else nothing is left to learn from without them
+        useful = [column for column in useful if column not in codes]
+        left_out |= {column.name: "a code of its own in every row" for column in codes}
     told = answer is not None and answer in columns
     target, reason = (columns[str(answer)], "as told") if told else _target(useful, rows)
     if target.filled < rows:
@@ -158,18 +179,29 @@ def guess_task(
             f"{where}: the answer, the column '{target.name}', is empty in {rows - target.filled} of {rows} rows; fill it in, "
             "remove these rows, or name another column by --answer."
         )
-    inputs = [c for c in useful if c is not target and not _is_numeric(c) and not c.lists]
+    if target.mappings and target.answers < target.filled:
+        raise AlterError(
+            f"{where}: the answer, the column '{target.name}', is a mapping; write its text into a column of its own, or name "
+            "another column by --answer."
+        )
+    words = _tagged_words(target, useful, sample)
+    texts = [c for c in useful if c is not target and not _is_numeric(c) and not c.lists and not c.mappings]
+    inputs = texts or ([words] if words else [])
     if not inputs:
-        raise AlterError(f"{where}: beside '{target.name}' no column holds text to read; add one.")
+        enough = "; beside tags such as B-Drug, I-Drug and O a list of as many words is enough" if target.lists else ""
+        raise AlterError(f"{where}: beside '{target.name}' no column holds text to read; add one{enough}.")
     for column in useful:
-        if column is not target and column not in inputs:
-            left_out[column.name] = "a list" if column.lists else "numbers"
+        if column not in (target, words, *inputs):
+            left_out[column.name] = "a list" if column.lists else "a mapping" if column.mappings else "numbers"
     for column in inputs[MOST_FIELDS:]:
         left_out[column.name] = f"more than {MOST_FIELDS} columns to read"
     found = TaskGuess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
     found.left_out, found.reason = left_out, reason
     if group is None and len(inputs) == 1 and inputs[0].filled == rows:
         found.group = inputs[0].name  # rows of one text may differ in what is left out
+    if words:
+        found.kind, found.answer, found.metrics = "extraction", _spans(target.name, words.name), ["span_f1"]
+        return found
     return _typed(found, rows, where, sample)
 
 
@@ -177,6 +209,10 @@ def _useless(column: Column, rows: int) -> str | None:
     """Why a column is neither read nor answered; ``group`` for ids that repeat; None where it is of use."""
     if not column.filled:
         return "empty"
+    if column.mappings and column.answers < column.filled:
+        return "a mapping"
+    if column.others and not column.items:
+        return "a list of numbers; tags are texts such as B-Drug and O"
     if column.lists:
         return "not the same kind of list in every row" if column.lists < column.filled or column.others else None
     is_id = re.search(r"(?i:(^|[_\W])(id|uuid|guid|mrn|index|idx|key)$)|(?<=[a-z])(Id|ID)$|^Unnamed|^$", column.name)
@@ -189,6 +225,12 @@ def _useless(column: Column, rows: int) -> str | None:
     if column.number == column.filled and column.kinds == min(rows, MOST_VALUES) and rows > 20:
         return "a number of its own in every row"
     return None
+
+
+def _is_code(column: Column, rows: int) -> bool:
+    """Whether it is one word with a digit, another in every row, as ids are; what is named as answers are is none."""
+    differ = column.kinds == min(rows, MOST_VALUES) and rows > 20
+    return differ and column.codes == column.filled == rows and column.name.lower() not in ANSWERS
 
 
 def _is_numeric(column: Column) -> bool:
@@ -227,8 +269,9 @@ def _target(useful: list[Column], rows: int) -> tuple[Column, str]:
 
 def _answer(target: Column) -> str:
     """The template of an answer, on one line, since an answer ends where its line does."""
+    first = f"['text'][0] | default('{NO_ANSWER}')" if target.answers else ""
     flat = " | string | replace('\\n', ' ')" if target.lines else ""
-    return f"{{{{ {_field(target.name)}{flat} }}}}"
+    return f"{{{{ {_field(target.name)}{first}{flat} }}}}"
 
 
 def _typed(found: TaskGuess, rows: int, where: str, sample: Iterable[Mapping[str, Any]]) -> TaskGuess:
@@ -239,10 +282,10 @@ def _typed(found: TaskGuess, rows: int, where: str, sample: Iterable[Mapping[str
     if _is_choice(target, rows):
         found.choices = sorted(target.values)
         long = [column for column in found.inputs if not _is_choice(column, rows)]
-        found.kind = "pair" if len(long) == 2 else "classification"
+        found.kind = "pair" if len(long) == 2 and _are_alike(*long) else "classification"
         return found
     names = [column.name for column in found.inputs]
-    inside = [_is_inside(row, names, target.name) for row in sample]
+    inside = [_is_inside(row, names, target.name) for row in sample if as_text(row.get(target.name)) != NO_ANSWER]
     if target.longest <= 200 and sum(inside) > 0.9 * len(inside):
         found.kind, found.metrics = "extraction", ["exact_match", "token_f1"]
     return found
@@ -250,7 +293,42 @@ def _typed(found: TaskGuess, rows: int, where: str, sample: Iterable[Mapping[str
 
 def _is_inside(row: Mapping[str, Any], inputs: list[str], target: str) -> bool:
     text = " ".join(str(row.get(name, "")) for name in inputs).casefold()
-    return str(row.get(target, "")).strip().casefold() in text
+    return as_text(row.get(target)).casefold() in text
+
+
+def _are_alike(one: Column, other: Column) -> bool:
+    """Whether two columns of text are of a like kind, and so a pair to compare; a title and its text are not."""
+    names = [re.sub(r"[\W_]+", " ", column.name).strip() for column in (one, other)]
+    stems = [re.sub(r"\d+$|(?<=[a-z])[A-Z]$| [A-Za-z]$", "", name) for name in names]
+    return (
+        {name.lower() for name in names} in PAIRS
+        or (stems[0] == stems[1] and bool(stems[0]))
+        or max(one.mean, other.mean) <= ALIKE * min(one.mean, other.mean)
+    )
+
+
+def _tagged_words(target: Column, useful: list[Column], sample: list[Mapping[str, Any]]) -> Column | None:
+    """The words that the target's tags belong to: a list of as many texts in each row; None where the target has no tags."""
+    if not 0 < target.tags == target.items or target.others or target.lists < target.filled:
+        return None
+    lists = [column for column in useful if column is not target and column.lists and not column.keys]
+    lists.sort(key=lambda column: -column.mean)  # words are longer than what else is said of them
+    return next((c for c in lists if all(_size(row, c.name) == _size(row, target.name) for row in sample)), None)
+
+
+def _size(row: Mapping[str, Any], name: str) -> int:
+    return len(value) if isinstance(value := row.get(name), list) else 0
+
+
+def _spans(tags: str, words: str) -> str:
+    """The template that writes the spans of tagged words as ``Drug: aspirin; Disease: colon cancer``, or none."""
+    tags, words = _field(tags), _field(words)
+    inside = "t[:2] == 'I-' and not loop.first and loop.previtem[2:] == t[2:]"
+    return (
+        f"{{% for t in {tags} %}}{{% if {inside} %}} {{{{ {words}[loop.index0] }}}}{{% elif t != 'O' %}}"
+        f"{{{{ '; ' if {tags}[:loop.index0] | reject('eq', 'O') | list else '' }}}}{{{{ t[2:] }}}}: {{{{ {words}[loop.index0] }}}}"
+        f"{{% endif %}}{{% endfor %}}{{{{ '' if {tags} | reject('eq', 'O') | list else '{NO_ANSWER}' }}}}"
+    )
 
 
 def _extraction_of_lists(found: TaskGuess, where: str) -> TaskGuess:

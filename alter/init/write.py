@@ -6,7 +6,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from alter import terminal
-from alter.data.sources import SPLITS, Files, read_file
+from alter.data.sources import SPLITS, Files, Row, is_chat, read_chats, read_file
 from alter.errors import AlterError, did_you_mean
-from alter.init.columns import read_columns
+from alter.init.columns import NO_ANSWER, read_columns
 from alter.init.guess import TaskGuess, guess_task
 
 SPLIT_NAMES = {"train": "train", "training": "train", "dev": "validation", "valid": "validation"}
@@ -120,13 +120,21 @@ def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
 def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
     if "train" not in files:
         raise AlterError(f"{next(iter(files.values()))}: there is no file of training rows beside it; add one.")
-    columns, rows = read_columns(chain.from_iterable(map(read_file, files.values())))
+    first = next(read_file(files["train"]), {})
+    chat = next((column for column, value in first.items() if is_chat(value)), None)
+
+    def read(file: Path) -> Iterator[Row]:
+        return read_file(file) if chat is None else read_chats(file, chat)
+
+    columns, rows = read_columns(chain.from_iterable(map(read, files.values())))
     if rows < FEWEST:
         raise AlterError(f"{files['train']}: {rows} rows are too few to train and to test on; give {FEWEST} or more.")
-    guess = guess_task(columns, rows, str(files["train"]), islice(read_file(files["train"]), SAMPLE), answer)
+    guess = guess_task(columns, rows, str(files["train"]), islice(read(files["train"]), SAMPLE), answer)
     given = {split: str(file.resolve()) for split, file in files.items()}
     share = SHARE if rows >= FEW else 2 * SHARE
     arguments: dict[str, Any] = {split: given.get(split, share) for split in SPLITS}
+    if chat is not None:
+        arguments["chat"] = chat
     if guess.group and len(files) < len(SPLITS):
         arguments["group"] = guess.group
     for seed in range(DEFAULT_SEED, DEFAULT_SEED + 20):  # by chance a share of a few rows is empty
@@ -148,6 +156,10 @@ def _said(proposal: Proposal) -> list[str]:
     guess = proposal.guess
     inputs = ", ".join(f"{c.name} ({c.mean:.0f} characters on average)" for c in guess.inputs)
     facts = {"reads": inputs, "answers": f"{guess.target.name} ({guess.reason})"}
+    if guess.target.answers:
+        facts["answers"] += f", of its texts the first; {NO_ANSWER} where there is none"
+    if "chat" in proposal.arguments:
+        facts["chat"] = f"each role of {proposal.arguments['chat']} is a column of its own"
     if guess.choices:
         counts = [f"{choice} {guess.target.values[choice]:,}" for choice in guess.choices]
         shown = ", ".join(counts[:8]) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "")

@@ -64,6 +64,13 @@ def test_a_long_prompt_loses_the_end_of_the_named_field_alone(tmp_path, tokenize
     assert json.loads((folder / "stats.json").read_text())["train"]["truncated"] == 1
 
 
+def test_a_long_prompt_loses_the_last_items_of_a_list(tmp_path, tokenizer):
+    task = make(tmp_path, prompt="w1 {{ text | join(' ') }} w3 :", max_prompt_tokens=6, truncate="text")
+    write_jsonl(tmp_path / "t.train.jsonl", [{"text": [f"w{i}" for i in range(50, 80)], "label": "no"}])
+    found, _ = encode(task, tokenizer, tmp_path / "cache")
+    assert found["train"][0]["prompt"] == "w1 w50 w51 w52 w3 :"
+
+
 @pytest.mark.parametrize("seq2seq", [False, True])
 def test_a_long_target_is_cut_for_learning_and_stays_whole_for_the_metrics(tmp_path, tokenizer, seq2seq):
     changes = {"choices": None, "target": "{{ text }}", "max_target_tokens": 3, "truncate_target": True}

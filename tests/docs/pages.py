@@ -15,6 +15,7 @@ from alter.cli import main
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = ROOT / "docs" / "examples" / "small.yaml"
+INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+")  # a block of code without a fence, or a part of a list
 LANGUAGES = {"bash", "console", "python", "yaml", "json", "text"}  # and {directives}
 FENCE = re.compile(
     r"^(?P<indent> *)(?P<ticks>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=ticks)$", re.MULTILINE | re.DOTALL
@@ -33,6 +34,13 @@ def blocks(page):
     for match in FENCE.finditer(page.read_text()):
         found.append(Block(match["info"].strip(), textwrap.dedent(match["body"])))
     return found
+
+
+def only_shown(page):
+    """The arguments of the ``alter`` commands that a page shows as text, or without a fence, and that no test runs."""
+    texts = [block.body for block in blocks(page) if block.language == "text"]
+    texts += [textwrap.dedent(found) for found in INDENTED.findall(FENCE.sub("", page.read_text()))]
+    return [arguments for text in texts for arguments in alter_commands(Block("bash", f"{text}\n"))]
 
 
 def runnable(page):

@@ -120,6 +120,151 @@ def test_fit_works_on_the_result_unedited(files, tmp_path, words):  # noqa: F811
     }  # fmt: skip
 
 
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write_published(folder):
+    """Rows in the shapes of published data: questions with a mapping of answers, chats, tagged words."""
+    folder.mkdir()
+    asked = []
+    for i in range(60):
+        words_of_it = DRAW.sample(WORDS, 30)
+        answers = {"text": [words_of_it[7], "x"], "answer_start": [3, 9]} if i % 9 else {"text": [], "answer_start": []}
+        asked.append({"context": " ".join(words_of_it), "question": text(3), "answers": answers})
+    chats = [
+        chat(("system", "be brief"), ("user", text(300 if i == 4 else 6)), ("assistant", text(4))) for i in range(60)
+    ]
+    tagged = [{"id": str(i), "tokens": DRAW.choices(WORDS, k=n), "ner_tags": (["B-Drug", "I-Drug", "O"] * n)[:n]}
+              for i in range(60) for n in [700 if i == 4 else 3 + i % 6]]  # fmt: skip
+    write_jsonl(folder / "squad.jsonl", asked)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(asked), folder / "squad_table.parquet")
+    write_jsonl(folder / "chats.jsonl", chats)
+    write_jsonl(folder / "tagged.jsonl", tagged)
+    return sorted(folder.iterdir())
+
+
+def test_data_as_they_are_published_are_learned_from_unedited(tmp_path, words, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    tiny_backbone(tmp_path / "backbone", words, "llama")
+    main(["init", "mine", *map(str, write_published(tmp_path / "data")), "--backbone", "backbone"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "answers (by its name), of its texts the first; none where there is none" in told
+    assert "each role of messages is a column of its own" in told
+    tasks = {file.stem: Task.from_file(file) for file in (tmp_path / "mine" / "tasks").iterdir()}
+    for name in ("squad", "squad_table"):
+        assert tasks[name].metrics == ["exact_match", "token_f1"]
+        assert tasks[name].render_target({"answers": {"text": ["a b", "c"], "answer_start": [1, 2]}}) == "a b"
+        assert tasks[name].render_target({"answers": {"text": [], "answer_start": []}}) == "none"
+    row = next(tasks["chats"].opened.rows("train"))
+    assert tasks["chats"].render_prompt(row) == f"User: {row['user']}\nAssistant:"
+    assert tasks["chats"].render_target(row) == row["assistant"]
+    main(["fit", "--config", "mine/recipe.yaml"])
+    results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())
+    assert {task: next(iter(metrics)) for task, metrics in results["tasks"].items()} == {
+        "chats": "rouge1", "squad": "exact_match", "squad_table": "exact_match", "tagged": "span_f1",
+    }  # fmt: skip
+
+
+TAGS = st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), min_size=1, max_size=8)
+
+
+def spans(tokens, tags):
+    """Spans of tagged words, read one word after the other; an inside tag without a beginning begins a span too."""
+    found, last = [], "O"
+    for word, tag in zip(tokens, tags, strict=True):
+        if tag != "O" and tag == f"I-{last[2:]}":
+            found[-1] += f" {word}"
+        elif tag != "O":
+            found.append(f"{tag[2:]}: {word}")
+        last = tag
+    return "; ".join(found) or "none"
+
+
+@given(st.lists(TAGS, min_size=30, max_size=30), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_tags_of_words_become_a_list_of_spans(tmp_path_factory, tags, beside_a_text):
+    folder = tmp_path_factory.mktemp("x")
+    rows = [{"words": DRAW.choices(WORDS, k=len(t)), "pos": ["N"] * len(t), "ner_tags": t} for t in tags]
+    rows = [{**row, "text": " ".join(row["words"])} for row in rows] if beside_a_text else rows
+    init(folder / "mine", [write_jsonl(folder / "x.jsonl", rows)], "backbone")
+    task = Task.from_file(folder / "mine" / "tasks" / "x.yaml")
+    for row in rows:
+        assert task.render_target(row) == spans(row["words"], row["ner_tags"])
+        assert task.render_prompt(row).splitlines()[0].endswith(f": {' '.join(row['words'])}")
+        assert task.render_prompt({**row, "words": " ".join(row["words"])}) == task.render_prompt(row)
+
+
+def told_of(rows, tmp_path, capsys):
+    """What is said of the rows of a file, and the task."""
+    main(["init", str(tmp_path / "mine"), str(write_jsonl(tmp_path / "x.jsonl", rows))])
+    told = " ".join(capsys.readouterr().out.split())
+    return told, Task.from_file(tmp_path / "mine" / "tasks" / "x.yaml")
+
+
+def test_a_code_of_its_own_in_every_row_is_not_read(tmp_path, capsys):
+    rows = [{"ticket": f"T{i:05}", "text": text(), "label": "xy"[i % 2]} for i in range(40)]
+    told, task = told_of(rows, tmp_path, capsys)
+    assert "not ticket a code of its own in every row" in told
+    assert task.fields == ["text"]
+
+
+def test_a_code_is_read_where_there_is_nothing_else(tmp_path, capsys):
+    rows = [{"code": f"I{i}.1", "description": text(8)} for i in range(40)]
+    _, task = told_of(rows, tmp_path, capsys)
+    assert task.fields == ["code"]
+
+
+@pytest.mark.parametrize(
+    ("names", "lengths", "kind"),
+    [
+        (("title", "review"), (4, 40), "classification"),
+        (("title", "review", "date"), (4, 40, 1), "classification"),
+        (("premise", "hypothesis"), (40, 4), "pair"),
+        (("text_a", "text_b"), (40, 4), "pair"),
+        (("sentence1", "sentence2"), (4, 40), "pair"),
+        (("chq", "faq"), (5, 8), "pair"),
+    ],
+)
+def test_a_pair_is_two_texts_of_a_like_kind(names, lengths, kind, tmp_path, capsys):
+    rows = [
+        {name: text(length) for name, length in zip(names, lengths, strict=True)} | {"label": "xy"[i % 2]}
+        for i in range(60)
+    ]
+    told, _ = told_of(rows, tmp_path, capsys)
+    assert told.startswith(f"x: {kind},")
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (
+            [chat(("user", "a"), ("assistant", "b"), ("user", "c"))] * 30,
+            "row 1: 'messages' is not one text of the user",
+        ),
+        (
+            [{"tokens": ["a", "b"], "ner_tags": [0, 1]}] * 30,
+            "ner_tags (a list of numbers; tags are texts such as B-Drug",
+        ),
+        ([{"tokens": ["a", "b"], "pos_tags": ["N", "V"]}] * 30, "a list of as many words is enough"),
+        ([{"text": f"t {i}", "label": {"name": "x", "id": i % 2}} for i in range(30)], "label (a mapping)"),
+    ],
+)
+def test_rows_of_json_are_refused_in_words_that_fit_them(rows, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), str(write_jsonl(tmp_path / "x.jsonl", rows))])
+    refused = capsys.readouterr().err
+    assert sentence in refused
+    assert "CSV" not in refused
+
+
+def test_a_mapping_is_no_answer_though_it_is_named(tmp_path, capsys):
+    rows = [{"text": f"t {i}", "label": {"name": "x", "id": i % 2}} for i in range(30)]
+    with pytest.raises(SystemExit):
+        main(["init", str(tmp_path / "mine"), str(write_jsonl(tmp_path / "x.jsonl", rows)), "--answer", "label"])
+    assert "the column 'label', is a mapping" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
@@ -157,10 +302,14 @@ def test_nothing_is_overwritten_and_two_files_of_one_task_are_refused(files, tmp
 
 TEXTS = st.sampled_from(["a", "b c", "{{", "ü\nx", "#: '\"", "\ud83d"])
 LISTS = st.lists(st.fixed_dictionaries({"type": st.just("T"), "text": st.text("ab", min_size=1)}), max_size=2)
-CELLS = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.floats(-1, 1), TEXTS, st.lists(TEXTS, max_size=2), LISTS
+ANSWERS = st.fixed_dictionaries(
+    {"text": st.lists(TEXTS, max_size=2), "answer_start": st.lists(st.integers(0, 3), max_size=2)}
 )
-COLUMNS = st.one_of(*(st.lists(cells, min_size=2, max_size=6) for cells in (TEXTS, TEXTS, LISTS, CELLS)))
+CELLS = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.floats(-1, 1), TEXTS, st.lists(TEXTS, max_size=2), LISTS, ANSWERS,
+    st.dictionaries(st.sampled_from(["text", "a"]), TEXTS, max_size=2),
+)  # fmt: skip
+COLUMNS = st.one_of(*(st.lists(cells, min_size=2, max_size=6) for cells in (TEXTS, TEXTS, LISTS, ANSWERS, CELLS)))
 NAMES = st.sampled_from(
     ["text", "label", "a b", "class", "id", "row", "not", "x{{y", "summary", "it's", "Ω", "self", "m²", "a\nb"]
 )
@@ -185,6 +334,7 @@ def test_whatever_a_table_holds_its_task_renders_every_row_or_is_refused_in_a_se
     for row in rows:
         assert "TemplateReference" not in task.render_prompt(row)
         assert task.render_target(row)
+        assert "{'" not in task.render_prompt(row) + task.render_target(row)  # no mapping of Python
 
 
 def test_the_answer_is_the_column_that_one_names_where_it_is_there(tmp_path, capsys):

@@ -30,14 +30,15 @@ def make(family="t5", stage=2, noise=0.3):
 
 
 class SlowLayer(nn.Module):
-    """Stands where T5's gated feed-forward stood; takes its weights from the layer that is tested."""
+    """Stands where T5's feed-forward stood, gated or not; takes its weights from the layer that is tested."""
 
     def __init__(self, layer, tasks):
         super().__init__()
         self.tasks = tasks
+        self.roles = ("gate", "up", "down") if "gate" in layer.experts.weight else ("up", "down")
 
         def expert(stack, k):
-            return nn.ParameterDict({role: stack.weight[role][k].detach().clone() for role in ("gate", "up", "down")})
+            return nn.ParameterDict({role: stack.weight[role][k].detach().clone() for role in self.roles})
 
         self.experts = nn.ModuleList(expert(layer.experts, k) for k in range(E))
         self.theta = nn.Parameter(layer.router.theta.detach().clone())
@@ -49,7 +50,9 @@ class SlowLayer(nn.Module):
             self.v = nn.Parameter(layer.shared_router.outer.weight.detach().clone())
 
     def run(self, expert, x):
-        return (self.act(x @ expert["gate"]) * (x @ expert["up"])) @ expert["down"]
+        if "gate" in expert:
+            return (self.act(x @ expert["gate"]) * (x @ expert["up"])) @ expert["down"]
+        return (x @ expert["up"]).clamp_min(0) @ expert["down"]
 
     def forward(self, hidden_states):
         rows = []
@@ -68,12 +71,14 @@ class SlowLayer(nn.Module):
         return torch.stack(rows)
 
 
+@pytest.mark.parametrize("family", ["t5", "t5-ungated"])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("whole", [False, True], ids=["adapters", "with the backbone"])
-def test_losses_and_gradients_of_a_batch_are_those_of_the_equations(stage, whole):
-    model = make(stage=stage)
+def test_losses_and_gradients_of_a_batch_are_those_of_the_equations(family, stage, whole):
+    model = make(family, stage)
+    assert all(("gate" in layer.experts.weight) == (family == "t5") for layer in model.layers.values())
     batch = train_batch(model, tasks=(0, 4, 2, 6))
-    slow = tiny_model("t5").requires_grad_(whole)
+    slow = tiny_model(family).requires_grad_(whole)
     slow_layers = {}
     for name, layer in model.layers.items():
         slow_layers[name] = SlowLayer(layer, batch["task_ids"].tolist())
@@ -90,14 +95,15 @@ def test_losses_and_gradients_of_a_batch_are_those_of_the_equations(stage, whole
 
     def close(found, wanted):
         scale = wanted.abs().max().clamp_min(1e-3)
-        torch.testing.assert_close(found / scale, wanted / scale, atol=5e-5, rtol=1e-4)
+        # single precision rounds the reference itself by 1e-4 of its largest gradient (against double)
+        torch.testing.assert_close(found / scale, wanted / scale, atol=3e-4, rtol=1e-4)
 
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     for name, layer in model.layers.items():
         reference = slow_layers[name]
         close(layer.router.theta.grad, reference.theta.grad)
         for stack, experts in ((layer.experts, reference.experts), (layer.shared, reference.shared)):
-            for role in ("gate", "up", "down") if experts else ():
+            for role in reference.roles if experts else ():
                 gradients = [expert[role].grad for expert in experts]  # None for one that no task chose
                 wanted = torch.stack([torch.zeros_like(experts[0][role]) if g is None else g for g in gradients])
                 close(stack.weight[role].grad, wanted)

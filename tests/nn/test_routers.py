@@ -58,7 +58,8 @@ def test_other_routers_that_know_the_task_start_at_its_prior_too(kind):
 
 
 @pytest.mark.parametrize(
-    ("router", "near"), [(SharedGate(), 1e-6), (TokenGate(), 1e-6), (TopK(k=E), 0.1), (Description(), 0.1)]
+    ("router", "near"),
+    [(SharedGate(), 1e-6), (TokenGate(), 1e-6), (TokenGate(0.1), 1e-6), (TopK(k=E), 0.1), (Description(), 0.1)],
 )
 def test_routers_that_do_not_know_the_task_start_at_the_mean_prior(router, near):
     routing = Routing(torch.tensor([0, 1]), prompt=torch.randn(2, P))
@@ -82,16 +83,6 @@ def test_gates_are_a_distribution_of_the_right_shape(kind, seed, rows, length, t
         assert ((gates > 0).sum(-1) <= router.active).all()
     if not router.training:
         assert torch.equal(gates, router(x, routing))  # no noise in answers
-
-
-def test_task_gate_equals_its_equation():
-    router = build(TaskGate(temperature=0.5), noise=1.0)
-    x, tasks = torch.randn(3, 4, D), torch.tensor([1, 2, 1])
-    gates = router(x, Routing(tasks))
-    for b in range(3):
-        for s in range(4):
-            logits = (x[b, s] @ router.weight[tasks[b]] + router.bias[tasks[b]]) / 0.5
-            torch.testing.assert_close(gates[b, s], logits.exp() / logits.exp().sum())
 
 
 def test_shared_gate_equals_its_equation():
@@ -129,7 +120,7 @@ def test_rows_of_one_example_stand_together():
     assert routing.prompt_rows(4).tolist() == [[1.0], [1.0], [2.0], [2.0]]
 
 
-# -- designs with losses, or noise: gates, losses and their gradients against loops ------------------------------------
+# -- gates, losses and their gradients against loops -------------------------------------------------------------------
 
 TASKS = torch.tensor([1, 2, 1])
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
@@ -167,6 +158,32 @@ def assert_same(router, x, found, expected):
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_task_selector_equals_its_equation(temperature):
+    router = build(TaskSelector(temperature), noise=1.0)
+    x = torch.randn(3, 4, D, requires_grad=True)
+    expected = [softmax(router.theta[t] / temperature).expand(4, E) for t in TASKS]
+    assert_same(router, x, run(router, x), (torch.stack(expected), None))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_token_gate_equals_its_equation(temperature):
+    router = build(TokenGate(temperature), noise=1.0)
+    x = torch.randn(3, 4, D, requires_grad=True)
+    w, bias = router.gate.weight, router.gate.bias
+    expected = [softmax((w @ x[b, s] + bias) / temperature) for b in range(3) for s in range(4)]
+    assert_same(router, x, run(router, x), (torch.stack(expected).view(3, 4, E), None))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_task_gate_equals_its_equation(temperature):
+    router = build(TaskGate(temperature), noise=1.0)
+    x = torch.randn(3, 4, D, requires_grad=True)
+    w, bias = router.weight, router.bias
+    expected = [softmax((x[b, s] @ w[t] + bias[t]) / temperature) for b, t in enumerate(TASKS) for s in range(4)]
+    assert_same(router, x, run(router, x), (torch.stack(expected).view(3, 4, E), None))
 
 
 @pytest.mark.parametrize("k", [1, 2, E])

@@ -28,9 +28,10 @@ _DECODER = {
 
 
 def config(family):
-    if family == "t5":
+    if family in ("t5", "t5-ungated"):
         return T5Config(
-            vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu",
+            vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4,
+            feed_forward_proj="gated-gelu" if family == "t5" else "relu",  # as T5 1.1, and as T5
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
         )  # fmt: skip
     if family == "bart":

@@ -125,7 +125,8 @@ def test_mixed_company_changes_no_answer(tmp_path, words, family):
     for (task, text_given), answer in zip(wanted, answers, strict=True):
         row = json.loads(text_given) if task == "pair" else text_given
         assert answer == said(alone, task, row)
-    assert found["alter_batch_inputs_sum"] > found["alter_batch_inputs_count"]  # they shared batches
+    assert found["alter_batch_inputs_sum"] > found["alter_batch_inputs_count"]  # they shared batches,
+    assert found["alter_batch_tasks_sum"] > found["alter_batch_tasks_count"]  # also with other tasks
 
 
 def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):

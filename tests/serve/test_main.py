@@ -228,6 +228,34 @@ def test_a_list_of_tasks_that_comes_late_clears_no_answer(browser, predictor):
         page.close()
 
 
-def test_the_page_tells_what_goes_wrong(run):
+def test_the_page_names_no_other_address():
     html = (ROOT / "alter" / "serve" / "page.html").read_text()
-    assert json.dumps(html).count("http://") == 1  # SVG's namespace, which is no address
+    assert re.findall(r"https?:[^\"']*", html) == ["http://www.w3.org/2000/svg"]  # SVG's namespace, which is no address
+
+
+@pytest.mark.slow
+def test_the_page_tells_what_goes_wrong_until_something_goes_right(browser, predictor):
+    with serving(predictor, api_key="key") as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_label("API key").fill("another")
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_selector("#error", state="visible")
+        assert page.inner_text("#error") == json.loads(ask(address, "GET", "/v1/models")[1])["error"]["message"]
+        page.get_by_label("API key").fill("key")
+        page.get_by_role("button", name="Answer").click()
+        page.locator("#task option").nth(3).wait_for(state="attached")
+        page.wait_for_selector("#error", state="hidden")
+
+        page.select_option("#task", "sort")
+        page.locator("#fields textarea").fill("w5 w9")
+        broken = {"error": {"message": "It is broken."}}
+        page.route("**/v1/classify", lambda route: route.fulfill(status=500, json=broken))
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_selector("#error", state="visible")
+        assert page.inner_text("#error") == "It is broken."
+        page.unroute("**/v1/classify")
+        page.get_by_role("button", name="Answer").click()
+        page.wait_for_selector("#who svg")
+        assert not page.is_visible("#error")
+        page.close()

@@ -83,7 +83,11 @@ def test_the_bar_ends_where_training_is_stopped(project, capsys, monkeypatch):  
     def stopped(self, batch, index):
         raise KeyboardInterrupt
 
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=stream, force_terminal=True, width=200))
     monkeypatch.setattr(Stage1Module, "training_step", stopped)
     with pytest.raises(SystemExit):
         main(["fit", "--config", "recipe.yaml", *FLAGS])
     assert "stopped; the same command goes on" in capsys.readouterr().err
+    hidden, shown = (stream.getvalue().rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))
+    assert shown > hidden >= 0  # the bar hides the cursor while it lives

@@ -42,9 +42,9 @@ def load(
     Raises:
         AlterError: the folder holds no finished run, or it is damaged.
     """
-    content = run_recipe(Path(run))
-    folder = Path(run) / stage / "model" if stage else model_folder(Path(run))
-    tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
+    run = Path(run)
+    content, folder = run_recipe(run), model_folder(run, stage)
+    tasks = [Task.from_run(entry, str(run / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
     accelerator = str((content.get("trainer") or {}).get("accelerator") or "auto")
     device = device or answering_device(accelerator)
@@ -52,10 +52,9 @@ def load(
     model = made_on(device, precision, lambda: kind.from_pretrained(folder, str(where), precision))
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
-    # an earlier stage's model still has the tasks that were removed from the run
-    known = [by_name[name] for name in model.tasks if name not in model.retired and (name in by_name or not stage)]
+    known = [by_name[name] for name in answered_tasks(run, folder)]
     found = Predictor(model, load_tokenizer(where), known, generation)
-    found.folder = Path(run)
+    found.folder, found.stage = run, stage
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)
     return found
@@ -74,9 +73,27 @@ def made_on(device: str, precision: str, make: Callable[[], MTAModel]) -> MTAMod
         return make()
 
 
-def model_folder(run: Path) -> Path:
-    """Where the model of a run is, or of a folder that ``save_pretrained`` wrote: the folder itself."""
+def model_folder(run: Path, stage: str | None = None) -> Path:
+    """Where the model of a run or of one of its stages is, or of a folder that ``save_pretrained`` wrote: the folder itself."""
+    if stage:
+        return run / stage / "model"
     return run if (run / CONFIG_FILE).is_file() else run / "model"
+
+
+def answered_tasks(run: Path, folder: Path) -> list[str]:
+    """The tasks of a run's model folder that the run still answers, in the order of their ids.
+
+    An earlier stage's model still has those that were removed since, whose names others may have taken meanwhile.
+
+    Raises:
+        AlterError: it answers none of them.
+    """
+    now, then = read_config(model_folder(run)), read_config(folder)
+    still = zip(then["tasks"], now["tasks"], strict=False)  # a task that joined later stands behind them
+    found = [name for name, same in still if name == same and name not in now.get("retired", [])]
+    if not found:
+        raise AlterError(f"{folder}: all tasks of this model were removed from the run; leave the stage out.")
+    return found
 
 
 def run_recipe(run: Path) -> dict[str, Any]:

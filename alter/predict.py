@@ -28,12 +28,14 @@ class Predictor(Answerer):
     Lists of inputs may be of one task or, with a list of tasks, of several: they then share batches.
 
     Attributes:
-        folder: the model folder that it was loaded from; None for a model made in memory.
+        folder: the run, or the folder of ``save_pretrained``, that it was loaded from; None for a model made in memory.
+        stage: whose model it is, where not the last one's.
         task_predictor: says which task an input is for that comes without its name; None for a model of one task, or one that
             has not been tested.
     """
 
     folder: Path | None = None
+    stage: str | None = None
     task_predictor: TaskPredictor | None = None
 
     def generate(
@@ -162,7 +164,7 @@ class Predictor(Answerer):
 
         if self.folder is None:
             raise AlterError("save_pretrained: the model does not come from a run; load it with alter.load first.")
-        publish(self.folder, Path(folder))
+        publish(self.folder, Path(folder), self.stage)
 
     # -- for the program --------------------------------------------------------------------------------------------
 

@@ -1,15 +1,18 @@
 """`alter.load`: what a user does with a trained model in Python."""
 
+import json
+
 import pytest
 import torch
 import transformers
+import yaml
 
 import alter
 from alter.errors import AlterError
-from alter.nn import Bottleneck, Description, FirstPositionGate
+from alter.nn import Bottleneck, Description, FirstPositionGate, MTAModel
 from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
-from tests.runs import make_run
+from tests.runs import add_newcomer, make_run
 
 TEXTS = ["w11 w12 w13", "w14", "w15 w16", "w17 w18 w19 w20", "w21", "w22 w23"]
 TASKS = ["echo", "sort", "pair", "echo", "pick", "pair"]
@@ -56,6 +59,40 @@ def test_routing_tells_each_layers_gates(model):
     assert found[0]["shared"] != found[1]["shared"]
     own = model.routing(INPUTS[:1], task="echo")
     assert own == model.routing(INPUTS[:1], task="echo", answers=model.generate(INPUTS[:1], task="echo"))
+
+
+def test_an_earlier_stages_model_is_written_as_it_was_loaded(tmp_path, words):  # noqa: F811
+    run = make_run(tmp_path, words)
+    add_newcomer(run)
+    removed = MTAModel.from_pretrained(run / "model")
+    removed.remove_task("pick")
+    removed.save_pretrained(run / "model", str(tmp_path / "backbone"))
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    content["data"]["tasks"] = [task for task in content["data"]["tasks"] if task["name"] != "pick"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+    results = {"tasks": {"sort": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "references": {}}}}}
+    (run / "results.json").write_text(json.dumps(results))
+    last, first = alter.load(run), alter.load(run, stage="stage1")
+    last.save_pretrained(tmp_path / "last")
+    first.save_pretrained(tmp_path / "first")
+    copies = [alter.load(tmp_path / "last"), alter.load(tmp_path / "first")]
+    for model, copy in zip((last, first), copies, strict=True):
+        assert copy.tasks == model.tasks
+        assert copy.classify(TEXTS, task="sort", return_probs=True) == model.classify(
+            TEXTS, task="sort", return_probs=True
+        )
+    assert last.tasks == ["sort", "echo", "pair", "new"]
+    assert first.tasks == ["sort", "echo", "pair"]
+    assert copies[0].classify(TEXTS, task="sort", return_probs=True) != copies[1].classify(
+        TEXTS, task="sort", return_probs=True
+    )
+    assert (tmp_path / "last" / "results.json").is_file()
+    assert not (tmp_path / "first" / "results.json").exists()  # they are the last stage's
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert "Not measured by itself" in card
+    assert "`new`" not in card
+    copies[1].save_pretrained(tmp_path / "again")
+    assert alter.load(tmp_path / "again").tasks == first.tasks
 
 
 # -- as a transformers model ------------------------------------------------------------------------------------------

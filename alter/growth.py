@@ -18,7 +18,7 @@ from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
-from alter.loading import CALIBRATION_FILE, load, model_folder, run_recipe
+from alter.loading import CALIBRATION_FILE, answered_tasks, load, model_folder, run_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -68,7 +68,7 @@ def add_task(
     content = _finished_run(run)
     task = Task.from_file(file, content["data"]["root"])
     _ = task.opened
-    known = read_config(run / "model")["tasks"]
+    known = answered_tasks(run, run / "model")
     folder = run / FOLDER / task.name
     if consolidate:
         _require_consolidable(run, content)

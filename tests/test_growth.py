@@ -124,6 +124,30 @@ def test_a_task_joins_and_leaves_and_the_others_answer_bit_for_bit_the_same(grow
     assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort"]
 
 
+def test_a_removed_task_comes_back_as_a_newcomer(grown, capsys):
+    run = grown / "run"
+    before, tensors = outputs(run), trained(run)
+    add = ["add-task", "--run", "run", "--task", "tasks/echo.yaml", "--draws", "40"]
+    assert "has a task 'echo' already" in " ".join(refused(capsys, *add))
+    main(["remove-task", "--run", "run", "--task", "echo"])
+    main(add)
+    assert "from echo (removed)" in capsys.readouterr().out
+    model = alter.load(run)
+    assert model.tasks == ["sort", "echo"]
+    assert same(trained(run), tensors)
+    assert model.classify(TEXTS, task="sort", return_probs=True) == before[0]
+    assert alter.load(run, stage="stage1").tasks == ["sort"]  # its echo is another
+    assert "it is one of sort." in " ".join(
+        refused(capsys, "export", "--run", "run", "--stage", "stage1", "--task", "echo")
+    )
+    assert "has a task 'echo' already" in " ".join(refused(capsys, *add))
+    main(["test", "--run", "run"])
+    assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort", "echo"]
+    main(["remove-task", "--run", "run", "--task", "sort"])
+    (sentence,) = refused(capsys, "export", "--run", "run", "--stage", "stage1")
+    assert sentence.endswith("all tasks of this model were removed from the run; leave the stage out.")
+
+
 def test_a_newcomer_starts_as_strong_as_an_adapter_alone(grown):
     """What its expert adds, times its shares of the mixture, is what the run's expert adds by itself."""
     content = yaml.safe_load(Path("run/recipe.yaml").read_text())

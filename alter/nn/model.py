@@ -148,7 +148,7 @@ class MTAModel(nn.Module):
         """Adds a task to a trained model; what the others compute stays the same, bit for bit.
 
         Args:
-            task: its name.
+            task: its name, which a retired one gives up.
             expert: template of its expert; None for the kind of the others.
             own: the share of its own expert among the task experts at the start.
             keep: the task experts' share at the start, where there are shared ones.
@@ -156,7 +156,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: there is such a task already, or the model's experts hold something for each task.
         """
-        if task in self.tasks:
+        if task in self.tasks and task not in self.retired:
             raise AlterError(f"name: the model has a task '{task}' already; give the new one another name.")
         check_task_experts(own, None, *filter(None, [expert]))
         first = next(iter(self.layers.values()))
@@ -168,8 +168,18 @@ class MTAModel(nn.Module):
                 )
         for layer in self.layers.values():
             layer.add_newcomer(expert or layer.experts, own, keep)
+        if task in self.retired:
+            self._free_name(task)
         self.tasks.append(task)
         self._place_adapters()
+
+    def _free_name(self, task: str) -> None:
+        """Renames a retired task; its place stays, on which depends what the others compute."""
+        other = f"{task} (removed)"
+        while other in self.tasks:
+            other += " (removed)"
+        for names in (self.tasks, self.retired):
+            names[names.index(task)] = other
 
     def remove_task(self, task: str) -> None:
         """Takes a task out; what the others compute stays the same, bit for bit.

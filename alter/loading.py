@@ -52,8 +52,8 @@ def load(
     model = made_on(device, precision, lambda: kind.from_pretrained(folder, str(where), precision))
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
-    known = [by_name[name] for name in answered_tasks(run, folder)]
-    found = Predictor(model, load_tokenizer(where), known, generation)
+    names = answered_tasks(run, folder) if stage else [name for name in model.tasks if name not in model.retired]
+    found = Predictor(model, load_tokenizer(where), [by_name[name] for name in names], generation)
     found.folder, found.stage = run, stage
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)

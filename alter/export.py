@@ -142,7 +142,9 @@ class Exporter:
         self._card(usage, task, "transformers").save(out / "README.md")
 
     def _adapter(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
-        one_adapter(model, task.name, load_backbone(where)).save_pretrained(out, self.config["backbone"]["name"])
+        one_adapter(model, task.name, load_backbone(where)).save_pretrained(
+            out, self.backbone or self.config["backbone"]["name"]
+        )
         write_recipe(out, self.content, [self.entries[task.name]])
         if (self.folder / CALIBRATION_FILE).is_file():
             known = json.loads((self.folder / CALIBRATION_FILE).read_text())

@@ -45,6 +45,7 @@ def add_task(
     draws: int | None = None,
     lr: float | None = None,
     consolidate: bool = False,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Trains a new task's expert and its mixture beside a finished run's model, tests it, and lets it join.
 
@@ -57,6 +58,7 @@ def add_task(
         draws: training examples drawn; by default as many as each of the run's own tasks had on average.
         lr: learning rate; by default stage 1's.
         consolidate: whether to train stage 2's part again, on all tasks.
+        backbone: where it is, when not where it was; the run's model then names it.
 
     Returns:
         what the task borrows: see ``borrowed``.
@@ -78,17 +80,18 @@ def add_task(
         return borrowed(load(run).model, task.name)
     if task.name in known and ("tested" in begun or "added" not in begun):
         raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
-    backbone = resolve_backbone(content["backbone"])
-    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(run, content, draws)}, backbone)
+    named = backbone or _backbone(run)
+    where = resolve_backbone(named)
+    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(run, content, draws)}, where)
     settings = {key: value for key, value in task.to_dict().items() if key != "where"}
     given = {"task": settings, "shots": shots, "draws": draws, "lr": lr}
     _claim(folder, given if task.name in known else {**given, "model of the run": _digest(run / "model")})
     say(data.summary())
     if "added" not in begun:
         say(f"\n{task.name}: trains in {folder}")
-        arguments = newcomer_arguments(run, content, task.name, backbone, draws, lr)
+        arguments = newcomer_arguments(run, content, task.name, where, draws, lr)
         generation = Generation(**content.get("generation", {}))
-        facts, _cli = train(folder, arguments, data, content["backbone"], generation)
+        facts, _cli = train(folder, arguments, data, named, generation)
         _carry_on(run / "model", folder / "model")
         record(folder, "added", **facts)
     if task.name not in known:
@@ -142,13 +145,14 @@ def _newcomer_expert(content: Mapping[str, Any]) -> dict[str, Any]:
     return expert
 
 
-def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
+def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str | None = None) -> None:
     """Takes a task out of a finished run; the others answer as before.
 
     Args:
         run: folder of a finished run.
         name: of the task.
         consolidate: whether to train stage 2's part again, on the tasks that are left.
+        backbone: where it is, when not where it was; the run's model then names it.
 
     Raises:
         AlterError: the run is not finished, or has no such task, or no other.
@@ -162,12 +166,13 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
         ):  # stopped while it consolidated
             consolidate_run(run)
             return
-    model = MTAModel.from_pretrained(run / "model", str(resolve_backbone(content["backbone"])), content["precision"])
+    named = backbone or _backbone(run)
+    model = MTAModel.from_pretrained(run / "model", named, content["precision"])
     trained_together = name in model.tasks[: model.base_tasks]
     lenders = _borrowers(model, name) if trained_together else []
     answered = [task for task in model.tasks if task not in model.retired]
     if name in answered or name not in _names(content):  # else stopped after it had left the model
-        _take_out(run, model, name, content["backbone"])
+        _take_out(run, model, name, named)
     left = [task for task in content["data"]["tasks"] if task["name"] != name]
     write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": left}}))
     _drop_results(run, name)
@@ -203,7 +208,8 @@ def consolidate_run(run: Path) -> None:
     """
     content = _finished_run(run)
     _require_consolidable(run, content)
-    backbone = resolve_backbone(content["backbone"])
+    named = _backbone(run)
+    backbone = resolve_backbone(named)
     data = _data(content["data"], backbone)
     names = [task.name for task in data.tasks]
     folder = _consolidation(run, names)
@@ -213,7 +219,7 @@ def consolidate_run(run: Path) -> None:
     own = {key: stage2[key] for key in ("task_expert_lr", "optimizer", "schedule", "warmup", *KEPT) if key in stage2}
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
     arguments["trainer"] |= {**content["stage2"]["trainer"], **ONE_DEVICE}
-    train(folder, arguments, data, content["backbone"], Generation(**content.get("generation", {})))
+    train(folder, arguments, data, named, Generation(**content.get("generation", {})))
     replace_model(folder / "model", run / "model")
     shutil.rmtree(folder)
     measure(run, data=data)
@@ -275,6 +281,11 @@ def _finished_run(run: Path) -> dict[str, Any]:
 
 def _names(content: Mapping[str, Any]) -> list[str]:
     return [task["name"] for task in content["data"]["tasks"]]
+
+
+def _backbone(run: Path) -> str:
+    """Where the run's model names its backbone."""
+    return str(read_config(run / "model")["backbone"]["name"])
 
 
 def _consolidation(run: Path, tasks: Sequence[str]) -> Path:

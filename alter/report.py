@@ -66,7 +66,7 @@ def look_inside(
     if (
         "shared" in found["routing"] and (run / "stage1" / "model").is_dir()
     ):  # a second stage, where they went on learning
-        first = load(run, stage="stage1")
+        first = load(run, predictor.tokenizer.name_or_path, stage="stage1")
         first.model.to(next(predictor.model.parameters()).device)
         found["stage1"] = {"tasks": first.tasks, "routing": gates_by_task(first, data)["experts"]}
     write_json(run / INSIDE, found)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.errors import AlterError
+from alter.nn.backbone import whole_name
 from alter.writing import write_json, write_text
 from alter.yaml_file import read_yaml
 
@@ -44,7 +45,10 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
     file = run / "recipe.yaml"
     if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
         return False
-    changed = [key for key in differences(read_yaml(file), recipe.config) if not UNCOMPARED.fullmatch(key)]
+    before, now = (
+        {**config, "backbone": whole_name(config["backbone"])} for config in (read_yaml(file), recipe.config)
+    )
+    changed = [key for key in differences(before, now) if not UNCOMPARED.fullmatch(key)]
     if changed:
         raise AlterError(
             f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"

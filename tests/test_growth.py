@@ -148,6 +148,39 @@ def test_a_removed_task_comes_back_as_a_newcomer(grown, capsys):
     assert sentence.endswith("all tasks of this model were removed from the run; leave the stage out.")
 
 
+def test_a_run_is_used_from_another_folder_and_with_its_backbone_elsewhere(grown, capsys, monkeypatch):
+    shutil.rmtree("run")
+    shutil.copytree("backbone", "kept")
+    main(["fit", "--config", "recipe.yaml", "--run", "run"])
+    assert yaml.safe_load(Path("run/recipe.yaml").read_text())["backbone"] == str(grown / "backbone")
+    answers = alter.load("run").generate(TEXTS, task="echo")
+    main(["fit", "--config", "recipe.yaml", "--run", "run"])  # the same recipe still, though it says it otherwise
+    change_recipe(grown / "run", backbone="backbone")  # as runs said it before
+    main(["fit", "--config", "recipe.yaml", "--run", "run"])
+    elsewhere = grown / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run, new = str(grown / "run"), str(grown / "new.yaml")
+    assert alter.load(run).generate(TEXTS, task="echo") == answers
+    main(["test", "--run", run])
+    main(["add-task", "--run", run, "--task", new, "--draws", "20"])
+    main(["remove-task", "--run", run, "--task", "new"])
+
+    (grown / "backbone").rename(grown / "moved")
+    moved = ["--backbone", str(grown / "moved")]
+    test, add = ["test", "--run", run], ["add-task", "--run", run, "--task", new, "--draws", "20"]
+    for command in (test, add, ["remove-task", "--run", run, "--task", "echo"]):
+        assert f"there is no folder {grown / 'backbone'}; name one" in refused(capsys, *command)[0]
+        assert "by --backbone" in refused(capsys, *command)[0]
+    main([*test, *moved])
+    main([*test, "--no-task-id", *moved])
+    main([*add, "--consolidate", *moved])
+    assert alter.load(run).tasks == ["echo", "sort", "new"]  # the run's model names it now
+    main(["remove-task", "--run", run, "--task", "new", "--backbone", "../kept"])
+    assert alter.load(run).model.tasks == ["echo", "sort"]
+    assert json.loads((grown / "run/model/alter.json").read_text())["backbone"]["name"] == str(grown / "kept")
+
+
 def test_a_newcomer_starts_as_strong_as_an_adapter_alone(grown):
     """What its expert adds, times its shares of the mixture, is what the run's expert adds by itself."""
     content = yaml.safe_load(Path("run/recipe.yaml").read_text())

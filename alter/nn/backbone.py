@@ -53,8 +53,16 @@ def resolve_backbone(name: str) -> Path:
     if name in EMBEDDED:
         return fetch(name)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise AlterError(f"backbone: there is no folder {name}; name one with config.json and model.safetensors.")
+        raise AlterError(
+            f"backbone: there is no folder {name}; name one with config.json and model.safetensors by --backbone."
+        )
     return _from_hub(name)
+
+
+def whole_name(name: str | Path) -> str:
+    """The name of a backbone for a file that is read from other folders too: a local folder's is made absolute."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(name)
 
 
 def _from_hub(name: str) -> Path:
@@ -66,7 +74,7 @@ def _from_hub(name: str) -> Path:
         reason = "; ".join(message.rstrip(".") for message in error.messages)
         raise AlterError(
             f"backbone: '{name}' is no folder and no bundled backbone ({', '.join(EMBEDDED)}), and as a hub id it "
-            f"could not be fetched: {reason}; pass a folder or a bundled name.{did_you_mean(name, EMBEDDED)}"
+            f"could not be fetched: {reason}; pass a folder or a bundled name by --backbone.{did_you_mean(name, EMBEDDED)}"
         ) from error
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError, did_you_mean
-from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone
+from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone, whole_name
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
 from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
@@ -388,7 +388,10 @@ class MTAModel(nn.Module):
         """
         layer = next(iter(self.layers.values()))
         config: dict[str, Any] = {
-            "backbone": {"name": str(backbone), "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone)))},
+            "backbone": {
+                "name": whole_name(backbone),
+                "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone))),
+            },
             "tasks": self.tasks,
             "layers": self._layers_setting,
             "ffn": self._ffn_setting,
@@ -429,7 +432,7 @@ class MTAModel(nn.Module):
         if backbone_fingerprint(path) != config["backbone"]["fingerprint"]:
             raise AlterError(
                 f"{folder / CONFIG_FILE}: the adapters were trained on another backbone than {path} (they name "
-                f"'{config['backbone']['name']}'); pass the right one as backbone."
+                f"'{config['backbone']['name']}'); name the right one by --backbone, or as the argument backbone."
             )
         newcomers = config.get("newcomers", [])  # absent in files from before there were any
         tasks, first = config["tasks"], len(config["tasks"]) - len(newcomers)

@@ -128,10 +128,13 @@ class Predictor(Answerer):
     def hf(self) -> PreTrainedModel:
         """The backbone with its adapters, for ``transformers.pipeline`` and ``generate``; ``use`` says for which task.
 
-        Prompts are as the task's template makes them: ``model.prompt(text, task)``.
+        Prompts are as the task's template makes them: ``model.prompt(text, task)``. It is not for writing: transformers
+        would read the backbone's weights without its adapters.
         """
         if self.model.standing is None:
             self.use(self._only_task("model.use"))
+        for name in ("save_pretrained", "push_to_hub"):
+            setattr(self.model.backbone, name, _refuse_to_write)
         return self.model.backbone
 
     def use(self, task: str | Sequence[str]) -> None:
@@ -255,6 +258,14 @@ class Predictor(Answerer):
         if len(self._tasks) > 1:
             raise AlterError(f"{key}: the model has several tasks; name one of {', '.join(self._tasks)}.")
         return next(iter(self._tasks))
+
+
+def _refuse_to_write(*args: Any, **kwargs: Any) -> None:
+    """In place of what would write a checkpoint that holds the adapters under names that transformers does not know."""
+    raise AlterError(
+        "hf: transformers cannot read what it would write of a backbone with adapters; call save_pretrained of the model "
+        "that alter.load returned, or write a plain checkpoint of one task by alter export."
+    )
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -117,6 +117,19 @@ def test_hf_generates_through_transformers_as_the_model_does(model):
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_hf_does_not_write_what_transformers_cannot_read(model, tmp_path):
+    model.use("echo")
+    for write in (lambda: model.hf.save_pretrained(tmp_path / "out"), lambda: model.hf.push_to_hub("owner/name")):
+        with pytest.raises(
+            AlterError, match=r"call save_pretrained of the model that alter.load returned, or .*export"
+        ):
+            write()
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out")
+    assert alter.load(tmp_path / "out").generate(TEXTS, task="echo") == model.generate(TEXTS, task="echo")
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_hf_goes_through_a_pipeline(model):
     model.use("echo")
     pipe = transformers.pipeline("text-generation", model=model.hf, tokenizer=model.tokenizer)

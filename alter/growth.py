@@ -26,13 +26,12 @@ from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
 from alter.results import peak_memory_bytes, render_table, run_results
 from alter.run import measure, quiet
-from alter.run_folder import differences, put_back, record, records, replace_model
+from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
 from alter.training import say, train
 from alter.writing import write_json, write_text
 
-FOLDER = "added"  # in the run folder: a folder for each task that was added
 CHECKS = 0.2  # of the draws, between two looks at validation
 KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
 OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
@@ -71,7 +70,7 @@ def add_task(
     task = Task.from_file(file, content["data"]["root"])
     _ = task.opened
     known = answered_tasks(run, run / "model")
-    folder = run / FOLDER / task.name
+    folder = run / ADDED / task.name
     if consolidate:
         _require_consolidable(run, content)
     begun = records(folder)
@@ -93,7 +92,8 @@ def add_task(
         generation = Generation(**content.get("generation", {}))
         facts, _cli = train(folder, arguments, data, named, generation)
         _carry_on(run / "model", folder / "model")
-        record(folder, "added", **facts)
+        epochs = arguments["trainer"]["max_epochs"]
+        record(folder, "added", **facts, **data.mixture()["mixture"][task.name], draws=data.draws * epochs)
     if task.name not in known:
         _join(run, folder, [*content["data"]["tasks"], task.to_dict()])
     started = time.perf_counter()
@@ -107,9 +107,10 @@ def add_task(
     results = evaluate(predictor, data, tasks=[task.name])
     _keep_results(run, results)
     trained = records(folder)["added"]
-    seconds = {"stage1": trained["seconds"], "test": time.perf_counter() - started}
+    seconds = {"training": trained["seconds"], "test": time.perf_counter() - started}
     memory = max(peak_memory_bytes(), trained["peak_memory_bytes"])
-    print(render_table(run_results(results, seconds, memory, trained["trainable_parameters"])))
+    found_out = run_results(results, {}, memory, trained["trainable_parameters"])
+    print(render_table({**found_out, "seconds": seconds}))  # it is no stage of the run
     print(f"\n{describe(task.name, found)}")
     record(folder, "tested", seconds["test"])
     if consolidate:
@@ -179,7 +180,7 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
     if trained_together:
         print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(lenders)}.")
     else:
-        shutil.rmtree(run / FOLDER / name, ignore_errors=True)
+        shutil.rmtree(run / ADDED / name, ignore_errors=True)
         print(f"{name} is gone, with all that it brought.")
     if consolidate:
         consolidate_run(run)
@@ -290,7 +291,7 @@ def _backbone(run: Path) -> str:
 
 def _consolidation(run: Path, tasks: Sequence[str]) -> Path:
     """Where a consolidation of these tasks trains, and goes on."""
-    return run / FOLDER / f"consolidated-{hashlib.sha256(' '.join(tasks).encode()).hexdigest()[:12]}"
+    return run / ADDED / f"consolidated-{hashlib.sha256(' '.join(tasks).encode()).hexdigest()[:12]}"
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def fit(recipe: Recipe) -> None:
     if slow := slow_precision(precision, recipe.config["trainer"]["accelerator"]):
         say(f"precision: {slow}\n")
     say(data.summary())
-    record(run, "data", time.perf_counter() - started)
+    record(run, "data", time.perf_counter() - started, **data.mixture())
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
     data.trainer = None
     gc.collect()  # the stages' models and optimizers, before the test loads another

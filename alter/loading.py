@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alter.data import Task
-from alter.errors import AlterError
+from alter.errors import AlterError, first_line
 from alter.guess import read_task_predictor
 from alter.nn.backbone import QUANTISED, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
@@ -40,14 +40,14 @@ def load(
         device: that answers; by default the GPU where there is one, unless the run's ``trainer.accelerator`` is ``cpu``.
 
     Raises:
-        AlterError: the folder holds no finished run, or it is damaged.
+        AlterError: the folder holds no finished run, or it is damaged; or this machine has no such device.
     """
     run = Path(run)
     content, folder = run_recipe(run), model_folder(run, stage)
     tasks = [Task.from_run(entry, str(run / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
     accelerator = str((content.get("trainer") or {}).get("accelerator") or "auto")
-    device = device or answering_device(accelerator)
+    device = _checked_device(device) if device else answering_device(accelerator)
     precision = answering_precision(content["precision"], "cpu" if device == "cpu" else accelerator)
     model = made_on(device, precision, lambda: kind.from_pretrained(folder, str(where), precision))
     by_name = {task.name: task for task in tasks}
@@ -58,6 +58,16 @@ def load(
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)
     return found
+
+
+def _checked_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise AlterError(
+            f"device: there is no '{device}' here ({first_line(error)}); leave it out for the machine's own, or give cpu."
+        ) from error
+    return device
 
 
 def answering_device(accelerator: str = "auto") -> str:

@@ -114,10 +114,12 @@ class Predictor(Answerer):
             the task experts' mixture.
 
         Raises:
-            AlterError: as ``generate``.
+            AlterError: as ``generate``; or there are more or fewer answers than inputs.
         """
         tasks, prompts = self._read(texts, task)
         names = [own.name for own in tasks]
+        if answers is not None and len(answers) != len(prompts):
+            raise AlterError(f"answers: {len(answers)} answers to {len(prompts)} inputs; give one for each, or none.")
         if answers is None:
             answers = [answer.text for answer in self.answer_mixed(names, prompts, [False] * len(prompts))]
         return [self.gates(*one) for one in zip(names, prompts, answers, strict=True)]

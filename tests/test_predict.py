@@ -34,6 +34,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(model):
             lambda: model.generate("w1", task="pair"),
             "input 1: task 'pair' reads the fields label, text; give a mapping",
         ),
+        (lambda: model.routing(["w1", "w2"], task="echo", answers=["w1"]), "answers: 1 answers to 2 inputs; give one"),
         (lambda: model.generate([{"txt": "w1"}], task="echo"), "names 'text', which is not a field"),
         (lambda: model.classify(["w1"], task="echo"), "'echo' has no choices; call generate"),
         (

@@ -418,7 +418,9 @@ def _tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(http: HTTPRequest, error: HTTPException) -> Response:
-        return failure(error.status_code, f"{error.detail}.")
+        response = failure(error.status_code, f"{error.detail}.")
+        response.headers.update(error.headers or {})  # at 405 the methods that are allowed
+        return response
 
     @app.exception_handler(Exception)
     async def failed(http: HTTPRequest, error: Exception) -> Response:

@@ -158,7 +158,6 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
         required=True,
         help="rows with the task's fields: JSON lines, CSV, TSV, Parquet or Excel; - for JSON lines on standard input",
     )
-    predict.add_argument("--backbone", help="where the backbone is, when not where it was")
     add = verbs.add_parser("add-task", help="train a new task beside a finished run's, which stay as they are")
     add.add_argument("--run", required=True, type=Path, help="the run folder")
     add.add_argument("--task", required=True, type=Path, metavar="FILE", help="the task's YAML file")
@@ -183,7 +182,6 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     export.add_argument("--out", type=Path, help="folder for one folder a task; default RUN/export/FORMAT")
     export.add_argument("--stage", choices=("stage1", "stage2"), help="whose model; default the last stage's")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the plain checkpoint")
-    export.add_argument("--backbone", help="where the backbone is, when not where it was")
     serve = verbs.add_parser("serve", help="answer over HTTP: a page, and endpoints for OpenAI's clients")
     serve.add_argument("--run", required=True, type=Path, help="the run folder")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen; 127.0.0.1, this machine alone, by default")
@@ -199,10 +197,10 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     )
     serve.add_argument("--timeout", type=float, default=60, help="seconds until a request is given up; 60 by default")
     serve.add_argument("--max-bytes", type=int, default=65536, help="the largest request; 65536 by default")
-    serve.add_argument("--backbone", help="where the backbone is, when not where it was")
     completion = verbs.add_parser("completion", help="print the script that completes alter's commands in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     for verb in (test, predict, add, remove, export, serve):
+        verb.add_argument("--backbone", help="where the backbone is, when not where it was")
         verb.add_argument(
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
             help="import a module of your own first, where the run uses a router or expert from it",
@@ -262,9 +260,9 @@ def _test(options: argparse.Namespace) -> None:
     if options.no_task_id:
         from alter.unnamed import measure_unnamed
 
-        measure_unnamed(options.run, *run.ready(options.run), options.split)
+        measure_unnamed(options.run, *run.ready(options.run, backbone=options.backbone), options.split)
     else:
-        run.measure(options.run, split=options.split)
+        run.measure(options.run, split=options.split, backbone=options.backbone)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -280,13 +278,13 @@ def _export(options: argparse.Namespace) -> None:
 def _add_task(options: argparse.Namespace) -> None:
     from alter.growth import add_task
 
-    add_task(options.run, options.task, options.shots, options.draws, options.lr, options.consolidate)
+    add_task(options.run, options.task, options.shots, options.draws, options.lr, options.consolidate, options.backbone)
 
 
 def _remove_task(options: argparse.Namespace) -> None:
     from alter.growth import remove_task
 
-    remove_task(options.run, options.task, options.consolidate)
+    remove_task(options.run, options.task, options.consolidate, options.backbone)
 
 
 def _serve(options: argparse.Namespace) -> None:

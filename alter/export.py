@@ -21,7 +21,7 @@ from alter.answering import line_ends
 from alter.card import model_card
 from alter.data import Task
 from alter.errors import AlterError, did_you_mean, first_line
-from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
+from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.backbone import QUANTISED, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import merged, one_adapter
 from alter.nn.files import WEIGHTS_FILE, read_config
@@ -69,11 +69,9 @@ class Exporter:
     ) -> None:
         self.run, self.out = run, out
         self.content = run_recipe(run)
-        self.folder = run / stage / "model" if stage else model_folder(run)
-        config = read_config(self.folder)
+        self.folder = model_folder(run, stage)
         self.entries = {entry["name"]: entry for entry in self.content["data"]["tasks"]}
-        # an earlier stage's model still has the tasks that were removed from the run
-        self.config = {**config, "tasks": [name for name in config["tasks"] if name in self.entries]}
+        self.config = {**read_config(self.folder), "tasks": answered_tasks(run, self.folder)}
         self.backbone = backbone
 
     def write(self, form: str, names: Sequence[str] = (), dtype: str = "fp32") -> list[Path]:
@@ -144,7 +142,9 @@ class Exporter:
         self._card(usage, task, "transformers").save(out / "README.md")
 
     def _adapter(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
-        one_adapter(model, task.name, load_backbone(where)).save_pretrained(out, self.config["backbone"]["name"])
+        one_adapter(model, task.name, load_backbone(where)).save_pretrained(
+            out, self.backbone or self.config["backbone"]["name"]
+        )
         write_recipe(out, self.content, [self.entries[task.name]])
         if (self.folder / CALIBRATION_FILE).is_file():
             known = json.loads((self.folder / CALIBRATION_FILE).read_text())

@@ -18,7 +18,7 @@ from alter.data import MultiTaskDataModule, Task
 from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
-from alter.loading import CALIBRATION_FILE, load, model_folder, run_recipe
+from alter.loading import CALIBRATION_FILE, answered_tasks, load, model_folder, run_recipe
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -26,13 +26,12 @@ from alter.nn.gates import expert_names, newcomer_gates
 from alter.nn.model import MTAModel
 from alter.results import peak_memory_bytes, render_table, run_results
 from alter.run import measure, quiet
-from alter.run_folder import differences, put_back, record, records, replace_model
+from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
 from alter.training import say, train
 from alter.writing import write_json, write_text
 
-FOLDER = "added"  # in the run folder: a folder for each task that was added
 CHECKS = 0.2  # of the draws, between two looks at validation
 KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
 OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
@@ -45,6 +44,7 @@ def add_task(
     draws: int | None = None,
     lr: float | None = None,
     consolidate: bool = False,
+    backbone: str | None = None,
 ) -> dict[str, Any]:
     """Trains a new task's expert and its mixture beside a finished run's model, tests it, and lets it join.
 
@@ -57,6 +57,7 @@ def add_task(
         draws: training examples drawn; by default as many as each of the run's own tasks had on average.
         lr: learning rate; by default stage 1's.
         consolidate: whether to train stage 2's part again, on all tasks.
+        backbone: where it is, when not where it was; the run's model then names it.
 
     Returns:
         what the task borrows: see ``borrowed``.
@@ -68,8 +69,8 @@ def add_task(
     content = _finished_run(run)
     task = Task.from_file(file, content["data"]["root"])
     _ = task.opened
-    known = read_config(run / "model")["tasks"]
-    folder = run / FOLDER / task.name
+    known = answered_tasks(run, run / "model")
+    folder = run / ADDED / task.name
     if consolidate:
         _require_consolidable(run, content)
     begun = records(folder)
@@ -78,19 +79,21 @@ def add_task(
         return borrowed(load(run).model, task.name)
     if task.name in known and ("tested" in begun or "added" not in begun):
         raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
-    backbone = resolve_backbone(content["backbone"])
-    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(run, content, draws)}, backbone)
+    named = backbone or _backbone(run)
+    where = resolve_backbone(named)
+    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(run, content, draws)}, where)
     settings = {key: value for key, value in task.to_dict().items() if key != "where"}
     given = {"task": settings, "shots": shots, "draws": draws, "lr": lr}
     _claim(folder, given if task.name in known else {**given, "model of the run": _digest(run / "model")})
     say(data.summary())
     if "added" not in begun:
         say(f"\n{task.name}: trains in {folder}")
-        arguments = newcomer_arguments(run, content, task.name, backbone, draws, lr)
+        arguments = newcomer_arguments(run, content, task.name, where, draws, lr)
         generation = Generation(**content.get("generation", {}))
-        facts, _cli = train(folder, arguments, data, content["backbone"], generation)
+        facts, _cli = train(folder, arguments, data, named, generation)
         _carry_on(run / "model", folder / "model")
-        record(folder, "added", **facts)
+        epochs = arguments["trainer"]["max_epochs"]
+        record(folder, "added", **facts, **data.mixture()["mixture"][task.name], draws=data.draws * epochs)
     if task.name not in known:
         _join(run, folder, [*content["data"]["tasks"], task.to_dict()])
     started = time.perf_counter()
@@ -104,9 +107,10 @@ def add_task(
     results = evaluate(predictor, data, tasks=[task.name])
     _keep_results(run, results)
     trained = records(folder)["added"]
-    seconds = {"stage1": trained["seconds"], "test": time.perf_counter() - started}
+    seconds = {"training": trained["seconds"], "test": time.perf_counter() - started}
     memory = max(peak_memory_bytes(), trained["peak_memory_bytes"])
-    print(render_table(run_results(results, seconds, memory, trained["trainable_parameters"])))
+    found_out = run_results(results, {}, memory, trained["trainable_parameters"])
+    print(render_table({**found_out, "seconds": seconds}))  # it is no stage of the run
     print(f"\n{describe(task.name, found)}")
     record(folder, "tested", seconds["test"])
     if consolidate:
@@ -142,13 +146,14 @@ def _newcomer_expert(content: Mapping[str, Any]) -> dict[str, Any]:
     return expert
 
 
-def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
+def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str | None = None) -> None:
     """Takes a task out of a finished run; the others answer as before.
 
     Args:
         run: folder of a finished run.
         name: of the task.
         consolidate: whether to train stage 2's part again, on the tasks that are left.
+        backbone: where it is, when not where it was; the run's model then names it.
 
     Raises:
         AlterError: the run is not finished, or has no such task, or no other.
@@ -162,19 +167,20 @@ def remove_task(run: Path, name: str, consolidate: bool = False) -> None:
         ):  # stopped while it consolidated
             consolidate_run(run)
             return
-    model = MTAModel.from_pretrained(run / "model", str(resolve_backbone(content["backbone"])), content["precision"])
+    named = backbone or _backbone(run)
+    model = MTAModel.from_pretrained(run / "model", named, content["precision"])
     trained_together = name in model.tasks[: model.base_tasks]
     lenders = _borrowers(model, name) if trained_together else []
     answered = [task for task in model.tasks if task not in model.retired]
     if name in answered or name not in _names(content):  # else stopped after it had left the model
-        _take_out(run, model, name, content["backbone"])
+        _take_out(run, model, name, named)
     left = [task for task in content["data"]["tasks"] if task["name"] != name]
     write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": left}}))
     _drop_results(run, name)
     if trained_together:
         print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(lenders)}.")
     else:
-        shutil.rmtree(run / FOLDER / name, ignore_errors=True)
+        shutil.rmtree(run / ADDED / name, ignore_errors=True)
         print(f"{name} is gone, with all that it brought.")
     if consolidate:
         consolidate_run(run)
@@ -203,7 +209,8 @@ def consolidate_run(run: Path) -> None:
     """
     content = _finished_run(run)
     _require_consolidable(run, content)
-    backbone = resolve_backbone(content["backbone"])
+    named = _backbone(run)
+    backbone = resolve_backbone(named)
     data = _data(content["data"], backbone)
     names = [task.name for task in data.tasks]
     folder = _consolidation(run, names)
@@ -213,7 +220,7 @@ def consolidate_run(run: Path) -> None:
     own = {key: stage2[key] for key in ("task_expert_lr", "optimizer", "schedule", "warmup", *KEPT) if key in stage2}
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
     arguments["trainer"] |= {**content["stage2"]["trainer"], **ONE_DEVICE}
-    train(folder, arguments, data, content["backbone"], Generation(**content.get("generation", {})))
+    train(folder, arguments, data, named, Generation(**content.get("generation", {})))
     replace_model(folder / "model", run / "model")
     shutil.rmtree(folder)
     measure(run, data=data)
@@ -277,9 +284,14 @@ def _names(content: Mapping[str, Any]) -> list[str]:
     return [task["name"] for task in content["data"]["tasks"]]
 
 
+def _backbone(run: Path) -> str:
+    """Where the run's model names its backbone."""
+    return str(read_config(run / "model")["backbone"]["name"])
+
+
 def _consolidation(run: Path, tasks: Sequence[str]) -> Path:
     """Where a consolidation of these tasks trains, and goes on."""
-    return run / FOLDER / f"consolidated-{hashlib.sha256(' '.join(tasks).encode()).hexdigest()[:12]}"
+    return run / ADDED / f"consolidated-{hashlib.sha256(' '.join(tasks).encode()).hexdigest()[:12]}"
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

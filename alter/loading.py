@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alter.data import Task
-from alter.errors import AlterError
+from alter.errors import AlterError, first_line
 from alter.guess import read_task_predictor
 from alter.nn.backbone import QUANTISED, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
@@ -40,25 +40,34 @@ def load(
         device: that answers; by default the GPU where there is one, unless the run's ``trainer.accelerator`` is ``cpu``.
 
     Raises:
-        AlterError: the folder holds no finished run, or it is damaged.
+        AlterError: the folder holds no finished run, or it is damaged; or this machine has no such device.
     """
-    content = run_recipe(Path(run))
-    folder = Path(run) / stage / "model" if stage else model_folder(Path(run))
-    tasks = [Task.from_run(entry, str(Path(run) / "recipe.yaml")) for entry in content["data"]["tasks"]]
+    run = Path(run)
+    content, folder = run_recipe(run), model_folder(run, stage)
+    tasks = [Task.from_run(entry, str(run / "recipe.yaml")) for entry in content["data"]["tasks"]]
     where = resolve_backbone(backbone or read_config(folder)["backbone"]["name"])
     accelerator = str((content.get("trainer") or {}).get("accelerator") or "auto")
-    device = device or answering_device(accelerator)
+    device = _checked_device(device) if device else answering_device(accelerator)
     precision = answering_precision(content["precision"], "cpu" if device == "cpu" else accelerator)
     model = made_on(device, precision, lambda: kind.from_pretrained(folder, str(where), precision))
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
-    # an earlier stage's model still has the tasks that were removed from the run
-    known = [by_name[name] for name in model.tasks if name not in model.retired and (name in by_name or not stage)]
-    found = Predictor(model, load_tokenizer(where), known, generation)
-    found.folder = Path(run)
+    names = answered_tasks(run, folder) if stage else [name for name in model.tasks if name not in model.retired]
+    found = Predictor(model, load_tokenizer(where), [by_name[name] for name in names], generation)
+    found.folder, found.stage = run, stage
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)
     return found
+
+
+def _checked_device(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise AlterError(
+            f"device: there is no '{device}' here ({first_line(error)}); leave it out for the machine's own, or give cpu."
+        ) from error
+    return device
 
 
 def answering_device(accelerator: str = "auto") -> str:
@@ -74,9 +83,27 @@ def made_on(device: str, precision: str, make: Callable[[], MTAModel]) -> MTAMod
         return make()
 
 
-def model_folder(run: Path) -> Path:
-    """Where the model of a run is, or of a folder that ``save_pretrained`` wrote: the folder itself."""
+def model_folder(run: Path, stage: str | None = None) -> Path:
+    """Where the model of a run or of one of its stages is, or of a folder that ``save_pretrained`` wrote: the folder itself."""
+    if stage:
+        return run / stage / "model"
     return run if (run / CONFIG_FILE).is_file() else run / "model"
+
+
+def answered_tasks(run: Path, folder: Path) -> list[str]:
+    """The tasks of a run's model folder that the run still answers, in the order of their ids.
+
+    An earlier stage's model still has those that were removed since, whose names others may have taken meanwhile.
+
+    Raises:
+        AlterError: it answers none of them.
+    """
+    now, then = read_config(model_folder(run)), read_config(folder)
+    still = zip(then["tasks"], now["tasks"], strict=False)  # a task that joined later stands behind them
+    found = [name for name, same in still if name == same and name not in now.get("retired", [])]
+    if not found:
+        raise AlterError(f"{folder}: all tasks of this model were removed from the run; leave the stage out.")
+    return found
 
 
 def run_recipe(run: Path) -> dict[str, Any]:

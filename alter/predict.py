@@ -28,12 +28,14 @@ class Predictor(Answerer):
     Lists of inputs may be of one task or, with a list of tasks, of several: they then share batches.
 
     Attributes:
-        folder: the model folder that it was loaded from; None for a model made in memory.
+        folder: the run, or the folder of ``save_pretrained``, that it was loaded from; None for a model made in memory.
+        stage: whose model it is, where not the last one's.
         task_predictor: says which task an input is for that comes without its name; None for a model of one task, or one that
             has not been tested.
     """
 
     folder: Path | None = None
+    stage: str | None = None
     task_predictor: TaskPredictor | None = None
 
     def generate(
@@ -112,10 +114,12 @@ class Predictor(Answerer):
             the task experts' mixture.
 
         Raises:
-            AlterError: as ``generate``.
+            AlterError: as ``generate``; or there are more or fewer answers than inputs.
         """
         tasks, prompts = self._read(texts, task)
         names = [own.name for own in tasks]
+        if answers is not None and len(answers) != len(prompts):
+            raise AlterError(f"answers: {len(answers)} answers to {len(prompts)} inputs; give one for each, or none.")
         if answers is None:
             answers = [answer.text for answer in self.answer_mixed(names, prompts, [False] * len(prompts))]
         return [self.gates(*one) for one in zip(names, prompts, answers, strict=True)]
@@ -126,10 +130,13 @@ class Predictor(Answerer):
     def hf(self) -> PreTrainedModel:
         """The backbone with its adapters, for ``transformers.pipeline`` and ``generate``; ``use`` says for which task.
 
-        Prompts are as the task's template makes them: ``model.prompt(text, task)``.
+        Prompts are as the task's template makes them: ``model.prompt(text, task)``. It is not for writing: transformers
+        would read the backbone's weights without its adapters.
         """
         if self.model.standing is None:
             self.use(self._only_task("model.use"))
+        for name in ("save_pretrained", "push_to_hub"):
+            setattr(self.model.backbone, name, _refuse_to_write)
         return self.model.backbone
 
     def use(self, task: str | Sequence[str]) -> None:
@@ -162,7 +169,7 @@ class Predictor(Answerer):
 
         if self.folder is None:
             raise AlterError("save_pretrained: the model does not come from a run; load it with alter.load first.")
-        publish(self.folder, Path(folder))
+        publish(self.folder, Path(folder), self.stage)
 
     # -- for the program --------------------------------------------------------------------------------------------
 
@@ -253,6 +260,14 @@ class Predictor(Answerer):
         if len(self._tasks) > 1:
             raise AlterError(f"{key}: the model has several tasks; name one of {', '.join(self._tasks)}.")
         return next(iter(self._tasks))
+
+
+def _refuse_to_write(*args: Any, **kwargs: Any) -> None:
+    """In place of what would write a checkpoint that holds the adapters under names that transformers does not know."""
+    raise AlterError(
+        "hf: transformers cannot read what it would write of a backbone with adapters; call save_pretrained of the model "
+        "that alter.load returned, or write a plain checkpoint of one task by alter export."
+    )
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

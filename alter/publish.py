@@ -11,9 +11,9 @@ import yaml
 from alter.card import model_card
 from alter.data import Task
 from alter.guess import TASK_PREDICTOR_FILE
-from alter.loading import CALIBRATION_FILE, model_folder, run_recipe
-from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE
-from alter.writing import made_whole
+from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
+from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
+from alter.writing import made_whole, write_json
 
 USAGE = """
 ```
@@ -31,31 +31,38 @@ print({call})
 PLACES = ("folder", "root")  # arguments of a source that name folders of the machine it was trained on
 
 
-def publish(run: Path, out: Path) -> None:
+def publish(run: Path, out: Path, stage: str | None = None) -> None:
     """Writes adapters, calibration, tasks, results and a model card into one new folder.
 
     Args:
         run: a run folder, or one that was written so before.
         out: a folder, new or empty.
+        stage: whose model; by default that of the last, which alone has results.
 
     Raises:
         AlterError: ``run`` holds no finished run, or ``out`` holds something.
     """
     content = run_recipe(run)
     with made_whole(out) as beside:
-        _publish(run, beside, content)
+        _publish(run, beside, content, stage)
 
 
-def _publish(run: Path, out: Path, content: dict[str, Any]) -> None:
-    for name in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, TASK_PREDICTOR_FILE):
-        if (model_folder(run) / name).is_file():
-            shutil.copy(model_folder(run) / name, out / name)
-    if (run / "results.json").is_file():
+def _publish(run: Path, out: Path, content: dict[str, Any], stage: str | None) -> None:
+    folder = model_folder(run, stage)
+    config, names = read_config(folder), answered_tasks(run, folder)
+    # in an earlier stage's model a task that was removed later is not marked so
+    removed = [name for name in config["tasks"] if name not in names]
+    write_json(out / CONFIG_FILE, {**config, "retired": removed})
+    for name in (WEIGHTS_FILE, CALIBRATION_FILE, TASK_PREDICTOR_FILE):
+        if (folder / name).is_file():
+            shutil.copy(folder / name, out / name)
+    if not stage and (run / "results.json").is_file():
         shutil.copy(run / "results.json", out / "results.json")
-    write_recipe(out, content, content["data"]["tasks"])
-    first = Task.from_dict(content["data"]["tasks"][0], str(run / "recipe.yaml"))
+    tasks = [task for task in content["data"]["tasks"] if task["name"] in names]
+    write_recipe(out, content, tasks)
+    first = Task.from_dict(tasks[0], str(run / "recipe.yaml"))
     call = f"model.{example_call(first, named=True)}"
-    model_card(run, USAGE.replace("{call}", call)).save(out / "README.md")
+    model_card(run, USAGE.replace("{call}", call), names, measured=not stage).save(out / "README.md")
 
 
 def example_call(task: Task, named: bool = False) -> str:

@@ -19,7 +19,7 @@ from alter import run_folder
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
 from alter.nn import Expert, Router, TrunkCache
-from alter.nn.backbone import is_seq2seq
+from alter.nn.backbone import is_seq2seq, whole_name
 from alter.nn.decoding import Generation
 from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision, choose_precision
@@ -206,7 +206,8 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here
         plain["data"]["root"] = str(Path(plain["data"]["root"]).resolve())
     plain.pop("config", None)
     plain["precision"] = choose_precision(plain, here)
-    return Recipe(plain, tasks, dump(plain))
+    # in the run, as whole as the paths of data: it is used from other folders too
+    return Recipe(plain, tasks, dump({**plain, "backbone": whole_name(plain["backbone"])}))
 
 
 def dump(config: Mapping[str, Any]) -> str:

@@ -20,10 +20,12 @@ from alter.loading import load
 from alter.metrics import metric
 from alter.predict import Predictor
 from alter.results import REFERENCES, verdict
+from alter.run_folder import ADDED, records
 from alter.writing import write_json, write_text
 
 WORST = 10
 ANSWERS, INSIDE, REPORT, PICTURES = "answers.jsonl", "inside.json", "report.html", "report"
+JOINING = {"added": "training", "tested": "test", "consolidated": "stage 2 again, and the test of all"}
 KINDS = {
     "stage1": "The task experts, after stage 1",
     "experts": "The task experts, at the end",
@@ -48,28 +50,27 @@ def look_inside(
             for prompt, target, answer in zip(rows["prompt"], rows["target"], answered, strict=True):
                 row = {"task": task, "prompt": prompt, "target": target, "answer": answer}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    mixture = {
-        task.name: {
-            "kind": task.kind,
-            "rate": rate,
-            **{split: facts["rows"] for split, facts in data.statistics(task.name).items()},
-        }
-        for task, rate in zip(data.tasks, data.rates.tolist(), strict=True)
-    }
-    routing = gates_by_task(predictor, data)
     found: dict[str, Any] = {
-        "mixture": mixture,
-        "draws": data.draws,
-        "routing": routing,
+        **_trained_mixture(run, data),
+        "routing": gates_by_task(predictor, data),
         "similarity": expert_similarity(predictor, data),
     }
     if (
         "shared" in found["routing"] and (run / "stage1" / "model").is_dir()
     ):  # a second stage, where they went on learning
-        first = load(run, stage="stage1")
+        first = load(run, predictor.tokenizer.name_or_path, stage="stage1")
         first.model.to(next(predictor.model.parameters()).device)
         found["stage1"] = {"tasks": first.tasks, "routing": gates_by_task(first, data)["experts"]}
     write_json(run / INSIDE, found)
+
+
+def _trained_mixture(run: Path, data: MultiTaskDataModule) -> dict[str, Any]:
+    """What the stages drew from; by the run's notes, since tasks may have joined or left since then."""
+    before = run / INSIDE  # notes of older runs do not have it
+    for noted in (records(run).get("data", {}), json.loads(before.read_text()) if before.is_file() else {}):
+        if "mixture" in noted:
+            return {key: noted[key] for key in ("mixture", "draws")}
+    return data.mixture()
 
 
 def write_report(run: Path) -> Path:
@@ -95,11 +96,12 @@ class _Report:
         self.run = run
         self.recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         self.results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-        progress, environment = run / "progress.json", run / "env.txt"  # a copied run may have left them behind
-        self.progress = json.loads(progress.read_text(encoding="utf-8")) if progress.is_file() else {}
+        self.progress, environment = records(run), run / "env.txt"  # a copied run may have left them behind
         self.inside = json.loads((run / INSIDE).read_text(encoding="utf-8"))
         self.environment = environment.read_text(encoding="utf-8") if environment.is_file() else "not known"
         self.tasks = {task["name"]: task for task in self.recipe["data"]["tasks"]}
+        steps = {name: records(run / ADDED / name) for name in self.tasks}
+        self.joined = {name: known for name, known in steps.items() if "added" in known}  # later, by add-task
         self.answers: dict[str, list[dict[str, str]]] = {}
         with (run / ANSWERS).open(encoding="utf-8") as stream:
             for row in map(json.loads, stream):
@@ -113,6 +115,7 @@ class _Report:
             "Results": self.metrics,
             "Learning curves": self.curves,
             "Mixture": self.mixture,
+            "Tasks that joined later": self.newcomers,
             "Routing": self.routing,
             "Similarity of the experts": self.similarity,
             "Confusion": self.confusion,
@@ -140,6 +143,11 @@ class _Report:
                 *filter(None, above),
                 f"{self.results['trainable_parameters']:,} parameters trained, {total / 60:.1f} minutes in all, "
                 f"{self.results['peak_memory_bytes'] / 2**30:.1f} GiB of memory at the peak.",
+                *(
+                    f"{name} joined later: {known['added']['trainable_parameters']:,} parameters trained in "
+                    f"{known['added']['seconds'] / 60:.1f} minutes."
+                    for name, known in self.joined.items()
+                ),
             ]
         )
 
@@ -184,13 +192,10 @@ class _Report:
         for stage in stages:
             if stage == "stage2" and start:
                 begins = float(start)
-            last = 0
-            file = self.run / stage / "metrics.csv"
-            with file.open(newline="") as stream:
-                for row in csv.DictReader(stream):
-                    last = max(last, int(row["step"]))
-                    lines.setdefault(row["metric"], []).append((start + int(row["step"]), float(row["value"])))
-            start += last + 1
+            logged = _logged(self.run / stage / "metrics.csv")
+            for name, points in logged.items():
+                lines.setdefault(name, []).extend((start + step, value) for step, value in points)
+            start += 1 + max((step for points in logged.values() for step, _ in points), default=0)
         both = {"_training": lines.get("train/loss", []), "validation": lines.get("val/loss", [])}
         tasks = {
             name.removeprefix("val/loss/"): points for name, points in lines.items() if name.startswith("val/loss/")
@@ -216,6 +221,28 @@ class _Report:
         yield markup.table(["task", "kind", "train", "validation", "test", "share of the draws"], rows)
         title = f"share of {self.inside['draws']:,} draws an epoch, temperature {self.recipe['data']['temperature']:g}"
         yield self._picture("mixture", pictures.bars({name: task["rate"] for name, task in mixture.items()}, title))
+
+    def newcomers(self) -> Iterator[str]:
+        if not self.joined:
+            return
+        head = ["task", "kind", "train", "validation", "test", "draws", "validation loss"]
+        rows = []
+        for name, known in self.joined.items():
+            facts = known["added"]
+            counts = [f"{facts[key]:,}" if key in facts else "-" for key in ("train", "validation", "test", "draws")]
+            loss = facts.get("validation_loss")
+            rows.append([name, self._kind(name), *counts, "-" if loss is None else f"{loss:.3f}"])
+        yield markup.table(head, rows)
+        yield "<p>Each trained by itself, beside the tasks of the mixture, which stayed as they were.</p>"
+        for name in self.joined:
+            file = self.run / ADDED / name / "metrics.csv"
+            logged = _logged(file) if file.is_file() else {}
+            lines = {"_training": logged.get("train/loss"), "validation": logged.get("val/loss")}
+            if drawn := {line: points for line, points in lines.items() if points}:
+                yield self._picture(f"added_{name}", pictures.curves({f"{name}, loss per target token": drawn}, None))
+
+    def _kind(self, name: str) -> str:
+        return "classification" if self.tasks[name]["choices"] else "generation"
 
     def routing(self) -> Iterator[str]:
         found = {kind: (list(self.tasks), layers) for kind, layers in self.inside["routing"].items()}
@@ -258,22 +285,11 @@ class _Report:
                 yield markup.folded(f"{name}: {len(found)}", markup.table(head, cells, long=True), opened=True)
 
     def costs(self) -> Iterator[str]:
-        rows = []
-        for step, record in self.progress.items():
-            trained, tokens = record.get("trainable_parameters"), record.get("tokens")
-            memory, rate = record.get("peak_memory_bytes"), (tokens or 0) / (record.get("step_seconds") or 1)
-            rows.append(
-                [
-                    step,
-                    f"{record['seconds']:,.0f}",
-                    f"{trained:,}" if trained else "-",
-                    f"{tokens:,}" if tokens else "-",
-                    f"{rate:,.0f}" if tokens else "-",
-                    f"{memory / 2**30:.2f}" if memory else "-",
-                ]
-            )
+        rows = [_cost(step, record) for step, record in self.progress.items()]
         peak = self.results["peak_memory_bytes"] / 2**30
         rows.append(["test", f"{self.results['seconds']['test'] or 0:,.0f}", "-", "-", "-", f"{peak:.2f}"])
+        for name, known in self.joined.items():
+            rows += [_cost(f"{name}, {said}", known[step]) for step, said in JOINING.items() if step in known]
         head = ["step", "seconds", "parameters trained", "tokens", "tokens/s", "peak memory so far, GiB"]
         yield markup.table(head, rows)
         if self.results.get("peak_device_memory_bytes"):
@@ -282,6 +298,29 @@ class _Report:
     def _picture(self, name: str, figure: Any, caption: str = "") -> str:
         pictures.save(figure, self.run / PICTURES / f"{name}.png")
         return markup.figure(pictures.svg(figure), caption)
+
+
+def _logged(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every metric in a log."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    with file.open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            lines.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    return lines
+
+
+def _cost(step: str, record: Mapping[str, Any]) -> list[str]:
+    """A row of the table of costs."""
+    trained, tokens = record.get("trainable_parameters"), record.get("tokens")
+    memory, rate = record.get("peak_memory_bytes"), (tokens or 0) / (record.get("step_seconds") or 1)
+    return [
+        step,
+        f"{record['seconds']:,.0f}",
+        f"{trained:,}" if trained else "-",
+        f"{tokens:,}" if tokens else "-",
+        f"{rate:,.0f}" if tokens else "-",
+        f"{memory / 2**30:.2f}" if memory else "-",
+    ]
 
 
 def worst_answers(

@@ -51,7 +51,7 @@ def fit(recipe: Recipe) -> None:
     if slow := slow_precision(precision, recipe.config["trainer"]["accelerator"]):
         say(f"precision: {slow}\n")
     say(data.summary())
-    record(run, "data", time.perf_counter() - started)
+    record(run, "data", time.perf_counter() - started, **data.mixture())
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
     data.trainer = None
     gc.collect()  # the stages' models and optimizers, before the test loads another
@@ -66,10 +66,12 @@ def fit(recipe: Recipe) -> None:
         measure(run, data=data)
 
 
-def measure(run: Path, data: MultiTaskDataModule | None = None, split: str = "test") -> dict[str, Any]:
+def measure(
+    run: Path, data: MultiTaskDataModule | None = None, split: str = "test", backbone: str | None = None
+) -> dict[str, Any]:
     """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
     started = time.perf_counter()
-    predictor, data = ready(run, data)
+    predictor, data = ready(run, data, backbone)
     answers: dict[str, list[str]] = {}
     tasks = evaluate(predictor, data, split, keep=answers.__setitem__)
     seconds = {name: known["seconds"] for name, known in records(run).items()}
@@ -99,10 +101,12 @@ def _last_words(run: Path, task: str, results: str = "results.json") -> str:
     return f"{drawn}Results: {run / results}\nNext:    alter predict --run {run} --task {task} --input FILE"
 
 
-def ready(run: Path, data: MultiTaskDataModule | None = None) -> tuple[Predictor, MultiTaskDataModule]:
+def ready(
+    run: Path, data: MultiTaskDataModule | None = None, backbone: str | None = None
+) -> tuple[Predictor, MultiTaskDataModule]:
     """Loads a finished run with its data; calibrates it and fits its task predictor where that has not been done."""
     quiet()
-    predictor = load(run)
+    predictor = load(run, backbone)
     if data is None:
         arguments = run_recipe(run)["data"]
         refuse_foreign_sources(arguments["tasks"], run / "recipe.yaml")

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.errors import AlterError
+from alter.nn.backbone import whole_name
+from alter.nn.files import CONFIG_FILE
 from alter.writing import write_json, write_text
 from alter.yaml_file import read_yaml
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from alter.recipe import Recipe
 
 STAGES = ("stage1", "stage2")
+ADDED = "added"  # a folder for each task that was added later
 # Keys that may differ between two calls for one run folder, since they do not change what is computed.
 UNCOMPARED = re.compile(
     r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.(license|where)|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
@@ -44,13 +47,29 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
     file = run / "recipe.yaml"
     if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
         return False
-    changed = [key for key in differences(read_yaml(file), recipe.config) if not UNCOMPARED.fullmatch(key)]
+    before, now = (
+        {**config, "backbone": whole_name(config["backbone"])} for config in (read_yaml(file), recipe.config)
+    )
+    changed = [key for key in differences(before, now) if not UNCOMPARED.fullmatch(key)]
+    if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
+        raise AlterError(
+            f"{file}: tasks have joined or left this run since it was trained, so it is no longer the recipe's; use it as it is "
+            f"(alter test --run {run}), go on with alter add-task and alter remove-task, or give a new folder with --run to "
+            "train the recipe's tasks together."
+        )
     if changed:
         raise AlterError(
             f"{file}: this run was started with another recipe (it differs in {', '.join(changed[:5])}"
             f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
         )
     return True
+
+
+def _has_grown(run: Path) -> bool:
+    """Whether tasks were added to a finished run, or removed from it."""
+    file = run / "model" / CONFIG_FILE
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return bool(config.get("newcomers") or config.get("retired"))
 
 
 def differences(before: Any, after: Any, key: str = "") -> list[str]:

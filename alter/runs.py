@@ -58,8 +58,10 @@ def read_run(folder: Path) -> Run:
     try:
         recipe = read_yaml(folder / "recipe.yaml")
         found = [_json(folder / name) for name in ("progress.json", "results.json")]
-        return Run(folder, dict(recipe), found[0] or {}, found[1])
-    except (OSError, ValueError, TypeError, AlterError) as error:
+        run = Run(folder, dict(recipe), found[0] or {}, found[1])
+        _ = run.score, run.state  # they read what else may be damaged
+        return run
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AlterError) as error:
         raise AlterError(f"{folder}: a file of this run is damaged ({error}); run it again, or remove it.") from error
 
 
@@ -67,22 +69,29 @@ def _json(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """All runs in a folder and below, the best first, those without results last.
+def find_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """All runs in a folder and below, the best first, those without results last; and what is wrong with damaged ones.
 
     Raises:
-        AlterError: there is none.
+        AlterError: there is none, or all are damaged.
     """
-    files = folder.rglob("recipe.yaml")
-    runs = [read_run(file.parent) for file in files if (file.parent / "env.txt").is_file()]
+    runs, problems = [], list[str]()
+    for file in sorted(folder.rglob("recipe.yaml")):
+        if not (file.parent / "env.txt").is_file():
+            continue
+        try:
+            runs.append(read_run(file.parent))
+        except AlterError as error:
+            problems += error.messages
     if not runs:
-        raise AlterError(f"{folder}: no run here or below; name a folder that `alter fit` has written runs into.")
-    return sorted(runs, key=lambda run: (run.score is None, -(run.score or 0.0), str(run.folder)))
+        missing = f"{folder}: no run here or below; name a folder that `alter fit` has written runs into."
+        raise AlterError(*(problems or [missing]))
+    return sorted(runs, key=lambda run: (run.score is None, -(run.score or 0.0), str(run.folder))), problems
 
 
 def runs_table(folder: Path) -> str:
-    """A table of the runs in a folder, the best first."""
-    runs = find_runs(folder)
+    """A table of the runs in a folder, the best first; damaged ones are named below it."""
+    runs, problems = find_runs(folder)
     head = ["run", "state", "mean", "tasks", "minutes", "trained", "memory", "when"]
     lines = [head]
     for run in runs:
@@ -110,7 +119,7 @@ def runs_table(folder: Path) -> str:
     text = f"{table}\n\nmean: over the tasks, of each task's first metric on the test split."
     if len({tuple(sorted(run.results["tasks"])) for run in runs if run.results}) > 1:
         text += " These runs have different tasks, so their means do not compare."
-    return text
+    return "\n".join([text, *(f"left out: {problem}" for problem in problems)])
 
 
 def diff(first: Path, second: Path) -> str:

@@ -21,6 +21,7 @@ from alter.training import train
 from tests.data.conftest import make_words, task_dict
 from tests.runs import inside
 from tests.test_cli import make_project, refused
+from tests.test_report import Page
 
 TEXTS = ["w5 w9", "w7", "w12 w3 w4"]
 
@@ -95,11 +96,30 @@ def test_a_task_joins_and_leaves_and_the_others_answer_bit_for_bit_the_same(grow
         assert found["experts"] == pytest.approx({k: keep * share for k, share in own["experts"][layer].items()})
     assert f"{borrowed['experts']['sort']:.1%}  from sort" in out
     assert "newcomers.0.expert" in out  # what trains is told
+    assert "\ntraining " in out  # it is no stage of the run
+    assert "stage1" not in out
 
     (grown / "rows.jsonl").write_text('{"text": "w5"}\n')
     main(["predict", "--run", "run", "--task", "new", "--input", "rows.jsonl"])
     assert json.loads(capsys.readouterr().out)["answer"] in ("yes", "no")
+    drawn = json.loads((run / "inside.json").read_text())
     main(["test", "--run", "run"])  # all tasks again, with the report
+    again = json.loads((run / "inside.json").read_text())
+    assert (again["mixture"], again["draws"]) == (drawn["mixture"], drawn["draws"])  # what was trained, without it
+    assert list(again["mixture"]) == ["echo", "sort"]
+    text = (run / "report.html").read_text()
+    added = json.loads((run / "added" / "new" / "progress.json").read_text())
+    joined = added["added"]
+    assert joined["draws"] == 80
+    assert f"new joined later: {joined['trainable_parameters']:,} parameters" in text
+    page = Page(text)
+    assert "Tasks that joined later" in page.sections
+    words = [word for word in page.texts if word.strip()]
+    counts = [str(joined[split]) for split in ("train", "validation", "test")]
+    own = ["new", "classification", *counts, "80", f"{joined['validation_loss']:.3f}"]
+    assert own in [words[place : place + len(own)] for place in range(len(words))]
+    assert {f"{joined['trainable_parameters']:,}", f"{joined['tokens']:,}", "new, training", "new, test"} <= set(words)
+    assert (run / "report" / "added_new.png").is_file()
     assert set(json.loads((run / "results.json").read_text())["tasks"]) == {"echo", "sort", "new"}
 
     main(["remove-task", "--run", "run", "--task", "new"])
@@ -122,6 +142,88 @@ def test_a_task_joins_and_leaves_and_the_others_answer_bit_for_bit_the_same(grow
     assert [folder.name for folder in Path("plain").iterdir()] == ["sort"]
     main(["test", "--run", "run"])
     assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort"]
+
+
+def test_a_removed_task_comes_back_as_a_newcomer(grown, capsys):
+    run = grown / "run"
+    before, tensors = outputs(run), trained(run)
+    add = ["add-task", "--run", "run", "--task", "tasks/echo.yaml", "--draws", "40"]
+    assert "has a task 'echo' already" in " ".join(refused(capsys, *add))
+    main(["remove-task", "--run", "run", "--task", "echo"])
+    main(add)
+    assert "from echo (removed)" in capsys.readouterr().out
+    model = alter.load(run)
+    assert model.tasks == ["sort", "echo"]
+    assert same(trained(run), tensors)
+    assert model.classify(TEXTS, task="sort", return_probs=True) == before[0]
+    assert alter.load(run, stage="stage1").tasks == ["sort"]  # its echo is another
+    assert "it is one of sort." in " ".join(
+        refused(capsys, "export", "--run", "run", "--stage", "stage1", "--task", "echo")
+    )
+    assert "has a task 'echo' already" in " ".join(refused(capsys, *add))
+    main(["test", "--run", "run"])
+    assert list(json.loads((run / "results.json").read_text())["tasks"]) == ["sort", "echo"]
+    main(["remove-task", "--run", "run", "--task", "sort"])
+    (sentence,) = refused(capsys, "export", "--run", "run", "--stage", "stage1")
+    assert sentence.endswith("all tasks of this model were removed from the run; leave the stage out.")
+
+
+def test_a_run_is_used_from_another_folder_and_with_its_backbone_elsewhere(grown, capsys, monkeypatch):
+    shutil.rmtree("run")
+    shutil.copytree("backbone", "kept")
+    main(["fit", "--config", "recipe.yaml", "--run", "run"])
+    assert yaml.safe_load(Path("run/recipe.yaml").read_text())["backbone"] == str(grown / "backbone")
+    answers = alter.load("run").generate(TEXTS, task="echo")
+    main(["fit", "--config", "recipe.yaml", "--run", "run"])  # the same recipe still, though it says it otherwise
+    change_recipe(grown / "run", backbone="backbone")  # as runs said it before
+    main(["fit", "--config", "recipe.yaml", "--run", "run"])
+    elsewhere = grown / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run, new = str(grown / "run"), str(grown / "new.yaml")
+    assert alter.load(run).generate(TEXTS, task="echo") == answers
+    main(["test", "--run", run])
+    main(["add-task", "--run", run, "--task", new, "--draws", "20"])
+    main(["remove-task", "--run", run, "--task", "new"])
+
+    (grown / "backbone").rename(grown / "moved")
+    moved = ["--backbone", str(grown / "moved")]
+    test, add = ["test", "--run", run], ["add-task", "--run", run, "--task", new, "--draws", "20"]
+    for command in (test, add, ["remove-task", "--run", run, "--task", "echo"]):
+        assert f"there is no folder {grown / 'backbone'}; name one" in refused(capsys, *command)[0]
+        assert "by --backbone" in refused(capsys, *command)[0]
+    main([*test, *moved])
+    main([*test, "--no-task-id", *moved])
+    main([*add, "--consolidate", *moved])
+    assert alter.load(run).tasks == ["echo", "sort", "new"]  # the run's model names it now
+    main(["remove-task", "--run", run, "--task", "new", "--backbone", "../kept"])
+    assert alter.load(run).model.tasks == ["echo", "sort"]
+    assert json.loads((grown / "run/model/alter.json").read_text())["backbone"]["name"] == str(grown / "kept")
+
+
+def test_a_grown_run_is_not_trained_over(finished, grown, capsys):
+    recipe = Path("run/recipe.yaml")
+    text = recipe.read_text()
+    for name in ("backbone", "tasks"):  # as if it had been trained here
+        text = text.replace(str(finished / name), str(grown / name))
+    recipe.write_text(text)
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "20"])
+    grows = "alter: run/recipe.yaml: tasks have joined or left this run since it was trained, so it is no longer the recipe's"
+    (sentence,) = refused(capsys)
+    assert sentence.startswith(grows)
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", "--data.temperature", "3")
+    assert sentence.startswith(grows)
+    main(["remove-task", "--run", "run", "--task", "new"])
+    main(["fit", "--config", "recipe.yaml"])  # it is the recipe's again
+    assert "another recipe (it differs in data.temperature)" in " ".join(
+        refused(capsys, "fit", "--config", "recipe.yaml", "--data.temperature", "3")
+    )
+    main(["remove-task", "--run", "run", "--task", "echo"])
+    (sentence,) = refused(capsys)
+    assert sentence.startswith(grows)
+    model = Path("run/model/adapters.safetensors").read_bytes()
+    main(["fit", "--config", "run/recipe.yaml"])  # its own, as it is now: all is finished
+    assert Path("run/model/adapters.safetensors").read_bytes() == model
 
 
 def test_a_newcomer_starts_as_strong_as_an_adapter_alone(grown):

@@ -1,9 +1,11 @@
 """A finished run answers where its recipe and the machine say."""
 
 import pytest
+import torch
 import yaml
 
 import alter
+from alter.errors import AlterError
 from alter.nn import Description
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.elsewhere import GPU, a_gpu
@@ -70,6 +72,26 @@ def test_on_a_gpu_answers_are_those_of_the_cpu(family, router, tmp_path, words, 
             assert written(model, ["echo", "new"], TEXTS[:2]) == [*model.generate(TEXTS[:1], task="echo"), *joined[1:]]
         model.generation.num_beams = 2
         assert len(model.generate(TEXTS[:2], task="echo")) == 2
+
+
+def test_a_device_that_is_not_there_is_a_sentence_and_no_bar_is_left_behind(tmp_path, words, capsys):  # noqa: F811
+    from transformers.utils import logging
+
+    run = make_run(tmp_path, words)
+    for device in ("cuda", "gpu"):
+        if device == "gpu" or not torch.cuda.is_available():
+            with pytest.raises(AlterError, match=rf"^device: there is no '{device}' here \(.*; leave it out"):
+                alter.load(run, device=device)
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        capsys.readouterr()
+        alter.load(run, device="cpu")
+        assert capsys.readouterr() == ("", "")
+        assert logging.is_progress_bar_enabled()  # as the caller had it
+    finally:
+        if not before:
+            logging.disable_progress_bar()
 
 
 def test_a_run_for_the_cpu_answers_there(tmp_path, words):  # noqa: F811

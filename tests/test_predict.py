@@ -1,15 +1,18 @@
 """`alter.load`: what a user does with a trained model in Python."""
 
+import json
+
 import pytest
 import torch
 import transformers
+import yaml
 
 import alter
 from alter.errors import AlterError
-from alter.nn import Bottleneck, Description, FirstPositionGate
+from alter.nn import Bottleneck, Description, FirstPositionGate, MTAModel
 from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
-from tests.runs import make_run
+from tests.runs import add_newcomer, make_run
 
 TEXTS = ["w11 w12 w13", "w14", "w15 w16", "w17 w18 w19 w20", "w21", "w22 w23"]
 TASKS = ["echo", "sort", "pair", "echo", "pick", "pair"]
@@ -31,6 +34,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(model):
             lambda: model.generate("w1", task="pair"),
             "input 1: task 'pair' reads the fields label, text; give a mapping",
         ),
+        (lambda: model.routing(["w1", "w2"], task="echo", answers=["w1"]), "answers: 1 answers to 2 inputs; give one"),
         (lambda: model.generate([{"txt": "w1"}], task="echo"), "names 'text', which is not a field"),
         (lambda: model.classify(["w1"], task="echo"), "'echo' has no choices; call generate"),
         (
@@ -58,6 +62,40 @@ def test_routing_tells_each_layers_gates(model):
     assert own == model.routing(INPUTS[:1], task="echo", answers=model.generate(INPUTS[:1], task="echo"))
 
 
+def test_an_earlier_stages_model_is_written_as_it_was_loaded(tmp_path, words):  # noqa: F811
+    run = make_run(tmp_path, words)
+    add_newcomer(run)
+    removed = MTAModel.from_pretrained(run / "model")
+    removed.remove_task("pick")
+    removed.save_pretrained(run / "model", str(tmp_path / "backbone"))
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    content["data"]["tasks"] = [task for task in content["data"]["tasks"] if task["name"] != "pick"]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+    results = {"tasks": {"sort": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "references": {}}}}}
+    (run / "results.json").write_text(json.dumps(results))
+    last, first = alter.load(run), alter.load(run, stage="stage1")
+    last.save_pretrained(tmp_path / "last")
+    first.save_pretrained(tmp_path / "first")
+    copies = [alter.load(tmp_path / "last"), alter.load(tmp_path / "first")]
+    for model, copy in zip((last, first), copies, strict=True):
+        assert copy.tasks == model.tasks
+        assert copy.classify(TEXTS, task="sort", return_probs=True) == model.classify(
+            TEXTS, task="sort", return_probs=True
+        )
+    assert last.tasks == ["sort", "echo", "pair", "new"]
+    assert first.tasks == ["sort", "echo", "pair"]
+    assert copies[0].classify(TEXTS, task="sort", return_probs=True) != copies[1].classify(
+        TEXTS, task="sort", return_probs=True
+    )
+    assert (tmp_path / "last" / "results.json").is_file()
+    assert not (tmp_path / "first" / "results.json").exists()  # they are the last stage's
+    card = (tmp_path / "first" / "README.md").read_text()
+    assert "Not measured by itself" in card
+    assert "`new`" not in card
+    copies[1].save_pretrained(tmp_path / "again")
+    assert alter.load(tmp_path / "again").tasks == first.tasks
+
+
 # -- as a transformers model ------------------------------------------------------------------------------------------
 
 
@@ -77,6 +115,19 @@ def test_hf_generates_through_transformers_as_the_model_does(model):
             start = 1 if model.model.is_seq2seq else inputs["input_ids"].shape[1]
             assert model.tokenizer.decode(output[0, start:], skip_special_tokens=True) == answer
     assert isinstance(model.hf, transformers.PreTrainedModel)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_hf_does_not_write_what_transformers_cannot_read(model, tmp_path):
+    model.use("echo")
+    for write in (lambda: model.hf.save_pretrained(tmp_path / "out"), lambda: model.hf.push_to_hub("owner/name")):
+        with pytest.raises(
+            AlterError, match=r"call save_pretrained of the model that alter.load returned, or .*export"
+        ):
+            write()
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out")
+    assert alter.load(tmp_path / "out").generate(TEXTS, task="echo") == model.generate(TEXTS, task="echo")
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)

@@ -54,6 +54,23 @@ def test_runs_are_told_best_first_and_the_unfinished_last(tmp_path, capsys, monk
     assert max(map(len, narrow)) <= 60
 
 
+@pytest.mark.parametrize("damage", ["", "{", "{}", "[1]", '{"tasks": {"a": {}}}', '{"tasks": {"a": {"accuracy": {}}}}'])
+def test_a_damaged_run_is_left_out_with_a_line(damage, tmp_path, capsys):
+    write_run(tmp_path / "whole", scores={"a": 0.2, "b": 0.4})
+    bad = write_run(tmp_path / "bad", scores={"a": 0.6, "b": 0.8})
+    (bad / "results.json").write_text(damage)
+    main(["runs", str(tmp_path)])
+    table, below = capsys.readouterr().out.split("\n\n")
+    assert "whole" in table
+    assert "bad" not in table
+    (line,) = [line for line in below.splitlines() if line.startswith("left out: ")]
+    assert line.startswith(f"left out: {bad}: a file of this run is damaged (")
+    (tmp_path / "whole" / "results.json").write_text(damage)
+    with pytest.raises(SystemExit):
+        main(["runs", str(tmp_path)])
+    assert capsys.readouterr().err.count("a file of this run is damaged") == 2
+
+
 def test_means_over_different_tasks_are_said_not_to_compare(tmp_path, capsys):
     write_run(tmp_path / "one", scores={"a": 0.2})
     write_run(tmp_path / "other", scores={"a": 0.2})

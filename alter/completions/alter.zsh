@@ -48,6 +48,7 @@ _shtab_alter_add_task_options=(
   "--draws[training examples drawn\; default as many as the run\'s tasks had on average]:draws:"
   "--lr[learning rate\; default stage 1\'s]:lr:"
   "--consolidate[train stage 2\'s part again, for all tasks]"
+  "--backbone[where the backbone is, when not where it was]:backbone:"
   "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
 )
 
@@ -1840,6 +1841,7 @@ _shtab_alter_remove_task_options=(
   "--run[the run folder]:run:_files"
   "--task[a task of the run]:task:"
   "--consolidate[train stage 2\'s part again, for all tasks]"
+  "--backbone[where the backbone is, when not where it was]:backbone:"
   "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
 )
 
@@ -1919,6 +1921,7 @@ _shtab_alter_test_options=(
   "--run[the run folder]:run:_files"
   "--split[validation while tuning]:split:(test validation)"
   "--no-task-id[with and without the tasks\' names\: what guessing them costs]"
+  "--backbone[where the backbone is, when not where it was]:backbone:"
   "*--import[import a module of your own first, where the run uses a router or expert from it]:MODULE:"
 )
 

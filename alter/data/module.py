@@ -177,6 +177,18 @@ class MultiTaskDataModule(LightningDataModule):
         """Training examples drawn an epoch."""
         return self.examples_per_epoch or int(sum(min(size, self.cap or size) for size in self.sizes))
 
+    def mixture(self) -> dict[str, Any]:
+        """What is drawn from, for a run's notes: each task's kind, share of the draws and rows, and the draws an epoch."""
+        tasks = {
+            task.name: {
+                "kind": task.kind,
+                "rate": rate,
+                **{split: facts["rows"] for split, facts in self.statistics(task.name).items()},
+            }
+            for task, rate in zip(self.tasks, self.rates.tolist(), strict=True)
+        }
+        return {"mixture": tasks, "draws": self.draws}
+
     def summary(self) -> str:
         """A table of the tasks: sizes, rate, tokens, shortened prompts; below it, what an epoch and a batch are."""
         lines = [["task", "kind", "train", "valid.", "test", "rate", "tokens/row", "cut"]]

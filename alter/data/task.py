@@ -25,6 +25,7 @@ from alter.yaml_file import read_yaml
 
 CLASSIFICATION_METRICS = ("accuracy", "macro_f1")
 GENERATION_METRICS = ("exact_match", "token_f1", "rouge1", "rouge2", "rougeL", "bleu", "span_f1")
+AUTO = "auto"  # no task's name: in its place it leaves it to a server to find each input's task
 _TEMPLATES = template.environment()
 
 
@@ -33,7 +34,7 @@ class Task:
     """A task, as about 20 lines of YAML.
 
     Attributes:
-        name: unique in the mixture.
+        name: unique in the mixture; not ``auto``, which clients of a server write where they name no task.
         source: ``class_path`` and ``init_args`` of a Source (``Files``, ``Hub``) or of a function ``f(split, ...)``.
         prompt: Jinja template over the fields of a row; ``row['a name']`` is for those that are no variable names.
         target: Jinja template of the answer.
@@ -98,6 +99,8 @@ class Task:
                 yield f"{where}, key 'metrics': '{name}' is not a {kind} metric; known are {', '.join(known)}.{did_you_mean(name, known)}"
         if not self.name or self.name.startswith(".") or {"/", "\\", "\0"} & set(self.name):
             yield f"{where}, key 'name': files are named by it; give one without / and \\ that starts with no dot."
+        if self.name == AUTO:
+            yield f"{where}, key 'name': a client of alter serve writes it where it names no task; give another."
         yield from limit_problems(self.limit, f"{where}, key 'limit'")
         if self.choices is not None and (len(self.choices) < 2 or len(set(self.choices)) < len(self.choices)):
             yield f"{where}, key 'choices': give at least two choices, each once."

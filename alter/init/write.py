@@ -16,6 +16,7 @@ import yaml
 
 from alter import terminal
 from alter.data.sources import SPLITS, Files, Row, is_chat, read_chats, read_file
+from alter.data.task import AUTO
 from alter.errors import AlterError, did_you_mean
 from alter.init.columns import NO_ANSWER, read_columns
 from alter.init.guess import TaskGuess, guess_task
@@ -107,6 +108,7 @@ def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
         split = next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), None)
         rest = [word for word in words if word not in SPLIT_NAMES]
         name = "_".join(rest) or re.sub(r"[^a-z0-9]+", "_", file.resolve().parent.name.lower()).strip("_")
+        name = "auto_task" if name == AUTO else name  # which no task may be called
         parts = tasks.setdefault(name or "task", {})
         if (split or "train") in parts:
             raise AlterError(

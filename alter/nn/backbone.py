@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -53,8 +55,16 @@ def resolve_backbone(name: str) -> Path:
     if name in EMBEDDED:
         return fetch(name)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise AlterError(f"backbone: there is no folder {name}; name one with config.json and model.safetensors.")
+        raise AlterError(
+            f"backbone: there is no folder {name}; name one with config.json and model.safetensors by --backbone."
+        )
     return _from_hub(name)
+
+
+def whole_name(name: str | Path) -> str:
+    """The name of a backbone for a file that is read from other folders too: a local folder's is made absolute."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(name)
 
 
 def _from_hub(name: str) -> Path:
@@ -66,7 +76,7 @@ def _from_hub(name: str) -> Path:
         reason = "; ".join(message.rstrip(".") for message in error.messages)
         raise AlterError(
             f"backbone: '{name}' is no folder and no bundled backbone ({', '.join(EMBEDDED)}), and as a hub id it "
-            f"could not be fetched: {reason}; pass a folder or a bundled name.{did_you_mean(name, EMBEDDED)}"
+            f"could not be fetched: {reason}; pass a folder or a bundled name by --backbone.{did_you_mean(name, EMBEDDED)}"
         ) from error
 
 
@@ -115,14 +125,15 @@ def load_backbone(name_or_path: str | Path, precision: str = "fp32") -> PreTrain
     _check_size(path)
     model_class = _model_class(path)
     try:
-        model, info = model_class.from_pretrained(
-            path,
-            local_files_only=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **_precision_options(precision),
-        )
+        with _without_bars():
+            model, info = model_class.from_pretrained(
+                path,
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                **_precision_options(precision),
+            )
     except Exception as error:  # transformers raises many kinds here
         raise AlterError(f"{path}: it cannot be loaded as a language model ({_short(error)}).") from error
     if info["missing_keys"]:
@@ -133,6 +144,20 @@ def load_backbone(name_or_path: str | Path, precision: str = "fp32") -> PreTrain
         )
     _keep_gradients(model)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within it transformers draws no progress bars, which would stay on the screen."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _keep_gradients(model: PreTrainedModel) -> None:

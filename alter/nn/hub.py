@@ -92,7 +92,9 @@ def cached_snapshot(repo_id: str) -> Path | None:
             repo_id, local_files_only=True, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
     except HFValidationError as error:
-        raise AlterError(f"backbone: '{repo_id}' is neither a folder nor a hub id such as 'owner/model'.") from error
+        raise AlterError(
+            f"backbone: '{repo_id}' is neither a folder nor a hub id such as 'owner/model'; name one by --backbone."
+        ) from error
     except Exception as error:  # not cached, or fetched by another program that left out files we may not need
         found = getattr(error, "snapshot_path", None)
     return Path(found) if found and is_whole(Path(found)) else None

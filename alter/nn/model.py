@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError, did_you_mean
-from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone
+from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone, whole_name
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
 from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
@@ -153,7 +153,7 @@ class MTAModel(nn.Module):
         """Adds a task to a trained model; what the others compute stays the same, bit for bit.
 
         Args:
-            task: its name.
+            task: its name, which a retired one gives up.
             expert: template of its expert; None for the kind of the others.
             own: the share of its own expert among the task experts at the start.
             keep: the task experts' share at the start, where there are shared ones.
@@ -161,7 +161,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: there is such a task already, or the model's experts hold something for each task.
         """
-        if task in self.tasks:
+        if task in self.tasks and task not in self.retired:
             raise AlterError(f"name: the model has a task '{task}' already; give the new one another name.")
         check_task_experts(own, None, *filter(None, [expert]))
         first = next(iter(self.layers.values()))
@@ -173,8 +173,18 @@ class MTAModel(nn.Module):
                 )
         for layer in self.layers.values():
             layer.add_newcomer(expert or layer.experts, own, keep)
+        if task in self.retired:
+            self._free_name(task)
         self.tasks.append(task)
         self._place_adapters()
+
+    def _free_name(self, task: str) -> None:
+        """Renames a retired task; its place stays, on which depends what the others compute."""
+        other = f"{task} (removed)"
+        while other in self.tasks:
+            other += " (removed)"
+        for names in (self.tasks, self.retired):
+            names[names.index(task)] = other
 
     def remove_task(self, task: str) -> None:
         """Takes a task out; what the others compute stays the same, bit for bit.
@@ -383,7 +393,10 @@ class MTAModel(nn.Module):
         """
         layer = next(iter(self.layers.values()))
         config: dict[str, Any] = {
-            "backbone": {"name": str(backbone), "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone)))},
+            "backbone": {
+                "name": whole_name(backbone),
+                "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone))),
+            },
             "tasks": self.tasks,
             "layers": self._layers_setting,
             "ffn": self._ffn_setting,
@@ -424,7 +437,7 @@ class MTAModel(nn.Module):
         if backbone_fingerprint(path) != config["backbone"]["fingerprint"]:
             raise AlterError(
                 f"{folder / CONFIG_FILE}: the adapters were trained on another backbone than {path} (they name "
-                f"'{config['backbone']['name']}'); pass the right one as backbone."
+                f"'{config['backbone']['name']}'); name the right one by --backbone, or as the argument backbone."
             )
         newcomers = config.get("newcomers", [])  # absent in files from before there were any
         tasks, first = config["tasks"], len(config["tasks"]) - len(newcomers)

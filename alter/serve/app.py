@@ -21,6 +21,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
 from alter.data import Task
+from alter.data.task import AUTO
 from alter.errors import AlterError, did_you_mean
 from alter.predict import Predictor
 from alter.serve import page
@@ -42,7 +43,6 @@ from alter.serve.streaming import Unfolding
 
 POLL_SECONDS = 0.5  # how often it is asked whether the client has gone
 OPEN_PATHS = ("/", "/health")
-AUTO = "auto"  # in place of a task's name: each input's task is guessed
 log = logging.getLogger("alter.serve")
 FAILED = "The answer failed; the server's log says where."
 Result = TypeVar("Result")
@@ -418,7 +418,9 @@ def _tell_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(http: HTTPRequest, error: HTTPException) -> Response:
-        return failure(error.status_code, f"{error.detail}.")
+        response = failure(error.status_code, f"{error.detail}.")
+        response.headers.update(error.headers or {})  # at 405 the methods that are allowed
+        return response
 
     @app.exception_handler(Exception)
     async def failed(http: HTTPRequest, error: Exception) -> Response:

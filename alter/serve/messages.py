@@ -36,8 +36,16 @@ class Request(BaseModel, extra="allow"):
         """Raises what would be answered differently from what it asks."""
         for key, nothing in UNSUPPORTED.items():
             value = (self.model_extra or {}).get(key)
+            if key == "stop" and _never_met(value):
+                continue
             if value is not None and value != nothing and value not in (False, [], {}):
                 raise Refused(400, f"'{key}' is not supported; leave it out.", key)
+
+
+def _never_met(stop: Any) -> bool:
+    """Whether answers end before they would meet any of these texts: an answer is one line."""
+    stops = stop if isinstance(stop, list) else [stop]
+    return all(isinstance(text, str) and "\n" in text for text in stops)
 
 
 class CompletionRequest(Request):

@@ -85,6 +85,7 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
         ({"limit": {"trian": 3}}, r"key 'limit': 'trian' is not a split.*Did you mean 'train'"),
         ({"limit": {"train": 0}}, r"key 'limit': train is 0, below 1"),
         *(({"name": name}, r"key 'name': files are named by it") for name in ("", "a/b", "..", ".a", "a\\b", "a\0b")),
+        ({"name": "auto"}, r"task 'auto', key 'name': a client of alter serve writes it where it names no task"),
         ({"choices": ["yes"]}, r"at least two choices"),
         ({"weight": 0}, r"key 'weight'"),
         ({"max_target_tokens": 0}, r"key 'max_target_tokens'"),

@@ -286,6 +286,14 @@ def test_what_cannot_be_learned_from_is_one_sentence_and_nothing_is_written(rows
     assert not (tmp_path / "mine").exists()
 
 
+def test_a_file_of_a_name_that_no_task_may_have_is_proposed_under_another(tmp_path, capsys):
+    rows = "\n".join(f"text of row {n},{'yes' if n % 2 else 'no'}" for n in range(40))
+    (tmp_path / "auto.csv").write_text(f"text,label\n{rows}\n")
+    main(["init", str(tmp_path / "out"), str(tmp_path / "auto.csv")])
+    assert "auto_task: classification" in capsys.readouterr().out
+    assert Task.from_file(tmp_path / "out" / "tasks" / "auto_task.yaml").name == "auto_task"
+
+
 def test_nothing_is_overwritten_and_two_files_of_one_task_are_refused(files, tmp_path, capsys):
     main(["init", "mine", str(files[0])])
     (tmp_path / "mine" / "recipe.yaml").write_text("mine")

@@ -115,7 +115,7 @@ def test_the_hubs_own_cache_is_read_without_the_network(monkeypatch, saved, tmp_
             "smollm2-135",
             "backbone: 'smollm2-135' is no folder and no bundled .*HF_HUB_OFFLINE.*Did you mean 'smollm2-135m'",
         ),
-        ("owner/model", "backbone: 'owner/model' .*pass a folder or a bundled name"),
+        ("owner/model", "backbone: 'owner/model' .*pass a folder or a bundled name by --backbone"),
         ("./nowhere", r"backbone: there is no folder \./nowhere"),
         ("/no/where", "backbone: there is no folder"),
         ("two words", "backbone: 'two words' is neither a folder nor a hub id"),

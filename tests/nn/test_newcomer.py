@@ -45,6 +45,29 @@ def test_the_trained_tasks_compute_bit_for_bit_what_they_did(family):
     assert torch.equal(losses(made, examples), before)
 
 
+def test_a_removed_tasks_name_goes_to_a_newcomer_and_what_the_others_compute_stays(tmp_path):
+    made = model()
+    examples = batch([0, 2, 2, 0])
+    before = losses(made, examples)
+    with pytest.raises(AlterError, match="has a task 't1' already"):
+        made.add_newcomer("t1")
+    made.remove_task("t1")
+    made.add_newcomer("t1")
+    assert made.tasks == ["t0", "t1 (removed)", "t2", "t1"]
+    assert made.retired == ["t1 (removed)"]
+    with pytest.raises(AlterError, match="has a task 't1' already"):
+        made.add_newcomer("t1")
+    assert torch.equal(losses(made, examples), before)
+    made.remove_task("t1")  # the newcomer
+    made.add_newcomer("t1 (removed)")  # a name like any other
+    assert made.tasks == ["t0", "t1 (removed) (removed)", "t2", "t1 (removed)"]
+    tiny_model("llama").save_pretrained(tmp_path / "backbone")
+    made.save_pretrained(tmp_path / "model", str(tmp_path / "backbone"))
+    again = MTAModel.from_pretrained(tmp_path / "model")
+    assert (again.tasks, again.retired) == (made.tasks, made.retired)
+    assert torch.equal(losses(again, examples), before)
+
+
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_in_one_batch_each_task_gets_what_it_gets_alone(family):
     made = model(family)

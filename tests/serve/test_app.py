@@ -222,6 +222,15 @@ def test_mistakes_are_told_as_openai_tells_them(predictor):
             assert found == status, (path, told)
             assert words in told["error"]["message"]
             assert told["error"].keys() == {"message", "type", "param", "code"}
+        for stop in ("\n", ["\n", "\n\n"]):  # answers end there in any case
+            found = server.completions.create(model="echo", prompt="w1", stop=stop).choices[0].text
+            assert found == server.completions.create(model="echo", prompt="w1").choices[0].text
+        for stop in (".", ["\n", "."]):
+            with pytest.raises(openai.BadRequestError, match="'stop' is not supported"):
+                server.completions.create(model="echo", prompt="w1", stop=stop)
+        for method, path, allowed in (("GET", "/v1/completions", "POST"), ("POST", "/v1/models", "GET")):
+            status, _, headers = ask(address, method, path, {} if method == "POST" else None)
+            assert (status, headers["allow"]) == (405, allowed)
         assert ask(address, "GET", "/v1/models", headers={"host": "elsewhere.example"})[0] == 400
         assert server.completions.create(model="echo", prompt="w1").choices
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -15,6 +16,7 @@ from alter.loading import made_on
 from alter.nn import LoRA, MTAModel, TaskSelector
 from alter.nn.backbone import load_backbone
 
+FROM_ENVIRONMENT = {"--t5": "ALTER_BENCH_T5", "--data": "ALTER_TEST_DATA"}
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= measures the processor of a GPU machine
 
@@ -53,12 +55,27 @@ def alternate(rounds, **sides):
     return seconds
 
 
+def command(given):
+    """The command that measured, as another machine takes it: folders are named as such, and where its rows go is left out."""
+    program, *rest = given
+    for flag, variable in FROM_ENVIRONMENT.items():
+        if os.environ.get(variable) and not any(word.split("=")[0] == flag for word in rest):
+            rest += [flag, os.environ[variable]]
+    words = iter([word for whole in rest for word in (whole.split("=", 1) if whole.startswith("--") else [whole])])
+    kept = []
+    for word in words:
+        if word == "--out":
+            next(words)
+        else:
+            kept.append("FOLDER" if Path(word).is_absolute() or Path(word).exists() else word)
+    return shlex.join(["python", f"benchmarks/{Path(program).name}", *kept])
+
+
 def row(name, ratios, target, at_most=False):
     """One result: the median ratio, the lowest and highest round, and whether the target holds."""
     ratios = [float(ratio) for ratio in ratios]
     ratio = statistics.median(ratios)
     holds = target is None or (ratio <= target if at_most else ratio >= target)
-    command = f"python benchmarks/{Path(sys.argv[0]).name}"  # with the places of models and data on this machine
     found = {
         "name": name,
         "ratio": ratio,
@@ -67,7 +84,7 @@ def row(name, ratios, target, at_most=False):
         "target": target,
         "bound": "at most" if at_most else "at least",
         "holds": holds,
-        "command": command,
+        "command": command(sys.argv),
         "hardware": hardware(),
     }
     bound = (
@@ -89,10 +106,9 @@ def options(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smollm2", default="smollm2-135m", help="name or folder of SmolLM2-135M")
-    parser.add_argument(
-        "--t5", default=os.environ.get("ALTER_BENCH_T5"), help="folder of a T5; without it T5 is left out"
-    )
-    parser.add_argument("--data", default=os.environ.get("ALTER_TEST_DATA"), help="root of the real mixtures")
+    t5, data = map(os.environ.get, FROM_ENVIRONMENT.values())
+    parser.add_argument("--t5", default=t5, help="folder of a T5; without it T5 is left out")
+    parser.add_argument("--data", default=data, help="root of the real mixtures")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
     return parser

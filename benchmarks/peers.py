@@ -4,7 +4,8 @@
 
 Training: each side is a process of its own, in turn; tokens are counted without padding. peft's side is used as its
 documentation shows it: random batches of a fixed number of examples (as many as ours hold on average), padded by
-DataCollatorForSeq2Seq.
+DataCollatorForSeq2Seq. Its rows are written as token ids beforehand, as ours lie in the token cache, so that its process imports
+nothing of ours.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 STARTED = time.perf_counter()
 
@@ -61,11 +63,34 @@ def train_alter(args, cached):
     return ends, tokens, module.trainable_parameters()
 
 
+def write_examples(args, file):
+    """Writes what peft's side trains on: as many examples as ours, and how many of them ours has in a batch on average."""
+    from mixtures import mixture
+
+    data = mixture(args.smollm2, args.data, args.mixture, args.max_tokens)
+    batches = data.train_dataloader().batch_sampler
+    rows = batches.examples_per_epoch
+    pairs = [pair for _, batch in zip(range(args.steps * 2), batches, strict=False) for pair in batch]
+    examples = [(data.examples(data.tasks[task].name, "train")[row]) for task, row in pairs[: min(rows, len(pairs))]]
+    content = {
+        "tasks": len(data.tasks),
+        "batch_size": max(1, round(rows / len(batches))),
+        "examples": [
+            {
+                "input_ids": e["prompt_ids"] + e["target_ids"],
+                "attention_mask": [1] * (len(e["prompt_ids"]) + len(e["target_ids"])),
+                "labels": [-100] * len(e["prompt_ids"]) + e["target_ids"],
+            }
+            for e in examples
+        ],
+    }
+    file.write_text(json.dumps(content))
+
+
 def train_peft(args):
     """The same with peft and transformers' Trainer."""
     import datasets
     import torch
-    from mixtures import mixture
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -76,29 +101,15 @@ def train_peft(args):
         TrainingArguments,
     )
 
-    data = mixture(args.smollm2, args.data, args.mixture, args.max_tokens)  # the same encoded rows
-    batches = data.train_dataloader().batch_sampler
-    rows = batches.examples_per_epoch
-    batch_size = max(1, round(rows / len(batches)))
-    pairs = [pair for _, batch in zip(range(args.steps * 2), batches, strict=False) for pair in batch]
-    examples = [(data.examples(data.tasks[task].name, "train")[row]) for task, row in pairs[: min(rows, len(pairs))]]
-    dataset = datasets.Dataset.from_list(
-        [
-            {
-                "input_ids": e["prompt_ids"] + e["target_ids"],
-                "attention_mask": [1] * (len(e["prompt_ids"]) + len(e["target_ids"])),
-                "labels": [-100] * len(e["prompt_ids"]) + e["target_ids"],
-            }
-            for e in examples
-        ]
-    )
+    prepared = json.loads(args.examples.read_text())
+    dataset = datasets.Dataset.from_list(prepared["examples"])
     tokenizer = AutoTokenizer.from_pretrained(args.smollm2)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     backbone = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=dtype)
     last = backbone.config.num_hidden_layers
     layers = list(range(last - int(args.layers.split(":")[1]), last))
-    rank = args.rank * len(data.tasks)  # as many parameters as an expert a task
+    rank = args.rank * prepared["tasks"]  # as many parameters as an expert a task
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -123,7 +134,7 @@ def train_peft(args):
         arguments = TrainingArguments(
             folder,
             max_steps=args.steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=prepared["batch_size"],
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -157,6 +168,7 @@ def child(args):
     """Runs one side and prints what was measured."""
     if args.side == "peft":
         ends, tokens, trained = train_peft(args)
+        assert not {"alter", "lightning"} & set(sys.modules)  # whose imports would count as peft's
     else:
         ends, tokens, trained = train_alter(args, args.side == "alter_cached")
     print(
@@ -177,6 +189,7 @@ def main():
     if "--side" in sys.argv:
         parser.add_argument("--side", choices=SIDES)
         parser.add_argument("--cache")
+        parser.add_argument("--examples", type=Path)
         parser.add_argument("--smollm2")
         parser.add_argument("--data")
         parser.add_argument("--precision")
@@ -197,10 +210,11 @@ def main():
 
     args.smollm2 = str(resolve_backbone(args.smollm2))  # peft's side knows folders alone
     measured = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as folder:
+        write_examples(args, Path(folder) / "examples.json")
         for number in range(args.rounds + 1):
             for side in SIDES:
-                found = run(side, args, cache)
+                found = run(side, args, Path(folder))
                 if number:  # the first round fills the trunk cache and the file system's
                     measured[side].append(found)
     values = {side: {key: [m[key] for m in rounds] for key in rounds[0]} for side, rounds in measured.items()}
@@ -231,9 +245,10 @@ def main():
     common.save(rows, args.out)
 
 
-def run(side, args, cache):
+def run(side, args, folder):
     """One side in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--cache", cache, "--smollm2", args.smollm2]
+    command = [sys.executable, __file__, "--side", side, "--smollm2", args.smollm2]
+    command += ["--cache", str(folder / "cache"), "--examples", str(folder / "examples.json")]
     command += ["--layers", args.layers, "--rank", str(args.rank), "--steps", str(args.steps)]
     command += ["--max_tokens", str(args.max_tokens), "--mixture", args.mixture, "--precision", args.precision]
     command += ["--data", args.data] if args.data else []

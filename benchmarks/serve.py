@@ -117,7 +117,7 @@ def resident_bytes(address):
 
 
 def measure(run, args):
-    """Three rows: throughput, failures, memory."""
+    """Three rows: throughput, failures, memory; without a long part the first alone."""
     what = f"serving {args.clients} clients, mixed tasks"
     with serving(run) as address:
         load = Load(address, requests(run))
@@ -133,6 +133,8 @@ def measure(run, args):
                 f"{what}: throughput over one at a time", common.ratios(seconds["alone"], seconds["together"]), 2
             )
         ]
+        if not args.minutes:
+            return rows
         load.answered = 0
         memory = load.endure(args.clients, 60 * args.minutes)
     quarter = len(memory) // 4
@@ -156,7 +158,9 @@ def main():
     parser.add_argument("--run", type=Path, help="a finished run")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64, help="of a round")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of the long part; at least half a minute")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="of the long part, half a minute or more; 0 leaves it out"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         common.save(measure(args.run or made_run(Path(folder), args), args), args.out)

@@ -30,6 +30,13 @@ def test_ls_tells_of_every_recipe_what_it_needs_and_takes(capsys):
     assert (pages / "data.md").is_file()
 
 
+@pytest.mark.parametrize("recipe", shipped(), ids=lambda recipe: recipe.file.stem)
+def test_a_header_names_the_flag_of_its_data_and_a_time(recipe):
+    if re.search(r"\bDIR\b", recipe.needs):
+        assert "--data.root DIR" in recipe.needs
+    assert re.search(r"\d+ (minutes|hours)|\btime depends on\b", recipe.takes)
+
+
 def test_ls_fits_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     main(["ls"])

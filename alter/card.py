@@ -14,11 +14,12 @@ from alter.loading import model_folder, run_recipe
 from alter.nn.embedded import EMBEDDED
 from alter.nn.files import read_config
 
+ALTER = "alter-mta"  # the library, as the hub names them
 UNKNOWN = "not stated in the task file"
 
 
 def model_card(
-    run: Path, usage: str, tasks: Sequence[str] | None = None, library: str = "alter-mta", measured: bool = True
+    run: Path, usage: str, tasks: Sequence[str] | None = None, library: str = ALTER, measured: bool = True
 ) -> ModelCard:
     """Writes the card of a model from what its run folder holds.
 
@@ -41,6 +42,7 @@ def model_card(
     results = _results(run) if measured else {}
     stages = " in two stages" if measured and config["num_shared"] else ""
     backbone = _backbone(str(config["backbone"]["name"]))
+    measurements = list(_metric_table(chosen, results))
     name = f"{run.resolve().name}: " + (chosen[0].name if len(chosen) == 1 else f"{len(chosen)} tasks")
     data = ModelCardData(
         base_model=backbone if "/" in backbone else None,
@@ -63,20 +65,33 @@ def model_card(
         "Read each licence at its source before you pass the model on. The backbone has a licence of its own"
         + (f" ({EMBEDDED[n].licence})." if (n := str(config["backbone"]["name"])) in EMBEDDED else "."),
         "## Metrics",
-        "\n".join(_metric_table(chosen, results))
-        or f"Not measured{'; `alter test` does' if measured else ' by itself'}.",
+        "\n".join(measurements) or f"Not measured{'; `alter test` does' if measured else ' by itself'}.",
         "## Intended use",
         "Short answers to inputs of the kinds above, in the form of the prompts below, checked by somebody who can judge them.",
         "\n".join(line for task in chosen for line in (f"`{task.name}`:", "```", task.prompt.rstrip(), "```")),
         "## Limits",
-        "- It was measured on the test rows of the data above alone; other wording, other languages and other tasks are not "
-        "what it was trained for.\n"
-        "- A classification always names one of its choices, also where none fits; its probabilities are calibrated on "
-        "validation rows and mean little for inputs of another kind.\n"
-        "- A generated answer may be wrong and still read well. It is no medical, legal or financial advice.\n"
-        "- What the backbone has learnt from its own training data, biases included, is in it.",
+        "\n".join(f"- {limit}" for limit in _limits(chosen, library, bool(measurements))),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
+
+
+def _limits(tasks: Sequence[Task], library: str, measured: bool) -> Iterator[str]:
+    only = (
+        "It was measured on the test rows of the data above alone"
+        if measured
+        else "It learned from the data above alone"
+    )
+    yield f"{only}; other wording, other languages and other tasks are not what it was trained for."
+    if any(task.choices for task in tasks):
+        yield (
+            "A classification always names one of its choices, also where none fits; its probabilities are calibrated on "
+            "validation rows and mean little for inputs of another kind."
+            if library == ALTER
+            else "Outside ALTER it writes its answer to a classification and does not choose, so an answer may be none of the "
+            "choices."
+        )
+    yield "A generated answer may be wrong and still read well. It is no medical, legal or financial advice."
+    yield "What the backbone has learnt from its own training data, biases included, is in it."
 
 
 def _backbone(name: str) -> str:

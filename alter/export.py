@@ -23,12 +23,12 @@ from alter.data import Task
 from alter.errors import AlterError, did_you_mean, first_line
 from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.backbone import QUANTISED, load_backbone, load_tokenizer, resolve_backbone
-from alter.nn.collapse import merged, one_adapter
+from alter.nn.collapse import joined_experts, merged, one_adapter
 from alter.nn.files import WEIGHTS_FILE, read_config
 from alter.nn.hub import weight_files
 from alter.nn.model import MTAModel
 from alter.publish import example_call, publish, write_recipe
-from alter.writing import made_whole
+from alter.writing import made_whole, refuse_full
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_USAGE = """
@@ -40,6 +40,55 @@ from transformers import {auto}, AutoTokenizer
 model, tokenizer = {auto}.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
 inputs = tokenizer({prompt!r}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs)[0]{cut}, skip_special_tokens=True))
+```
+"""
+ONNX_USAGE = """
+A graph for ONNX Runtime: from tokens and a cache of keys and values, empty at first, to logits and the longer cache.
+
+```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer, GenerationConfig
+
+graph, tokenizer = onnxruntime.InferenceSession("FOLDER/model.onnx"), AutoTokenizer.from_pretrained("FOLDER")
+settings = GenerationConfig.from_pretrained("FOLDER")
+caches = [given for given in graph.get_inputs() if "past_key_values" in given.name]
+cache = {given.name: np.zeros((1, int(given.shape[1]), 0, int(given.shape[3])), np.float32) for given in caches}
+ids = tokenizer(PROMPT, return_tensors="np")["input_ids"]
+seen, answer = 0, []
+while len(answer) < settings.max_new_tokens:
+    seen += ids.shape[1]
+    places = np.arange(seen - ids.shape[1], seen)[None]
+    mask = np.ones((1, seen), np.int64)
+    logits, *states = graph.run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": places, **cache})
+    ids, cache = logits[:, -1:].argmax(-1), dict(zip(cache, states))
+    if ids[0, 0] in settings.eos_token_id:
+        break
+    answer.append(ids[0, 0])
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```
+"""
+ONNX_SEQ2SEQ_USAGE = """
+Two graphs for ONNX Runtime: of the encoder, and of the decoder with its head, which has no cache.
+
+```python
+import numpy as np
+import onnxruntime
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+encoder, decoder = (onnxruntime.InferenceSession(f"FOLDER/{part}.onnx") for part in ("encoder", "decoder"))
+tokenizer, settings = AutoTokenizer.from_pretrained("FOLDER"), GenerationConfig.from_pretrained("FOLDER")
+given = dict(tokenizer(PROMPT, return_tensors="np"))
+asked = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
+(states,) = encoder.run(None, asked)
+answer = [settings.decoder_start_token_id]
+while len(answer) <= settings.max_new_tokens:
+    read = {"decoder_input_ids": np.array([answer]), "encoder_outputs.last_hidden_state": states}
+    (logits,) = decoder.run(["logits"], {**read, "attention_mask": asked["attention_mask"]})
+    if (token := int(logits[0, -1].argmax())) in settings.eos_token_id:
+        break
+    answer.append(token)
+print(tokenizer.decode(answer[1:], skip_special_tokens=True))
 ```
 """
 ADAPTER_USAGE = """
@@ -87,7 +136,7 @@ class Exporter:
             the folders written.
 
         Raises:
-            AlterError: the model does not fit the format, a task is unknown, or a folder is not empty.
+            AlterError: the model does not fit the format, a task is unknown, or a folder is not empty; nothing is written then.
         """
         out = self.out or self.run / "export" / form
         if form != "hf" and dtype != "fp32":
@@ -106,6 +155,9 @@ class Exporter:
                     f"--task: there is no task '{name}'; it is one of {', '.join(self.config['tasks'])}."
                     f"{did_you_mean(name, self.config['tasks'])}"
                 )
+        names = names or self.config["tasks"]
+        for name in names:
+            refuse_full(out / name)
         if self.content["precision"] in QUANTISED:
             print(
                 f"The run trained beside a backbone in {self.content['precision']}; what is written has its full weights, so "
@@ -113,13 +165,14 @@ class Exporter:
             )
         where = resolve_backbone(self.backbone or self.config["backbone"]["name"])
         model = MTAModel.from_pretrained(self.folder, str(where), "fp32").requires_grad_(False)
+        _refuse_unfit(model, form, names)
         before = [*weight_files(where), self.folder / WEIGHTS_FILE]
         write = {"hf": self._plain, "adapter": self._adapter, "onnx": self._onnx}[form]
         written = []
-        for name in names or self.config["tasks"]:
-            folder = out / name
+        for name in names:
+            folder, task = out / name, Task.from_dict(self.entries[name], str(self.run / "recipe.yaml"))
             with made_whole(folder) as beside:
-                write(model, Task.from_dict(self.entries[name], str(self.run / "recipe.yaml")), beside, where, dtype)
+                write(model, task, beside, where, dtype)
                 for weights in beside.glob("*.safetensors"):
                     shutil.copymode(beside / "README.md", weights)  # safetensors leaves them to their owner alone
             kinds = ("*.safetensors", "*.onnx", "*.data")
@@ -127,6 +180,8 @@ class Exporter:
             print(
                 f"{folder}: {_megabytes(after)} ({_megabytes(before)} before: backbone and the adapters of all tasks)"
             )
+            if task.choices and form != "adapter":
+                print(f"{folder}: other programs write its answers and do not choose, so an answer may be no choice.")
             written.append(folder)
         return written
 
@@ -153,13 +208,11 @@ class Exporter:
         self._card(usage, task, "alter-mta").save(out / "README.md")
 
     def _onnx(self, model: MTAModel, task: Task, out: Path, where: Path, dtype: str) -> None:
-        with contextlib.ExitStack() as stack:
-            try:
-                backbone = stack.enter_context(merged(model, task.name))
-            except AlterError:  # a smaller graph, but not always possible
-                backbone = stack.enter_context(_routed(model, task.name))
+        with _as_graph(model, task.name) as backbone:
             write_onnx(backbone, out)
         self._add_tokenizer(model.backbone, task, out, where, model.is_seq2seq)
+        usage = (ONNX_SEQ2SEQ_USAGE if model.is_seq2seq else ONNX_USAGE).replace("PROMPT", repr(_example(task)))
+        self._card(usage, task, "onnx").save(out / "README.md")
 
     def _add_tokenizer(self, backbone: PreTrainedModel, task: Task, out: Path, where: Path, is_seq2seq: bool) -> None:
         """Adds the tokenizer, and how an answer ends: at a line's end, greedily, as ALTER's do."""
@@ -204,6 +257,45 @@ def _chat_template(tokenizer: Any, task: Task) -> str | None:
         return template if made == task.render_prompt({field: message["content"]}) else None
     except (TemplateError, AlterError):  # a field whose name is no identifier, or that is no text
         return None
+
+
+def _refuse_unfit(model: MTAModel, form: str, names: Sequence[str]) -> None:
+    """Checks that the model has a format for each task, before any is written.
+
+    Raises:
+        AlterError: with what is wrong with each that has not, and the names of those that have.
+    """
+    problems: list[str] = []
+    fit: list[str] = []
+    for name in names:
+        try:
+            if form == "adapter":
+                joined_experts(model, name)
+            else:
+                with merged(model, name) if form == "hf" else _as_graph(model, name):
+                    pass
+            fit.append(name)
+        except AlterError as error:
+            problems += error.messages
+    if problems and fit:
+        problems.append(f"Nothing was written; of the others --format {form} does: --task {' --task '.join(fit)}.")
+    if problems:
+        raise AlterError(*dict.fromkeys(problems))
+
+
+@contextlib.contextmanager
+def _as_graph(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
+    """The backbone as a graph is made of it: with merged weights, which is smaller, or where there are none with routers.
+
+    Raises:
+        AlterError: neither is possible.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            backbone = stack.enter_context(merged(model, task))
+        except AlterError:
+            backbone = stack.enter_context(_routed(model, task))
+        yield backbone
 
 
 @contextlib.contextmanager
@@ -258,10 +350,10 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # without padding in the sample, transformers would leave the mask out of the graph
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": mask}
-    exporter: Any = OnnxExporter()
-    config = OnnxConfig(dynamic=True)
     try:
         with _quiet():
+            exporter: Any = OnnxExporter()
+            config = OnnxConfig(dynamic=True)
             if model.config.is_encoder_decoder:
                 encoded = model.get_encoder()(**inputs)
                 decoding = {
@@ -286,17 +378,14 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the exporter's steps and advice from the screen."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of all loggers: some of the exporter's are named by their files
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def _megabytes(files: Sequence[Path]) -> str:

@@ -47,9 +47,7 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
     file = run / "recipe.yaml"
     if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
         return False
-    before, now = (
-        {**config, "backbone": whole_name(config["backbone"])} for config in (read_yaml(file), recipe.config)
-    )
+    before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
     changed = [key for key in differences(before, now) if not UNCOMPARED.fullmatch(key)]
     if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
         raise AlterError(
@@ -63,6 +61,13 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
             f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
         )
     return True
+
+
+def _with_whole_name(config: Any) -> Any:
+    """A recipe whose backbone is named as runs name it; older runs have it as it was given, damaged files not at all."""
+    if not isinstance(config, dict) or not isinstance(config.get("backbone"), str):
+        return config
+    return {**config, "backbone": whole_name(config["backbone"])}
 
 
 def _has_grown(run: Path) -> bool:

@@ -58,6 +58,16 @@ def _plain(obj: Any) -> Any:
     return obj
 
 
+def refuse_full(folder: Path) -> None:
+    """Checks that a folder is new or empty.
+
+    Raises:
+        AlterError: it is there and holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AlterError(f"{folder}: already there and not empty; give a new folder, or remove it first.")
+
+
 @contextlib.contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
     """A folder beside, which takes the place of a new or empty one once it is complete; else nothing new is left.
@@ -65,8 +75,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
     Raises:
         AlterError: the folder is there and holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise AlterError(f"{folder}: already there and not empty; give a new folder, or remove it first.")
+    refuse_full(folder)
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     new = [parent for parent in folder.parents if not parent.exists()]

@@ -1,6 +1,7 @@
 """`alter export`: what it writes is read by programs that know nothing of ALTER."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import alter
 from alter.card import model_card
 from alter.cli import main
 from alter.data import Task
-from alter.export import _chat_template, _example
+from alter.export import _chat_template, _example, _quiet
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.runs import add_newcomer, make_run
@@ -58,7 +59,10 @@ def test_a_plain_checkpoint_answers_the_same_in_a_process_without_alter(family, 
     assert sorted(p.name for p in folder.parent.iterdir()) == ["echo", "sort"]
     before = weights(tmp_path / "backbone") + weights(run / "model")
     line = f"{folder}: {weights(folder) / 1e6:,.1f} MB ({before / 1e6:,.1f} MB before: backbone and the adapters of all tasks)"
-    assert line in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert line in out
+    chooses_not = "other programs write its answers and do not choose, so an answer may be no choice."
+    assert [said for said in out.splitlines() if "choose" in said] == [f"run/export/hf/sort: {chooses_not}"]
     model = alter.load(run)
     auto = "AutoModelForSeq2SeqLM" if family == "t5" else "AutoModelForCausalLM"
     given = json.dumps([str(tmp_path / folder), auto, [model.prompt(text, "echo") for text in TEXTS]])
@@ -72,6 +76,10 @@ def test_a_plain_checkpoint_answers_the_same_in_a_process_without_alter(family, 
     assert card.data.library_name == "transformers"
     assert "`echo`" in card.text
     assert "`sort`" not in card.text
+    assert "classification" not in card.text.split("## Limits")[1]
+    limits = ModelCard.load(folder.parent / "sort" / "README.md").text.split("## Limits")[1]
+    assert "it writes its answer to a classification and does not choose" in limits
+    assert "calibrated" not in limits
 
 
 def test_dtype_halves_the_checkpoint_and_is_what_loads(tmp_path, words):  # noqa: F811
@@ -153,6 +161,37 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, words, c
     assert weights(Path("run/export/hf/sort")) == kept > 0
 
 
+def test_whether_all_tasks_fit_is_known_before_any_is_written(tmp_path, words, capsys, monkeypatch):  # noqa: F811
+    run = make_run(tmp_path, words, shared=None)
+    add_newcomer(run)
+    monkeypatch.chdir(tmp_path)
+    newcomer, others = refused(capsys, "export", "--run", "run")
+    assert "The task 'new' was added later" in newcomer
+    assert "take --format onnx" in newcomer
+    assert others == (
+        "alter: Nothing was written; of the others --format hf does: --task sort --task pick --task echo --task pair."
+    )
+    assert not Path("run/export").exists()
+    Path("out/pick").mkdir(parents=True)
+    Path("out/pick/mine").touch()
+    tasks = ["--task", "sort", "--task", "pick"]
+    assert (
+        "out/pick: already there and not empty" in refused(capsys, "export", "--run", "run", *tasks, "--out", "out")[0]
+    )
+    assert not Path("out/sort").exists()
+    main(["export", "--run", "run", "--task", "sort", "--task", "pick"])
+    assert sorted(folder.name for folder in Path("run/export/hf").iterdir()) == ["pick", "sort"]
+
+
+def test_a_newcomer_of_two_stages_is_told_what_takes_it(tmp_path, words, capsys):  # noqa: F811
+    run = make_run(tmp_path, words)
+    add_newcomer(run)
+    for form in ("hf", "adapter"):
+        (sentence,) = refused(capsys, "export", "--run", str(run), "--task", "new", "--format", form)
+        assert sentence.endswith("take --format onnx, or use the model as it is (--format alter, alter.load).")
+        assert "stage" not in sentence
+
+
 # -- the whole model, for the hub -------------------------------------------------------------------------------------
 
 
@@ -195,6 +234,9 @@ def test_the_hub_folder_loads_and_its_card_tells_tasks_licences_metrics_and_limi
     of_stage1 = ModelCard.load("plain/sort/README.md")  # the results are those of the whole model
     assert of_stage1.data.eval_results is None
     assert "Not measured by itself" in of_stage1.text
+    assert "It was measured" not in of_stage1.text
+    assert "It was measured" in card.text
+    assert "always names one of its choices" in card.text
     assert "two stages" not in of_stage1.text
     copy.save_pretrained("again")
     assert {p.name for p in Path("again").iterdir()} == names
@@ -247,19 +289,34 @@ def until(tokens, ends):
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
+def test_the_exporters_advice_stays_from_the_screen_whatever_its_loggers_are_called(caplog):
+    exporters = logging.getLogger("/site-packages/transformers/exporters/exporter_dynamo.py")
+    with _quiet():
+        print("step")
+        exporters.warning("advice")
+        exporters.error("it fails")
+    exporters.warning("later")
+    assert [record.message for record in caplog.records] == ["it fails", "later"]
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "task"),
     [("llama", {"shared": None}, "echo"), ("llama", {}, "new"), ("t5", {}, "echo")],
     ids=["merged", "newcomer", "t5"],
 )
-def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, task, tmp_path, words):  # noqa: F811
+def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, task, tmp_path, words, capsys, monkeypatch):  # noqa: F811
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     run = make_run(tmp_path, words, family, blocks=3, **kind)  # the translation takes seconds a block
     if task == "new":
         add_newcomer(run)
-    main(["export", "--run", str(run), "--format", "onnx", "--task", task, "--out", str(tmp_path / "out")])
+    export = ["export", "--run", str(run), "--format", "onnx", "--task", task, "--out", str(tmp_path / "out")]
     folder = tmp_path / "out" / task
+    advice = []
+    monkeypatch.setattr(logging.StreamHandler, "emit", lambda self, record: advice.append(record))
+    main(export)
+    assert not [record for record in advice if record.levelno >= logging.WARNING]  # of the exporter, about itself
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [str(folder)]
     model, tokenizer = alter.load(run), AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(model.prompt(text, task)).input_ids for text in TEXTS]
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
@@ -272,6 +329,10 @@ def test_onnx_runtime_decodes_greedily_as_the_model_does(family, kind, task, tmp
     expected = model.generate(TEXTS, task=task)
     assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == expected
     assert len(set(expected)) > 1
+    code = (folder / "README.md").read_text().split("```python")[1].split("```")[0].replace("FOLDER", str(folder))
+    asked = model.prompt(TEXTS[0], task) + (" </s>" if family == "t5" else "")  # which a real T5's tokenizer adds
+    exec(code.replace(repr(model.prompt("...", task)), repr(asked)), {})
+    assert capsys.readouterr().out.strip() == expected[0]
 
 
 def test_a_graph_that_would_need_the_prompt_apart_is_refused(tmp_path, words, capsys):  # noqa: F811

@@ -177,6 +177,10 @@ def test_a_run_is_used_from_another_folder_and_with_its_backbone_elsewhere(grown
     main(["fit", "--config", "recipe.yaml", "--run", "run"])  # the same recipe still, though it says it otherwise
     change_recipe(grown / "run", backbone="backbone")  # as runs said it before
     main(["fit", "--config", "recipe.yaml", "--run", "run"])
+    whole = Path("run/recipe.yaml").read_text()
+    Path("run/recipe.yaml").write_text("")  # damaged
+    assert "was started with another recipe" in refused(capsys, "fit", "--config", "recipe.yaml", "--run", "run")[0]
+    Path("run/recipe.yaml").write_text(whole)
     elsewhere = grown / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

@@ -55,8 +55,8 @@ def merged(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
     Raises:
         AlterError: a router reads more than the task, or the mixture is no feed-forward of the backbone's shape.
     """
-    refuse_other_inputs(model)
     task_id = _trained_task(model, task)
+    refuse_other_inputs(model)
     found = [(layer, _merged_layer(layer, task_id)) for layer in model.layers.values()]
     paths = {module: path for path, module in model.backbone.named_modules()}
     before: list[tuple[torch.nn.Parameter, Tensor]] = []
@@ -82,9 +82,10 @@ def merged(model: MTAModel, task: str) -> Iterator[PreTrainedModel]:
 def _trained_task(model: MTAModel, task: str) -> int:
     task_id = model.tasks.index(task)
     if task_id >= model.base_tasks:
+        graph = not any(router.reads_prompt or router.reads_sequence for router in model.routers())
         raise AlterError(
             f"The task '{task}' was added later and adds up outputs of its own expert and of others, which is no single "
-            "feed-forward; take --format onnx, or use the model as it is (--format alter, alter.load)."
+            f"feed-forward; {'take --format onnx, or ' if graph else ''}use the model as it is (--format alter, alter.load)."
         )
     return task_id
 
@@ -117,9 +118,7 @@ def one_adapter(model: MTAModel, task: str, backbone: PreTrainedModel) -> MTAMod
     Raises:
         AlterError: a router reads more than the task, or the experts do not concatenate.
     """
-    refuse_other_inputs(model)
-    task_id = _trained_task(model, task)
-    found = [_one_expert(layer, task_id) for layer in model.layers.values()]
+    found = joined_experts(model, task)
     rank = max(expert.rank for expert in found)
     plain = MTAModel(backbone, [task], *model.placement)
     plain.add_experts(Bottleneck(rank, found[0].activation), TaskSelector(hard=True))
@@ -130,6 +129,17 @@ def one_adapter(model: MTAModel, task: str, backbone: PreTrainedModel) -> MTAMod
     if model.has_own_backbone:
         plain.take_backbone(model)
     return plain.eval()
+
+
+def joined_experts(model: MTAModel, task: str) -> list[Bottleneck]:
+    """The one expert of each layer that ``one_adapter`` has.
+
+    Raises:
+        AlterError: as there.
+    """
+    task_id = _trained_task(model, task)
+    refuse_other_inputs(model)
+    return [_one_expert(layer, task_id) for layer in model.layers.values()]
 
 
 def _one_expert(layer: MixtureOfTaskAdapters, task_id: int) -> Bottleneck:

@@ -97,7 +97,7 @@ complete -c alter -n '_shtab_alter_using doctor' -l data.max_tokens -x -d 'of a 
 complete -c alter -n '_shtab_alter_using doctor' -l data.eval_max_tokens -x -d 'of a validation batch.'
 complete -c alter -n '_shtab_alter_using doctor' -l data.mixed_batches -xka "true false" -d 'whether a batch mixes tasks.'
 complete -c alter -n '_shtab_alter_using doctor' -l data.num_workers -x -d 'processes that load batches.'
-complete -c alter -n '_shtab_alter_using doctor' -l data.seed -x -d 'of the mixture, of drawn limits and of shots.'
+complete -c alter -n '_shtab_alter_using doctor' -l data.seed -x -d 'of the mixture, of the training rows that limits draw, and of shots.'
 complete -c alter -n '_shtab_alter_using doctor' -l data.cache_dir -xka "null" -d 'for encoded tasks; by default ``tokens`` in ALTER'"'"'s cache folder.'
 complete -c alter -n '_shtab_alter_using doctor' -l data.root -xka "null" -d 'folder that the paths of data files start from, for recipes that leave it to the user; by default each'
 complete -c alter -n '_shtab_alter_using doctor' -l data.shots -xka "null" -d 'K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K'
@@ -498,7 +498,7 @@ complete -c alter -n '_shtab_alter_using doctor' -l trainer.plugins.requeue_sign
 complete -c alter -n '_shtab_alter_using doctor' -l trainer.plugins.checkpoint_io -xka "null" -d trainer.plugins.checkpoint_io
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.layers -x -d stage1.model.layers
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.ffn -xka "null" -d stage1.model.ffn
-complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
+complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.experts.low_rank.LowRank alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.expert.rank -x -d stage1.model.expert.rank
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.expert.activation -xka "gelu relu silu" -d stage1.model.expert.activation
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.expert.alpha -xka "null" -d stage1.model.expert.alpha
@@ -566,7 +566,7 @@ complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.keep -x -d stag
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.rates_lr -x -d stage1.model.rates_lr
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.num_shared -x -d stage1.model.num_shared
 complete -c alter -n '_shtab_alter_using doctor' -l stage1.model.task_expert_lr -x -d stage1.model.task_expert_lr
-complete -c alter -n '_shtab_alter_using doctor' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
+complete -c alter -n '_shtab_alter_using doctor' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.experts.low_rank.LowRank alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
 complete -c alter -n '_shtab_alter_using doctor' -l stage2.model.expert.rank -x -d stage2.model.expert.rank
 complete -c alter -n '_shtab_alter_using doctor' -l stage2.model.expert.activation -xka "gelu relu silu" -d stage2.model.expert.activation
 complete -c alter -n '_shtab_alter_using doctor' -l stage2.model.expert.alpha -xka "null" -d stage2.model.expert.alpha
@@ -662,7 +662,7 @@ complete -c alter -n '_shtab_alter_using fit' -l data.max_tokens -x -d 'of a tra
 complete -c alter -n '_shtab_alter_using fit' -l data.eval_max_tokens -x -d 'of a validation batch.'
 complete -c alter -n '_shtab_alter_using fit' -l data.mixed_batches -xka "true false" -d 'whether a batch mixes tasks.'
 complete -c alter -n '_shtab_alter_using fit' -l data.num_workers -x -d 'processes that load batches.'
-complete -c alter -n '_shtab_alter_using fit' -l data.seed -x -d 'of the mixture, of drawn limits and of shots.'
+complete -c alter -n '_shtab_alter_using fit' -l data.seed -x -d 'of the mixture, of the training rows that limits draw, and of shots.'
 complete -c alter -n '_shtab_alter_using fit' -l data.cache_dir -xka "null" -d 'for encoded tasks; by default ``tokens`` in ALTER'"'"'s cache folder.'
 complete -c alter -n '_shtab_alter_using fit' -l data.root -xka "null" -d 'folder that the paths of data files start from, for recipes that leave it to the user; by default each'
 complete -c alter -n '_shtab_alter_using fit' -l data.shots -xka "null" -d 'K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K'
@@ -1063,7 +1063,7 @@ complete -c alter -n '_shtab_alter_using fit' -l trainer.plugins.requeue_signal 
 complete -c alter -n '_shtab_alter_using fit' -l trainer.plugins.checkpoint_io -xka "null" -d trainer.plugins.checkpoint_io
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.layers -x -d stage1.model.layers
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.ffn -xka "null" -d stage1.model.ffn
-complete -c alter -n '_shtab_alter_using fit' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
+complete -c alter -n '_shtab_alter_using fit' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.experts.low_rank.LowRank alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.expert.rank -x -d stage1.model.expert.rank
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.expert.activation -xka "gelu relu silu" -d stage1.model.expert.activation
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.expert.alpha -xka "null" -d stage1.model.expert.alpha
@@ -1131,7 +1131,7 @@ complete -c alter -n '_shtab_alter_using fit' -l stage1.model.keep -x -d stage1.
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.rates_lr -x -d stage1.model.rates_lr
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.num_shared -x -d stage1.model.num_shared
 complete -c alter -n '_shtab_alter_using fit' -l stage1.model.task_expert_lr -x -d stage1.model.task_expert_lr
-complete -c alter -n '_shtab_alter_using fit' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
+complete -c alter -n '_shtab_alter_using fit' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.experts.low_rank.LowRank alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
 complete -c alter -n '_shtab_alter_using fit' -l stage2.model.expert.rank -x -d stage2.model.expert.rank
 complete -c alter -n '_shtab_alter_using fit' -l stage2.model.expert.activation -xka "gelu relu silu" -d stage2.model.expert.activation
 complete -c alter -n '_shtab_alter_using fit' -l stage2.model.expert.alpha -xka "null" -d stage2.model.expert.alpha
@@ -1227,7 +1227,7 @@ complete -c alter -n '_shtab_alter_using compare' -l data.max_tokens -x -d 'of a
 complete -c alter -n '_shtab_alter_using compare' -l data.eval_max_tokens -x -d 'of a validation batch.'
 complete -c alter -n '_shtab_alter_using compare' -l data.mixed_batches -xka "true false" -d 'whether a batch mixes tasks.'
 complete -c alter -n '_shtab_alter_using compare' -l data.num_workers -x -d 'processes that load batches.'
-complete -c alter -n '_shtab_alter_using compare' -l data.seed -x -d 'of the mixture, of drawn limits and of shots.'
+complete -c alter -n '_shtab_alter_using compare' -l data.seed -x -d 'of the mixture, of the training rows that limits draw, and of shots.'
 complete -c alter -n '_shtab_alter_using compare' -l data.cache_dir -xka "null" -d 'for encoded tasks; by default ``tokens`` in ALTER'"'"'s cache folder.'
 complete -c alter -n '_shtab_alter_using compare' -l data.root -xka "null" -d 'folder that the paths of data files start from, for recipes that leave it to the user; by default each'
 complete -c alter -n '_shtab_alter_using compare' -l data.shots -xka "null" -d 'K, to learn from K training rows of each class (of a task without choices: K rows), and to validate on K'
@@ -1628,7 +1628,7 @@ complete -c alter -n '_shtab_alter_using compare' -l trainer.plugins.requeue_sig
 complete -c alter -n '_shtab_alter_using compare' -l trainer.plugins.checkpoint_io -xka "null" -d trainer.plugins.checkpoint_io
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.layers -x -d stage1.model.layers
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.ffn -xka "null" -d stage1.model.ffn
-complete -c alter -n '_shtab_alter_using compare' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
+complete -c alter -n '_shtab_alter_using compare' -l stage1.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.experts.low_rank.LowRank alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage1.model.expert
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.expert.rank -x -d stage1.model.expert.rank
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.expert.activation -xka "gelu relu silu" -d stage1.model.expert.activation
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.expert.alpha -xka "null" -d stage1.model.expert.alpha
@@ -1696,7 +1696,7 @@ complete -c alter -n '_shtab_alter_using compare' -l stage1.model.keep -x -d sta
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.rates_lr -x -d stage1.model.rates_lr
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.num_shared -x -d stage1.model.num_shared
 complete -c alter -n '_shtab_alter_using compare' -l stage1.model.task_expert_lr -x -d stage1.model.task_expert_lr
-complete -c alter -n '_shtab_alter_using compare' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
+complete -c alter -n '_shtab_alter_using compare' -l stage2.model.expert -xka "alter.nn.Expert alter.nn.Bottleneck alter.nn.FFNCopy alter.nn.experts.low_rank.LowRank alter.nn.HydraLoRA alter.nn.MTLLoRA alter.nn.LoRA null" -d stage2.model.expert
 complete -c alter -n '_shtab_alter_using compare' -l stage2.model.expert.rank -x -d stage2.model.expert.rank
 complete -c alter -n '_shtab_alter_using compare' -l stage2.model.expert.activation -xka "gelu relu silu" -d stage2.model.expert.activation
 complete -c alter -n '_shtab_alter_using compare' -l stage2.model.expert.alpha -xka "null" -d stage2.model.expert.alpha

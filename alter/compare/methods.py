@@ -72,6 +72,7 @@ def one_stage_of(config: Config, draws: int) -> Config:
     config["stages"] = ["stage1"]
     first, last = (config[stage]["model"]["init_args"] for stage in ("stage1", "stage2"))
     first |= {key: last[key] for key in ("schedule", "warmup") if key in last}
+    del config["stage2"]  # a cell goes on when what it does not use has changed
     config["data"]["examples_per_epoch"] = draws
     config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1.0}
     config["stage1"]["trainer"] = _without_length(config["stage1"]["trainer"])

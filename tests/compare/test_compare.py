@@ -135,6 +135,19 @@ def test_a_method_whose_steps_are_of_another_size_starts_at_a_rate_of_its_own(co
     assert found == {"stage1": 0.003, "peft_lora": 0.003, "full": 2e-4, "peft_poly": 2e-2}
 
 
+@pytest.mark.parametrize(
+    ("name", "uses"), [("stage1", False), ("peft_lora", False), ("alone", False), ("two_stage", True)]
+)
+def test_a_cell_goes_on_when_what_it_does_not_use_has_changed(compared, tmp_path, name, uses):
+    planned = []
+    for keep in ("0.5", "0.8"):
+        recipe = read_recipe(["--config", "recipe.yaml", "--stage2.model.keep", keep])
+        grid = Grid(tmp_path / keep, recipe, METHODS, [13], "test", (1.0,))
+        cell = plan_cell(grid, Planner(recipe), name, 13, 1.0)
+        planned.append(json.loads((cell / "cell.json").read_text())["settings"])
+    assert (planned[0] != planned[1]) == uses
+
+
 def test_a_cell_is_the_same_wherever_its_recipe_is_read_from(compared, tmp_path):
     planned = []
     for config in ("recipe.yaml", str(compared / "recipe.yaml")):

@@ -18,9 +18,8 @@ class FFNCopy(Expert):
     """Full trainable copies of the frozen feed-forward, the experts of the authors' released code (arXiv 2309.11042).
 
     Where a router uses few experts a token (``active``), tokens are sorted by expert and each runs through its own
-    expert alone, as one grouped matmul; otherwise all experts run and are weighted. Copies start alike, so those with equal
-    gates get equal gradients and stay one: as stage 2's shared experts take them under ``FirstPositionGate``, whose gates
-    differ from the start, and under ``SharedGate`` take ``LoRA``.
+    expert alone, as one grouped matmul; otherwise all experts run and are weighted. Copies start alike, and those with equal
+    gates get equal gradients: as stage 2's shared experts under ``SharedGate`` they stay nearly one; take ``LoRA`` there.
     """
 
     contains_ffn = True

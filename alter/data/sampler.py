@@ -122,11 +122,14 @@ class MixtureBatchSampler(Sampler[list[Pair]]):
         return self._planned[1]
 
     def _batches(self, epoch: int) -> list[list[Pair]]:
-        if self._number is None:
-            self._number = max(len(self._packed(self.first_epoch, self.max_tokens)), self._fewest())
         budget = self.max_tokens
-        while len(batches := self._packed(epoch, budget)) > self._number:
+        batches = self._packed(epoch, budget)
+        if self._number is None:
+            first = batches if epoch == self.first_epoch else self._packed(self.first_epoch, budget)
+            self._number = max(len(first), self._fewest())
+        while len(batches) > self._number:
             budget += max(1, budget // 100)
+            batches = self._packed(epoch, budget)
         while len(batches) < self._number:
             largest = max(range(len(batches)), key=lambda i: len(batches[i]))
             half = len(batches[largest]) // 2
@@ -215,13 +218,15 @@ def eval_batches(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[l
 def _pack(order: Sequence[int], sizes: np.ndarray, max_tokens: int) -> list[list[int]]:
     """Fills batches in this order."""
     batches: list[list[int]] = []
-    longest = np.zeros(sizes.shape[1], dtype=int)
-    for index in order:
-        grown = np.maximum(longest, sizes[index])
-        if batches and (len(batches[-1]) + 1) * grown.sum() <= max_tokens:
+    longest: list[int] = []
+    for index, size in zip(
+        order, sizes[order].tolist(), strict=True
+    ):  # numbers of Python: arrays of one or two take ten times as long
+        grown = list(map(max, longest, size))
+        if batches and (len(batches[-1]) + 1) * sum(grown) <= max_tokens:
             batches[-1].append(index)
             longest = grown
         else:
             batches.append([index])
-            longest = sizes[index]
+            longest = size
     return batches

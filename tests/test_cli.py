@@ -197,7 +197,8 @@ def test_stages_can_be_run_one_by_one(project, capsys):
     fit("--stages", "[stage2]")
     second = load_file(project / "run" / "model" / "adapters.safetensors")
     assert first.keys() < second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)  # the task experts stayed
+    for key, value in first.items():  # the task experts stayed, divided by `keep`
+        assert torch.equal(second[key], value * (1 / 0.9) if ".experts.b." in key else value), key
     assert any("shared" in key for key in second)
 
 

@@ -102,20 +102,14 @@ class CachedTrunk:
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields each row with its states, [tokens, d].
 
-        On a CPU each example is computed alone and without padding. A product's last bits depend on the rows beside it, so
-        what is stored would else depend on which batch, which process or which interrupted run came first.
+        On a CPU the whole batch is computed, as it would be without a cache. A product's last bits depend on the rows beside
+        it, so that a batch which an interrupted run had stored in part would else give other states.
         """
-        if inputs["input_ids"].device.type != "cpu":
-            computed = self.trunk.states(**{name: value[list(rows)] for name, value in inputs.items()}).cpu()
-            yield from ((row, states[: lengths[row]]) for row, states in zip(rows, computed, strict=True))
-            return
-        for row in rows:
-            read = inputs["encoder_attention_mask"][row].sum() if "encoder_attention_mask" in inputs else 0
-            alone = {
-                name: value[row : row + 1, : read if name.startswith("encoder") else lengths[row]]
-                for name, value in inputs.items()
-            }
-            yield row, self.trunk.states(**alone)[0]
+        asked = list(rows) if inputs["input_ids"].device.type != "cpu" else list(range(len(inputs["input_ids"])))
+        computed = dict(
+            zip(asked, self.trunk.states(**{name: value[asked] for name, value in inputs.items()}).cpu(), strict=True)
+        )
+        yield from ((row, computed[row][: lengths[row]]) for row in rows)
 
 
 def example_keys(*parts: tuple[Tensor, Tensor]) -> tuple[list[bytes], list[int]]:

@@ -74,11 +74,8 @@ class Outputs:
 
     def _down(self, linear: nn.Linear) -> Tensor | None:
         """W [d, h] where reading through it is cheaper than every output: it costs as much as so many tokens' outputs."""
-        if (
-            self._ffn is None or torch.compiler.is_exporting()
-        ):  # a graph must not depend on how many tokens its example has
+        # An exported graph must not depend on how many tokens its example has.
+        if self._ffn is None or torch.compiler.is_exporting():
             return None
         tokens, k = self._change.shape[:2].numel(), self._change.shape[-2]
-        if (k - 1) * tokens <= k * linear.out_features:
-            return None
-        return plain_weight(self._ffn.module("down"))
+        return plain_weight(self._ffn.module("down")) if (k - 1) * tokens > k * linear.out_features else None

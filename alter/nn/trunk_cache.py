@@ -105,11 +105,11 @@ class CachedTrunk:
         On a CPU the whole batch is computed, as it would be without a cache. A product's last bits depend on the rows beside
         it, so that a batch which an interrupted run had stored in part would else give other states.
         """
-        asked = list(rows) if inputs["input_ids"].device.type != "cpu" else list(range(len(inputs["input_ids"])))
-        computed = dict(
-            zip(asked, self.trunk.states(**{name: value[asked] for name, value in inputs.items()}).cpu(), strict=True)
-        )
-        yield from ((row, computed[row][: lengths[row]]) for row in rows)
+        if inputs["input_ids"].device.type == "cpu":
+            computed = self.trunk.states(**inputs)[list(rows)]
+        else:
+            computed = self.trunk.states(**{name: value[list(rows)] for name, value in inputs.items()}).cpu()
+        yield from ((row, states[: lengths[row]]) for row, states in zip(rows, computed, strict=True))
 
 
 def example_keys(*parts: tuple[Tensor, Tensor]) -> tuple[list[bytes], list[int]]:

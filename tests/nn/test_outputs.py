@@ -43,7 +43,7 @@ def test_what_is_read_and_weighted_is_that_of_the_whole(bias, tokens, units, own
     torch.testing.assert_close(kept.whole(), whole.whole(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_map_is_applied_once(monkeypatch):
+def test_a_map_is_applied_once():
     """The first maps to every token once, and of many tokens the last one to their weighted sum alone."""
     block, frozen, experts = make(LoRA(rank=3))
     rows = []

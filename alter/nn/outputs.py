@@ -54,7 +54,7 @@ class Outputs:
         if self._inner is None or self._ffn is None or weight is None:
             return linear(self.whole().float().flatten(-2))
         read = linear.weight.unflatten(1, self._change.shape[-2:])  # [out, k, d]
-        through = torch.einsum("okd,dh->okh", read, weight.to(read.dtype))
+        through = read.to(weight.dtype) @ weight  # of the two, W is the larger to convert
         found = self._inner.flatten(-2) @ through.flatten(1).t().to(self._inner.dtype)
         found = found + self._change.flatten(-2) @ linear.weight.t().to(self._change.dtype)
         if (bias := self._ffn.bias("down")) is not None:

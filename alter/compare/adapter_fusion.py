@@ -143,7 +143,8 @@ def train(model: Model, plan: Plan, batches: Sequence[Batch], validation: Sequen
     optimizer = getattr(torch.optim, plan["optimizer"])(list(parameters.values()), **plan["optimizer_args"])
     together = plan["accumulate_grad_batches"]
     steps = math.ceil(len(batches) / together)
-    scheduler = get_scheduler(plan["schedule"], optimizer, round(plan["warmup"] * steps), steps)
+    schedule = plan["schedule"].replace("constant", "constant_with_warmup")  # transformers' plain one has no warm-up
+    scheduler = get_scheduler(schedule, optimizer, round(plan["warmup"] * steps), steps)
     checks = {round(len(batches) * (i + 1) / plan["validations"]) for i in range(plan["validations"])}
     tokens, seconds, best, state = 0, 0.0, float("inf"), {}
     for number, batch in enumerate(batches, start=1):

@@ -20,6 +20,7 @@ from alter.nn.files import write_tensors
 from alter.nn.model import MTAModel
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
+from alter.stages.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,7 +157,7 @@ class BaselineModule(StageModule):
         kind: Kind = "lora",
         rank: int = 16,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
-        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: float = 0.05,
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,

@@ -26,6 +26,7 @@ from alter.nn.model import MTAModel
 from alter.nn.processes import gather_objects, world_size
 from alter.nn.sharding import gather, local_numel, shard, slice_like
 from alter.nn.trunk_cache import TrunkCache
+from alter.stages.schedule import Schedule, make_scheduler
 from alter.writing import write_json
 
 
@@ -52,7 +53,7 @@ class StageModule(LightningModule):
     def __init__(
         self,
         optimizer: OptimizerCallable,
-        schedule: Literal["constant", "linear", "cosine"],
+        schedule: Schedule,
         warmup: float,
         loss_average: Literal["token", "example"],
         gradient_checkpointing: bool,
@@ -321,8 +322,6 @@ class StageModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One parameter group a part, its learning rate times the part's factor."""
-        from transformers import get_scheduler
-
         rates = self.learning_rates()
         groups = [
             {"params": trainable, "name": part}
@@ -337,9 +336,7 @@ class StageModule(LightningModule):
                 "trainer.max_epochs: the learning rate is planned over all steps, and nothing says how many there are; give "
                 "max_epochs or max_steps (max_time may still end it sooner)."
             )
-        scheduler = get_scheduler(
-            self.schedule, optimizer, num_warmup_steps=round(self.warmup * steps), num_training_steps=int(steps)
-        )
+        scheduler = make_scheduler(optimizer, self.schedule, self.warmup, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from alter.nn.experts import Expert
 from alter.nn.model import MTAModel
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
+from alter.stages.schedule import Schedule
 
 
 class GrowthModule(StageModule):
@@ -40,7 +41,7 @@ class GrowthModule(StageModule):
         precision: str = "fp32",
         start_from: str = "",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
-        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: float = 0.05,
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,

@@ -13,6 +13,7 @@ from alter.nn.model import MTAModel
 from alter.nn.routers import Router, TaskSelector
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
+from alter.stages.schedule import Schedule
 
 
 class Stage1Module(StageModule):
@@ -55,7 +56,7 @@ class Stage1Module(StageModule):
         router_lr: float = 1.0,
         backbone_lr: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
-        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: float = 0.05,
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,

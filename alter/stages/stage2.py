@@ -12,6 +12,7 @@ from alter.nn.model import MTAModel
 from alter.nn.routers import Router, SharedGate
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
+from alter.stages.schedule import Schedule
 
 
 class Stage2Module(StageModule):
@@ -52,7 +53,7 @@ class Stage2Module(StageModule):
         task_expert_lr: float = 0.0,
         backbone_lr: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
-        schedule: Literal["constant", "linear", "cosine"] = "cosine",
+        schedule: Schedule = "cosine",
         warmup: float = 0.05,
         loss_average: Literal["token", "example"] = "token",
         gradient_checkpointing: bool = False,

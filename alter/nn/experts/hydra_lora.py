@@ -34,7 +34,7 @@ class HydraLoRA(LowRank):
 
     def _low(self, role: str, x: Tensor, routing: Routing) -> Tensor:
         """What enters B, [batch, ..., width] -> [batch, ..., rank]."""
-        return x.to(self.a[role].dtype) @ self.a[role] * self.scale
+        return x @ self.a[role] * self.scale
 
     def mixed_change(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Change:
         def change(role: str, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class LoRA(LowRank):
         def change(role: str, x: Tensor) -> Tensor:
             a, b = self.a[role], self.b[role]
             a, b = (few.inputs(a), few.outputs(b)) if few else (a.flatten(1), b.flatten(0, 1))
-            return (x.to(scaled.dtype) @ a * scaled) @ b
+            return (x @ a * scaled) @ b
 
         return change
 
@@ -52,7 +52,7 @@ class LoRA(LowRank):
     def own_changes(self, routing: Routing) -> Change:
         def change(role: str, x: Tensor) -> Tensor:
             a, b = self.a[role], self.b[role]
-            low = torch.einsum("bsed,der->bser", x.to(a.dtype).expand(*x.shape[:-2], len(b), x.shape[-1]), a)
+            low = torch.einsum("bsed,der->bser", x.expand(*x.shape[:-2], len(b), x.shape[-1]), a)
             return torch.einsum("bser,ero->bseo", low * self.scale, b)
 
         return change

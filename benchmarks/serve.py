@@ -118,7 +118,7 @@ def resident_bytes(address):
 
 def measure(run, args):
     """Three rows: throughput, failures, memory; without a long part the first alone."""
-    what = f"serving {args.clients} clients, mixed tasks"
+    what = f"serving {args.clients} clients, mixed tasks" + (f", {args.precision}" if args.precision != "fp32" else "")
     with serving(run) as address:
         load = Load(address, requests(run))
         seconds = common.alternate(

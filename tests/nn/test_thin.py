@@ -52,7 +52,23 @@ def test_the_weight_is_on_the_left_for_few_rows_alone(rows, thin):
     assert left == [100 if thin else rows]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_bf16_is_the_product_of_its_values():
+    x, weight = torch.randn(4, 1, 7).bfloat16(), torch.randn(100, 7).bfloat16()
+    found, left = linear(x, weight)
+    assert left == [100]
+    torch.testing.assert_close(found, F.linear(x.float(), weight.float()).bfloat16(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("rows", [3, MOST_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_positions_of_a_batch_are_one_product(rows, dtype):
+    states, weight = torch.randn(rows, 5, 7).to(dtype), torch.randn(100, 7).to(dtype)
+    found, products = linear(states[:, -1:], weight)
+    assert len(products) == 1  # a batched one would not be noted
+    torch.testing.assert_close(found, F.linear(states[:, -1:].contiguous(), weight), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_precisions_are_left_alone(dtype):
     _, left = linear(torch.randn(4, 7, dtype=dtype), torch.randn(100, 7, dtype=dtype))
     assert left == [4]

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+
+def trainable_attention(weight: Tensor) -> AbstractContextManager[Any]:
+    """``TrainableAttention`` where attention is computed in bf16 on a processor, else nothing, so that nothing is slower.
+
+    Args:
+        weight: of the backbone, wherever it is and of its precision.
+    """
+    bf16 = weight.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return TrainableAttention() if bf16 and weight.device.type == "cpu" else nullcontext()
 
 
 class TrainableAttention(TorchFunctionMode):
@@ -34,13 +45,13 @@ class TrainableAttention(TorchFunctionMode):
 
 
 def _is_slow(args: Sequence[Any]) -> bool:
-    query = args[0] if args else None
+    tensors = [value for value in args if isinstance(value, Tensor)]
     return (
-        isinstance(query, Tensor)
-        and query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
-        and query.requires_grad
+        bool(tensors)
+        and tensors[0].dtype == torch.bfloat16
+        and tensors[0].device.type == "cpu"
         and torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)  # keys and values alone, where an adapted encoder made them
     )
 
 

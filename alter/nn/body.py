@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from alter.nn.attention import trainable_attention
 from alter.nn.feed_forward import FeedForward
 from alter.nn.trunk import Trunk, replaced_forward
 from alter.nn.trunk_cache import CachedTrunk, TrunkCache, example_keys
@@ -115,12 +116,13 @@ class Body:
         stack = self.stack(name)
         options = {"use_cache": False} if name == "decoder" else {}
         if name not in self.cached:
-            return stack(**inputs, **options).last_hidden_state
+            with trainable_attention(self._head_weight):
+                return stack(**inputs, **options).last_hidden_state
         cached = self.cached[name]
         states = cached.states(*example_keys(*example), inputs)
         if cached.trunk.whole:
             return states
-        with cached.trunk.replaced_by(states):
+        with cached.trunk.replaced_by(states), trainable_attention(self._head_weight):
             return stack(**inputs, **options).last_hidden_state
 
     def shift_right(self, labels: Tensor) -> Tensor:

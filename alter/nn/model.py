@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError, did_you_mean
-from alter.nn.attention import TrainableAttention
 from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone, whole_name
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
@@ -340,8 +339,7 @@ class MTAModel(nn.Module):
         }
         extra: list[Tensor] = []
         self.routing.losses = extra
-        with TrainableAttention():
-            hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
+        hidden_states = self.body.last_hidden_states(batch["input_ids"], batch["attention_mask"], labels)
         self.routing.losses = None
         losses = token_losses(
             hidden_states[positions],

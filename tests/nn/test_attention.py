@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from alter.nn.attention import TrainableAttention
+from alter.nn import LoRA, MTAModel, TaskSelector
+from alter.nn.attention import TrainableAttention, trainable_attention
+from tests.nn.tiny import tiny_model
 
 
 def inputs(dtype, grad=True):
@@ -52,3 +55,46 @@ def test_without_gradients_the_fast_forward_pass_of_bf16_is_taken():
         plain = attend(tensors)
         with TrainableAttention():
             assert torch.equal(attend(tensors), plain)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "needed"),
+    [(torch.bfloat16, "cpu", True), (torch.float32, "cpu", False), (torch.bfloat16, "meta", False)],
+)
+def test_it_is_entered_for_bf16_on_a_processor_alone(dtype, device, needed):
+    weight = torch.empty(2, dtype=dtype, device=device)
+    assert isinstance(trainable_attention(weight), TrainableAttention) is needed
+    with torch.autocast("cpu", torch.bfloat16):
+        assert isinstance(trainable_attention(weight), TrainableAttention) is (device == "cpu")
+
+
+class Attention(TorchDispatchMode):
+    """Notes what attention is computed in, with and without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.backward = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "scaled_dot_product" in func.name() and "cpu" in func.name():
+            noted, query = (self.backward, args[1]) if "backward" in func.name() else (self.forward, args[0])
+            noted.append(query.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_in_bf16_has_no_backward_pass_of_attention_in_bf16(family):
+    model = MTAModel(tiny_model(family).bfloat16(), ["a", "b"], "last:2")
+    model.add_experts(LoRA(rank=2), TaskSelector())
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+    with Attention() as attention:
+        model(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": ids,
+                "task_ids": torch.tensor([0, 1]),
+            }
+        ).losses.mean().backward()
+    assert attention.forward
+    assert set(attention.backward) == {torch.float32}

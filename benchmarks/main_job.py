@@ -8,13 +8,13 @@ already finished run is read instead of running it again.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from alter.results import hardware
 
 COMMAND = "alter fit --config recipes/medical.yaml"
 
@@ -37,14 +37,13 @@ def main() -> None:
         run = Path("runs/medical-benchmark")
         subprocess.run([sys.executable, "-m", *COMMAND.split(), "--run", str(run)], check=True)
     results = json.loads((run / "results.json").read_text())
-    hardware = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
     measured = [
         ("seconds of alter --help", start_up(), 0.5, "alter --help"),
         ("seconds of the whole job", sum(results["seconds"].values()), 1200, COMMAND),
         ("peak memory in bytes", results["peak_memory_bytes"], 6e9, COMMAND),
     ]
     rows = [
-        {"name": n, "value": v, "target": t, "holds": v <= t, "command": c, "hardware": hardware}
+        {"name": n, "value": v, "target": t, "holds": v <= t, "command": c, "hardware": hardware()}
         for n, v, t, c in measured
     ]
     out = Path(__file__).parent / "results" / "main_job.json"

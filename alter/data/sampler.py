@@ -219,9 +219,8 @@ def _pack(order: Sequence[int], sizes: np.ndarray, max_tokens: int) -> list[list
     """Fills batches in this order."""
     batches: list[list[int]] = []
     longest: list[int] = []
-    for index, size in zip(
-        order, sizes[order].tolist(), strict=True
-    ):  # numbers of Python: arrays of one or two take ten times as long
+    # Numbers of Python, since arrays of one or two take ten times as long.
+    for index, size in zip(order, sizes[order].tolist(), strict=True):
         grown = list(map(max, longest, size))
         if batches and (len(batches[-1]) + 1) * sum(grown) <= max_tokens:
             batches[-1].append(index)

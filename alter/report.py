@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 
 from alter import markup, pictures
@@ -50,18 +51,25 @@ def look_inside(
             for prompt, target, answer in zip(rows["prompt"], rows["target"], answered, strict=True):
                 row = {"task": task, "prompt": prompt, "target": target, "answer": answer}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-    found: dict[str, Any] = {
-        **_trained_mixture(run, data),
-        "routing": gates_by_task(predictor, data),
-        "similarity": expert_similarity(predictor, data),
-    }
-    if (
-        "shared" in found["routing"] and (run / "stage1" / "model").is_dir()
-    ):  # a second stage, where they went on learning
-        first = load(run, predictor.tokenizer.name_or_path, stage="stage1")
-        first.model.to(next(predictor.model.parameters()).device)
+    routing, similarity = gates_by_task(predictor, data), expert_similarity(predictor, data)
+    write_json(run / INSIDE, {**_trained_mixture(run, data), "routing": routing, "similarity": similarity})
+
+
+def look_at_stage1(run: Path, data: MultiTaskDataModule, backbone: str, device: torch.device) -> None:
+    """Adds to ``inside.json`` how stage 1's model routes, where a second stage went on from it.
+
+    Args:
+        run: the run folder, which ``look_inside`` has written to.
+        data: set up.
+        backbone: its folder.
+        device: to compute on.
+    """
+    found = json.loads((run / INSIDE).read_text(encoding="utf-8"))
+    if "shared" in found["routing"] and (run / "stage1" / "model").is_dir():
+        first = load(run, backbone, stage="stage1")
+        first.model.to(device)
         found["stage1"] = {"tasks": first.tasks, "routing": gates_by_task(first, data)["experts"]}
-    write_json(run / INSIDE, found)
+        write_json(run / INSIDE, found)
 
 
 def _trained_mixture(run: Path, data: MultiTaskDataModule) -> dict[str, Any]:

@@ -53,8 +53,6 @@ def fit(recipe: Recipe) -> None:
     say(data.summary())
     record(run, "data", time.perf_counter() - started, **data.mixture())
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
-    data.trainer = None
-    gc.collect()  # the stages' models and optimizers, before the test loads another
     if not recipe.config["test"] or not is_first():
         return
     results = run / "results.json"
@@ -72,6 +70,7 @@ def measure(
     """Measures a finished run, writes ``results.json`` (for the test split) and prints the table."""
     started = time.perf_counter()
     predictor, data = ready(run, data, backbone)
+    first_task = predictor.tasks[0]
     answers: dict[str, list[str]] = {}
     tasks = evaluate(predictor, data, split, keep=answers.__setitem__)
     seconds = {name: known["seconds"] for name, known in records(run).items()}
@@ -90,8 +89,12 @@ def measure(
     print(render_table(results))
     if split == "test":
         report.look_inside(run, predictor, data, answers)
+        folder, device = predictor.tokenizer.name_or_path, next(predictor.model.parameters()).device
+        del predictor  # before stage 1's model stands beside it
+        gc.collect()
+        report.look_at_stage1(run, data, folder, device)
         report.write_report(run)
-    print(_last_words(run, predictor.tasks[0], name))
+    print(_last_words(run, first_task, name))
     return results
 
 
@@ -155,4 +158,7 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
         replace_model(folder / "model", recipe.run / "model")
         record(recipe.run, stage, **facts)
     cli.trainer.strategy.barrier()
+    data.trainer = None
+    del cli
+    gc.collect()  # the stage's model, before the next one's or the test's stands beside it
     return True

@@ -8,6 +8,7 @@ folder. What a whole run takes is then counted from the plan of its batches.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import sys
@@ -142,7 +143,8 @@ def trial(recipe: Recipe) -> Estimate:
         for stage in recipe.config["stages"]:
             seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder))
             mapped = max(mapped, kept)
-        data.trainer = None
+            data.trainer = None
+            gc.collect()  # as a run does between its stages
         if recipe.config["test"] and trainable:
             seconds["test"] = _test(Path(folder), recipe, data)
         return Estimate(peak_memory_bytes() + mapped, peak_device_memory_bytes(), seconds, trainable)

@@ -180,6 +180,9 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
         problems += error.messages
     if config is not None:
         problems += _check_values(config)
+    if config is not None and not problems:  # of values that fit their types
+        for stage in STAGES:
+            problems += _check_adapters(config[stage].model.init_args, f"{stage}.model.init_args")
     if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
     return _complete(parser, config, tasks, here)
@@ -283,7 +286,8 @@ def _check_values(config: Namespace) -> list[str]:
     problems += check_strategy(config.trainer.strategy, config.precision)
     for stage in STAGES:
         problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
-        problems += _check_adapters(config[stage].model.init_args, f"{stage}.model.init_args")
+        if config[stage].model is None:
+            problems.append(f"{stage}.model: it is empty; write class_path and init_args under it, or leave it out.")
     return problems
 
 

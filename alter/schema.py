@@ -61,11 +61,15 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     base = template_base(cls, key)
     if base is not None and isinstance(value, Mapping):
         return check_class(value, base, f"{where}.{key}")
-    parser = _parser(cls, key)
+    hint = _hints(cls).get(key, cls.__annotations__.get(key))
     try:
-        parser.parse_object({key: value})
+        parsed = _parser(cls, key).parse_object({key: value})[key]
+        # The parser takes a number in quotation marks and an empty key for any type; the class would get them as they are.
+        quoted = isinstance(value, str) and isinstance(parsed, (int, float)) and str not in typing.get_args(hint)
+        empty = value is None and hint is not Any and type(None) not in typing.get_args(hint)
+        if quoted or empty:
+            raise TypeError
     except Exception:
-        hint = _hints(cls).get(key, cls.__annotations__.get(key))
         wanted = (
             hint.__name__
             if isinstance(hint, type)

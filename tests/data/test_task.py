@@ -76,6 +76,7 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
     [
         ({"promt": "x"}, r"t.yaml: task 't': unknown key 'promt'.*Did you mean 'prompt'"),
         ({"weight": "heavy"}, r"the key 'weight' is 'heavy', which is not float"),
+        ({"max_prompt_tokens": "64"}, r"the key 'max_prompt_tokens' is '64', which is not int"),
         ({"metrics": ["acuracy"]}, r"key 'metrics': 'acuracy' is not a classification metric.*Did you mean 'accuracy'"),
         ({"choices": None, "metrics": ["accuracy"]}, r"not a generation metric"),
         ({"choices": None, "metrics": ["recall[no]"]}, r"not a generation metric"),

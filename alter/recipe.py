@@ -175,7 +175,7 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
         )
     try:
         root = config.data.root if config is not None else None
-        tasks = load_tasks(_task_entries(config, files, arguments), files[0].parent if files else Path(), root)
+        tasks = load_tasks(*_task_entries(config, files, arguments), root)
     except AlterError as error:
         problems += error.messages
     if config is not None:
@@ -258,16 +258,17 @@ def _find_config(argument: str, previous: str | None) -> str:
     raise AlterError(f"{name}: no such recipe; name a YAML file or a shipped recipe.{did_you_mean(name, known)}")
 
 
-def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Sequence[str]) -> list[Any]:
+def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Sequence[str]) -> tuple[list[Any], Path]:
+    """The tasks as they are listed, and the folder that their paths start from: that of the file that lists them."""
     if config is not None and any(argument.startswith("--data.tasks") for argument in arguments):
-        return list(config.data.tasks or [])
+        return list(config.data.tasks or []), files[0].parent if files else Path()
     # From the files themselves: jsonargparse takes a label such as "yes" for true. A recipe with mistakes still has its
     # tasks checked.
     for file in reversed(files):
         data = _read_yaml(file).get("data")
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
-            return data["tasks"]
-    return []
+            return data["tasks"], file.parent
+    return [], Path()
 
 
 def _check_values(config: Namespace) -> list[str]:

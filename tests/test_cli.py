@@ -490,6 +490,18 @@ def test_a_bad_recipe_is_one_sentence_with_file_key_and_remedy(project, capsys, 
     assert re.search(message.replace("?", r"\?") if message.endswith("?") else message, text), text
 
 
+def test_tasks_are_looked_for_beside_the_file_that_lists_them(project, monkeypatch, tmp_path_factory):
+    from alter.recipe import read_recipe
+
+    (project / "fewer").mkdir()
+    (project / "tasks" / "sort.yaml").rename(project / "fewer" / "only.yaml")
+    (project / "fewer" / "over.yaml").write_text(yaml.safe_dump({"data": {"tasks": ["only.yaml"]}}))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    both = [f"--config={project / name}" for name in ("recipe.yaml", "fewer/over.yaml")]
+    assert [task.name for task in read_recipe([*both, f"--backbone={project / 'backbone'}"]).tasks] == ["sort"]
+    assert [task.name for task in read_recipe([both[0], f"--backbone={project / 'backbone'}"]).tasks] == ["echo"]
+
+
 def test_all_mistakes_of_a_recipe_and_its_tasks_come_at_once_before_anything_is_written(project, capsys):
     change(project, bakbone="x", data__temprature=1, stage2__model__init_args__num_shard=3)
     task = yaml.safe_load((project / "tasks" / "sort.yaml").read_text())

@@ -53,7 +53,7 @@ def load(
     by_name = {task.name: task for task in tasks}
     generation = Generation(**content.get("generation", {}))
     names = answered_tasks(run, folder) if stage else [name for name in model.tasks if name not in model.retired]
-    found = Predictor(model, load_tokenizer(where), [by_name[name] for name in names], generation)
+    found = Predictor(model.settle(), load_tokenizer(where), [by_name[name] for name in names], generation)
     found.folder, found.stage = run, stage
     found.temperatures = read_temperatures(folder)
     found.task_predictor = read_task_predictor(folder)

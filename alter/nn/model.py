@@ -216,6 +216,18 @@ class MTAModel(nn.Module):
             for part in layer.parts().values():
                 part.to(device)
 
+    def settle(self) -> Self:
+        """Keeps experts in the precision in which they compute, of a model that only answers; its answers stay the same.
+
+        In fp32, as they are trained and saved, all of them would be converted for every token that is written. Not all kinds of
+        experts can be kept so (``Expert.only_multiplies``).
+        """
+        for layer in self.layers.values():
+            for part in layer.parts().values():
+                if isinstance(part, Expert) and part.only_multiplies:
+                    part.to(layer.frozen.dtype)
+        return self
+
     def part_parameters(self) -> dict[str, list[nn.Parameter]]:
         """The parameters of the backbone and of each kind of adapter part, by name."""
         parts: dict[str, list[nn.Parameter]] = {}

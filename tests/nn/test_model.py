@@ -671,3 +671,33 @@ def test_placement_in_chosen_layers():
         total = backbone.config.num_hidden_layers
         model = MTAModel(backbone, TASKS, layers)
         assert len(model.layers) == (total if layers == "all" else count)
+
+
+@EVERY
+@pytest.mark.parametrize("expert", [*EXPERTS, *SHARED_A], ids=name)
+@pytest.mark.parametrize("router", [TaskSelector(), TaskSelector(hard=True), TopK(k=2)], ids=name)
+def test_experts_that_are_kept_as_they_compute_answer_bit_for_bit_alike(family, expert, router):
+    torch.manual_seed(1)
+    model = MTAModel(tiny_model(family).bfloat16(), TASKS, "last:2")
+    model.add_experts(expert, router)
+    model.add_shared(expert, 2, SharedGate())
+    if not expert.holds_tasks:
+        model.add_newcomer("new")
+    for parameter in adapters(model):
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    batch = prompts(model.eval(), [0, 2, 0 if expert.holds_tasks else 3])
+    batch["labels"] = batch["input_ids"]
+    assert {parameter.dtype for parameter in adapters(model)} == {torch.float32}
+    before = logits(model, batch)
+    after = logits(model.settle(), batch)
+    layer = next(iter(model.layers.values()))
+    kept = torch.float32 if isinstance(expert, FFNCopy) else torch.bfloat16
+    assert {parameter.dtype for parameter in layer.experts.parameters()} == {kept}
+    assert {parameter.dtype for parameter in layer.router.parameters()} == {torch.float32}  # as are its rates
+    assert torch.equal(before, after)
+
+
+def test_in_fp32_settling_changes_nothing():
+    model = make("llama", shared=LoRA(rank=4))
+    before = [parameter.data_ptr() for parameter in adapters(model)]
+    assert [parameter.data_ptr() for parameter in adapters(model.settle())] == before

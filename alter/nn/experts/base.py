@@ -22,11 +22,14 @@ class Expert(Template):
         contains_ffn: whether ``mix`` and ``each`` return whole feed-forward outputs F_k(x) rather than additions to F(x).
         blends_parameters: whether ``mix`` blends the experts' weights, so that gates need not sum to one.
         holds_tasks: whether there is something in it for each task, so that a later task has no place there.
+        only_multiplies: whether its parameters enter matrix products alone. In bf16 these convert them, so that a model that
+            only answers may keep them converted (``MTAModel.settle``).
     """
 
     contains_ffn = False
     blends_parameters = False
     holds_tasks = False
+    only_multiplies = False
 
     @abstractmethod
     def build(self, ffn: FrozenFeedForward, num_experts: int, num_tasks: int) -> None:

@@ -26,6 +26,8 @@ class Bottleneck(Expert):
         activation: gelu, relu or silu.
     """
 
+    only_multiplies = True
+
     def __init__(self, rank: int = 64, activation: Literal["gelu", "relu", "silu"] = "gelu") -> None:
         super().__init__()
         self.rank = rank

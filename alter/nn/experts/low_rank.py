@@ -26,6 +26,7 @@ class LowRank(Expert):
 
     contains_ffn = True
     blends_parameters = True
+    only_multiplies = True
 
     def __init__(self, rank: int = 32, alpha: float | None = None) -> None:
         super().__init__()

@@ -29,7 +29,7 @@ from alter.run import measure, quiet
 from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
-from alter.training import say, train
+from alter.training import release, say, train
 from alter.writing import write_json, write_text
 
 CHECKS = 0.2  # of the draws, between two looks at validation
@@ -90,7 +90,8 @@ def add_task(
         say(f"\n{task.name}: trains in {folder}")
         arguments = newcomer_arguments(run, content, task.name, where, draws, lr)
         generation = Generation(**content.get("generation", {}))
-        facts, _cli = train(folder, arguments, data, named, generation)
+        facts = train(folder, arguments, data, named, generation)[0]
+        release(data)
         _carry_on(run / "model", folder / "model")
         epochs = arguments["trainer"]["max_epochs"]
         record(folder, "added", **facts, **data.mixture()["mixture"][task.name], draws=data.draws * epochs)
@@ -221,6 +222,7 @@ def consolidate_run(run: Path) -> None:
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
     arguments["trainer"] |= {**content["stage2"]["trainer"], **ONE_DEVICE}
     train(folder, arguments, data, named, Generation(**content.get("generation", {})))
+    release(data)
     replace_model(folder / "model", run / "model")
     shutil.rmtree(folder)
     measure(run, data=data)

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 import yaml
 
 from alter import markup, pictures
@@ -55,19 +54,17 @@ def look_inside(
     write_json(run / INSIDE, {**_trained_mixture(run, data), "routing": routing, "similarity": similarity})
 
 
-def look_at_stage1(run: Path, data: MultiTaskDataModule, backbone: str, device: torch.device) -> None:
+def look_at_stage1(run: Path, data: MultiTaskDataModule, backbone: str) -> None:
     """Adds to ``inside.json`` how stage 1's model routes, where a second stage went on from it.
 
     Args:
         run: the run folder, which ``look_inside`` has written to.
         data: set up.
         backbone: its folder.
-        device: to compute on.
     """
     found = json.loads((run / INSIDE).read_text(encoding="utf-8"))
     if "shared" in found["routing"] and (run / "stage1" / "model").is_dir():
         first = load(run, backbone, stage="stage1")
-        first.model.to(device)
         found["stage1"] = {"tasks": first.tasks, "routing": gates_by_task(first, data)["experts"]}
         write_json(run / INSIDE, found)
 

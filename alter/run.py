@@ -30,7 +30,7 @@ from alter.recipe import STAGES, Recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results
 from alter.run_folder import claim, is_first, record, records, replace_model, stage_records
 from alter.schema import refuse_foreign_sources
-from alter.training import say, train
+from alter.training import release, say, train
 from alter.writing import write_json
 
 
@@ -89,10 +89,10 @@ def measure(
     print(render_table(results))
     if split == "test":
         report.look_inside(run, predictor, data, answers)
-        folder, device = predictor.tokenizer.name_or_path, next(predictor.model.parameters()).device
+        folder = predictor.tokenizer.name_or_path
         del predictor  # before stage 1's model stands beside it
         gc.collect()
-        report.look_at_stage1(run, data, folder, device)
+        report.look_at_stage1(run, data, folder)
         report.write_report(run)
     print(_last_words(run, first_task, name))
     return results
@@ -158,7 +158,6 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
         replace_model(folder / "model", recipe.run / "model")
         record(recipe.run, stage, **facts)
     cli.trainer.strategy.barrier()
-    data.trainer = None
     del cli
-    gc.collect()  # the stage's model, before the next one's or the test's stands beside it
+    release(data)
     return True

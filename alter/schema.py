@@ -90,6 +90,7 @@ def _parser(cls: type, key: str) -> ArgumentParser:
     return parser
 
 
+@cache  # asked for each key of a class
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls.__init__)  # type: ignore[misc]  # it is the class's own
 

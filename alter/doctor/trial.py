@@ -8,7 +8,6 @@ folder. What a whole run takes is then counted from the plan of its batches.
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import sys
@@ -30,7 +29,7 @@ from alter.recipe import Recipe, read_recipe
 from alter.results import peak_device_memory_bytes, peak_memory_bytes
 from alter.run import quiet
 from alter.strategy import ONE_DEVICE
-from alter.training import StageCLI
+from alter.training import StageCLI, release
 from alter.writing import write_json
 
 LARGEST, DRAWN = 2, 6  # batches: for the memory, and for the time of a step
@@ -143,8 +142,7 @@ def trial(recipe: Recipe) -> Estimate:
         for stage in recipe.config["stages"]:
             seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder))
             mapped = max(mapped, kept)
-            data.trainer = None
-            gc.collect()  # as a run does between its stages
+            release(data)  # as a run does
         if recipe.config["test"] and trainable:
             seconds["test"] = _test(Path(folder), recipe, data)
         return Estimate(peak_memory_bytes() + mapped, peak_device_memory_bytes(), seconds, trainable)

@@ -22,7 +22,7 @@ def generate(shell: str) -> str:
     """Makes the script anew, from the verbs' parsers; needs shtab."""
     import shtab
 
-    from alter.cli import parser
+    from alter.arguments import parser
     from alter.shipped import shipped
 
     verbs = parser(_recipe_flags())

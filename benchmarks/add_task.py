@@ -16,9 +16,10 @@ from pathlib import Path
 
 import common
 
+from alter.borrowing import borrowed
 from alter.data import MultiTaskDataModule, Task
 from alter.evaluate import answers
-from alter.growth import borrowed, newcomer_arguments
+from alter.growth import newcomer_arguments
 from alter.loading import run_recipe
 from alter.metrics import metric
 from alter.nn.backbone import is_seq2seq, load_tokenizer, resolve_backbone

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alter.borrowing import borrowed, borrowers, describe
 from alter.calibrate import calibrate
 from alter.data import MultiTaskDataModule, Task
@@ -31,6 +29,7 @@ from alter.schema import refuse_foreign_sources
 from alter.strategy import ONE_DEVICE
 from alter.training import release, say, train
 from alter.writing import write_json, write_text
+from alter.yaml_file import dump
 
 CHECKS = 0.2  # of the draws, between two looks at validation
 KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
@@ -176,7 +175,7 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
     if name in answered or name not in _names(content):  # else stopped after it had left the model
         _take_out(run, model, name, named)
     left = [task for task in content["data"]["tasks"] if task["name"] != name]
-    write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": left}}))
+    write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": left}}))
     _drop_results(run, name)
     if trained_together:
         print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(lenders)}.")
@@ -350,12 +349,8 @@ def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:
     content = run_recipe(run)
     if [task["name"] for task in content["data"]["tasks"]] != [task["name"] for task in tasks]:
         names = {task["name"]: task for task in tasks}
-        write_text(run / "recipe.yaml", _yaml({**content, "data": {**content["data"], "tasks": list(names.values())}}))
+        write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": list(names.values())}}))
     replace_model(folder / "model", run / "model")
-
-
-def _yaml(content: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _add_to(file: Path, entries: Mapping[str, Any]) -> None:

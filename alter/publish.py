@@ -6,14 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alter.card import model_card
 from alter.data import Task
 from alter.guess import TASK_PREDICTOR_FILE
 from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from alter.writing import made_whole, write_json
+from alter.yaml_file import dump
 
 USAGE = """
 ```
@@ -75,7 +74,7 @@ def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]
     """Writes the part of a recipe that loading reads, without this machine's folders."""
     tasks = [{**task, "where": "recipe.yaml", "source": _without_places(task["source"])} for task in tasks]
     kept: dict[str, Any] = {key: content[key] for key in ("precision", "generation") if key in content}
-    text = yaml.safe_dump({**kept, "data": {"tasks": tasks}}, sort_keys=False, allow_unicode=True, width=120)
+    text = dump({**kept, "data": {"tasks": tasks}})
     (out / "recipe.yaml").write_text(text, encoding="utf-8")
 
 

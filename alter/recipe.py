@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import Trainer
 
@@ -27,7 +26,7 @@ from alter.schema import check, check_class, find_classes_in, import_name, templ
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.strategy import check_strategy
-from alter.yaml_file import read_yaml
+from alter.yaml_file import dump, read_yaml
 
 STAGES: dict[str, type[StageModule]] = dict(zip(run_folder.STAGES, (Stage1Module, Stage2Module), strict=True))
 DEFAULTS = {  # named here too, so that their arguments are flags even where a recipe leaves the class out
@@ -211,11 +210,6 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here
     plain["precision"] = choose_precision(plain, here)
     # in the run, as whole as the paths of data: it is used from other folders too
     return Recipe(plain, tasks, dump({**plain, "backbone": whole_name(plain["backbone"])}))
-
-
-def dump(config: Mapping[str, Any]) -> str:
-    """A recipe's YAML."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
 
 
 def check_config(config: Mapping[str, Any], parser: ArgumentParser, where: str) -> list[str]:

@@ -22,6 +22,7 @@ from alter.predict import Predictor
 from alter.results import REFERENCES, verdict
 from alter.run_folder import ADDED, records
 from alter.writing import write_json, write_text
+from alter.yaml_file import dump
 
 WORST = 10
 ANSWERS, INSIDE, REPORT, PICTURES = "answers.jsonl", "inside.json", "report.html", "report"
@@ -126,7 +127,7 @@ class _Report:
             "Confusion": self.confusion,
             "Worst answers": self.worst,
             "Parameters, time and memory": self.costs,
-            "Recipe": lambda: [_text("recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True))],
+            "Recipe": lambda: [_text("recipe.yaml", dump(self.recipe))],
             "Environment": lambda: [_text("env.txt", self.environment)],
         }
         made = {title: list(section()) for title, section in sections.items()}

@@ -22,7 +22,7 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.loading import load, run_recipe
-from alter.nn.backbone import resolve_backbone
+from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
 from alter.predict import Predictor
@@ -51,7 +51,8 @@ def fit(recipe: Recipe) -> None:
     if slow := slow_precision(precision, recipe.config["trainer"]["accelerator"]):
         say(f"precision: {slow}\n")
     say(data.summary())
-    record(run, "data", time.perf_counter() - started, **data.mixture())
+    origin = {"backbone": backbone_fingerprint(backbone)}  # by which it is known where it has moved
+    record(run, "data", time.perf_counter() - started, **data.mixture(), **origin)
     trained = [_run_stage(stage, recipe, str(backbone), data) for stage in STAGES if stage in recipe.config["stages"]]
     if not recipe.config["test"] or not is_first():
         return

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alter.errors import AlterError
-from alter.nn.backbone import whole_name
+from alter.nn.backbone import backbone_fingerprint, resolve_backbone, whole_name
 from alter.nn.files import CONFIG_FILE
 from alter.writing import write_json, write_text
-from alter.yaml_file import read_yaml
+from alter.yaml_file import dump, read_yaml
 
 if TYPE_CHECKING:
     from alter.recipe import Recipe
@@ -28,10 +28,18 @@ UNCOMPARED = re.compile(
     r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.(license|where)|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
 )
 
+# Where things are, which changes no result either: a stopped run may go on elsewhere, and is then of the new place.
+PLACES = re.compile(r"backbone|data\.(root|cache_dir)|data\.tasks\.\d+\.source\.init_args\.(folder|root)")
+
 
 def claim(run: Path, recipe: Recipe) -> None:
     """Writes the recipe and the environment, or checks that the folder holds the same recipe."""
-    if not is_first() or begun_with(run, recipe):
+    if not is_first():
+        return
+    if begun_with(run, recipe):
+        before = read_yaml(run / "recipe.yaml")
+        if before != (moved := _with_places(before, _with_whole_name(recipe.config))):
+            write_text(run / "recipe.yaml", dump(moved))
         return
     run.mkdir(parents=True, exist_ok=True)
     (run / "env.txt").write_text(_environment())
@@ -48,7 +56,9 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
     if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
-    changed = [key for key in differences(before, now) if not UNCOMPARED.fullmatch(key)]
+    changed = [key for key in differences(before, now) if not (UNCOMPARED.fullmatch(key) or PLACES.fullmatch(key))]
+    if "backbone" in differences(before, now) and not _is_backbone_of(run, now["backbone"]):
+        changed.insert(0, "backbone")
     if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
         raise AlterError(
             f"{file}: tasks have joined or left this run since it was trained, so it is no longer the recipe's; use it as it is "
@@ -68,6 +78,23 @@ def _with_whole_name(config: Any) -> Any:
     if not isinstance(config, dict) or not isinstance(config.get("backbone"), str):
         return config
     return {**config, "backbone": whole_name(config["backbone"])}
+
+
+def _is_backbone_of(run: Path, backbone: str) -> bool:
+    """Whether a backbone in another place is the one that a run has begun with."""
+    begun = records(run).get("data", {}).get("backbone")  # absent in runs from before it was noted
+    return begun is not None and begun == backbone_fingerprint(resolve_backbone(backbone))
+
+
+def _with_places(before: Any, now: Any, key: str = "") -> Any:
+    """The recipe of ``before``, with the places of ``now``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = {name: f"{key}.{name}".lstrip(".") for name in [*before, *now]}
+        kept = {name: place for name, place in keys.items() if name in before or PLACES.fullmatch(place)}
+        return {name: _with_places(before.get(name), now.get(name), place) for name, place in kept.items()}
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [_with_places(b, n, f"{key}.{i}") for i, (b, n) in enumerate(zip(before, now, strict=True))]
+    return now if PLACES.fullmatch(key) else before
 
 
 def _has_grown(run: Path) -> bool:

@@ -219,7 +219,8 @@ def submit(arguments: Sequence[str]) -> None:
         AlterError: an option or the recipe is wrong, the run folder holds another recipe, or SLURM refuses.
     """
     options, flags = parser().parse_known_args(arguments)
-    from alter.recipe import dump, read_recipe
+    from alter.recipe import read_recipe
+    from alter.yaml_file import dump
 
     recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags, here=False)
     _begun(recipe)

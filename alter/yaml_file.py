@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def read_yaml(file: Path) -> Any:
         raise AlterError(f"{file}: a value is not what it looks like ({error}); quote it.") from error
     except RecursionError as error:
         raise AlterError(f"{file}: nested too deeply; write it flatter.") from error
+
+
+def dump(content: Mapping[str, Any]) -> str:
+    """The YAML of plain values, such as a recipe's, in their order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

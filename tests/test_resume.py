@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 
 from alter.checkpoints import CheckedCheckpoints
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -98,3 +99,54 @@ def test_what_is_left_before_each_checkpoint_is_written_goes_on_to_the_same_end(
         shutil.copytree(folder, project, dirs_exist_ok=True)
         fit(*flags)
         ends_as(project / "run", project / "whole")
+
+
+def with_files_beside_the_tasks(project):  # noqa: F811
+    """Has the task files name their data as users do, from their own folder."""
+    for file in (project / "tasks").glob("*.yaml"):
+        task = yaml.safe_load(file.read_text())
+        files = task["source"]["init_args"]
+        files.update({split: f"../{place.rsplit('/', 1)[-1]}" for split, place in files.items()})
+        file.write_text(yaml.safe_dump(task))
+
+
+def test_a_project_that_moves_in_the_middle_of_a_run_goes_on_to_the_same_end(project, monkeypatch):  # noqa: F811
+    with_files_beside_the_tasks(project)
+    change(project, data__examples_per_epoch=40, trainer__val_check_interval=2)
+    saved, moved = CheckedCheckpoints.save_checkpoint, project.parent / f"{project.name}-moved"
+
+    def move_in_stage2(self, checkpoint, path, storage_options=None):
+        saved(self, checkpoint, path, storage_options)
+        if "stage2" in str(path) and not moved.exists():
+            shutil.copytree(project, moved)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckedCheckpoints, "save_checkpoint", move_in_stage2)
+        fit()
+    whole = project / "whole"
+    (project / "run").rename(whole)
+    shutil.rmtree(project / "backbone")  # nothing may be read from where it was
+    for file in project.glob("*.jsonl"):
+        file.unlink()
+    monkeypatch.chdir(moved)
+    (moved / "backbone").rename(moved / "elsewhere")
+    fit("--backbone", "elsewhere")
+    ends_as(moved / "run", whole)
+    assert json.loads((moved / "run" / "results.json").read_text())["tasks"] == json.loads(
+        (whole / "results.json").read_text()
+    )["tasks"]  # fmt: skip
+    kept = (moved / "run" / "recipe.yaml").read_text()
+    assert str(moved / "elsewhere") in kept
+    assert f"{project}/" not in kept.replace(f"{moved}/", "")
+
+
+def test_a_run_is_refused_another_backbone(project, capsys):  # noqa: F811
+    fit("--test", "false", "--stages", "[stage1]")
+    shutil.copytree(project / "backbone", project / "other")
+    weights = project / "other" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", "--backbone", "other")
+    assert "started with another recipe (it differs in backbone)" in sentence
+    shutil.copytree(project / "backbone", project / "same")
+    fit("--test", "false", "--backbone", "same")
+    assert str(project / "same") in (project / "run" / "recipe.yaml").read_text()

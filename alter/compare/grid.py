@@ -18,8 +18,9 @@ from alter.nn import Expert, Router
 from alter.nn.backbone import load_backbone, resolve_backbone
 from alter.nn.model import MTAModel
 from alter.nn.template import make_template
-from alter.recipe import Recipe, dump
+from alter.recipe import Recipe
 from alter.writing import write_json
+from alter.yaml_file import dump
 
 SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
 PLACES = {"run", "folder", "root", "cache_dir", "where"}  # where things are, which changes no result

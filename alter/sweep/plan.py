@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from alter.errors import AlterError
-from alter.recipe import Recipe, dump
+from alter.recipe import Recipe
 from alter.run_folder import differences
 from alter.sweep.points import Config, Point, check_points
 from alter.writing import write_json, write_text
+from alter.yaml_file import dump
 
 SWEEP, JOBS = "sweep.json", "jobs.json"
 RESULT, FAILED = "result.json", "failed.json"  # of a cell; the first says that it is done

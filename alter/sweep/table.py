@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from alter.cells import LOG, is_running, last_line
-from alter.recipe import dump
 from alter.slurm import outside
 from alter.sweep.plan import FAILED, RESULT, Sweep
 from alter.sweep.points import Point
 from alter.terminal import columns
 from alter.writing import write_text
-from alter.yaml_file import read_yaml
+from alter.yaml_file import dump, read_yaml
 
 BEST = "best.yaml"
 OVER = ("failed", "stopped")  # not done, and nobody runs it; a stopped one was killed before it could say why

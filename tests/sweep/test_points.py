@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from alter.errors import AlterError
-from alter.recipe import dump, read_recipe
+from alter.recipe import read_recipe
 from alter.sweep.points import Range, check_points, drawn, grid, lay_over, read_points, read_sets
+from alter.yaml_file import dump
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, template  # noqa: F401 (a fixture)
 

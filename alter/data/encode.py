@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -71,7 +71,8 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
         }
     )
     stats, problems = {}, list[str]()
-    drawn = draw_shots(task, shots, seed) if shots is not None else {}
+    few = draw_shots(task, shots, seed) if shots is not None else None
+    drawn = {"train": few.train, "validation": few.validation} if few else {}
     for split in SPLITS:
         origin = "train" if split in drawn else split
         rows = _numbered(task, origin, drawn[split]) if split in drawn else _limited(task, split, seed)
@@ -90,6 +91,8 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
         stats[split] = encoder.stats
     if problems:
         raise AlterError(*problems)
+    if few:
+        stats["train"]["scarce"] = len(few.scarce)
     (folder / "stats.json").write_text(json.dumps(stats, indent=2))
 
 
@@ -259,24 +262,35 @@ def _numbered(task: Task, split: str, numbers: Collection[int]) -> Iterator[tupl
     return ((n, row) for n, row in task.opened.numbered(split) if n in numbers)
 
 
-def draw_shots(task: Task, shots: int, seed: int) -> dict[str, set[int]]:
+class Shots(NamedTuple):
+    """A K-shot split.
+
+    Attributes:
+        train: numbers of training rows, from 1, to learn from.
+        validation: of others to validate on.
+        scarce: the classes that have fewer than 2 K different rows.
+    """
+
+    train: set[int]
+    validation: set[int]
+    scarce: list[str]
+
+
+def draw_shots(task: Task, shots: int, seed: int) -> Shots:
     """Draws a K-shot split: K training rows of each class to learn from, and K others of each to validate on.
 
     Both come from the training split, in place of any ``limit`` on train or validation; a task without choices is one
     class. Rows with the same prompt and target count once, so that none is on both sides. The draw is a pure function of
-    the rows, K and the seed. Fewer than 2 K rows of a class are refused rather than made do with, since what is measured
-    then is not K-shot learning. Source: Gao et al. 2021 (LM-BFF), arXiv 2012.15723, section 3.
+    the rows, K and the seed. A class with fewer than 2 K rows is short on the side that validates, and only with K or fewer on
+    the other too: it keeps one to validate on. Source: Gao et al. 2021 (LM-BFF), arXiv 2012.15723, section 3.
 
     Args:
         task: the task.
         shots: K.
         seed: of the draw.
 
-    Returns:
-        numbers of training rows, from 1, for ``train`` and for ``validation``.
-
     Raises:
-        AlterError: a class has fewer than 2 K different rows, or a row does not fit the task.
+        AlterError: a class has fewer than 2 different rows, or a row does not fit the task.
     """
     first: dict[str, dict[float, int]] = {label: {} for label in task.choices or [""]}  # class -> random key -> row
     for number, row in task.opened.numbered("train"):
@@ -287,19 +301,20 @@ def draw_shots(task: Task, shots: int, seed: int) -> dict[str, set[int]]:
         if len(first[label]) > 4 * shots:  # so that memory stays flat
             first[label] = dict(sorted(first[label].items())[: 2 * shots])
     problems = [
-        f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots {shots} needs {2 * shots} "
-        f"different training rows, {shots} to learn from and {shots} to validate on, and there are {len(rows)}; "
-        f"{f'lower data.shots to {len(rows) // 2}, ' if len(rows) > 1 else ''}add rows or leave the task out."
+        f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots needs 2 different training "
+        f"rows or more, one to learn from and one to validate on, and there are {len(rows)}; add rows or leave the task out."
         for label, rows in first.items()
-        if len(rows) < 2 * shots
+        if len(rows) < 2
     ]
     if problems:
         raise AlterError(*problems[:MAX_MESSAGES])
-    drawn = [[number for _, number in sorted(rows.items())] for rows in first.values()]
-    return {
-        "train": {number for numbers in drawn for number in numbers[:shots]},
-        "validation": {number for numbers in drawn for number in numbers[shots : 2 * shots]},
-    }
+    found = Shots(set(), set(), [label for label, rows in first.items() if len(rows) < 2 * shots])
+    for rows in first.values():
+        numbers = [number for _, number in sorted(rows.items())]
+        learned = min(shots, len(numbers) - 1)
+        found.train.update(numbers[:learned])
+        found.validation.update(numbers[learned : learned + shots])
+    return found
 
 
 def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:

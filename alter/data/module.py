@@ -208,6 +208,11 @@ class MultiTaskDataModule(LightningDataModule):
         ]
         if cut:
             notes.append("cut: rows whose prompt is longer than max_prompt_tokens and was shortened")
+        if scarce := {t.name: n for t in self.tasks if (n := self.statistics(t.name)["train"].get("scarce"))}:
+            classes = ", ".join(f"{name} ({number})" for name, number in scarce.items())
+            notes.append(
+                f"scarce: classes with fewer than 2 x {self.shots} different rows give what they have: {classes}"
+            )
         return "\n".join([table, *notes])
 
     # -- loading ----------------------------------------------------------------------------------------------------

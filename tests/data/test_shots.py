@@ -1,4 +1,4 @@
-"""K-shot splits: counts by class, disjointness, seeds, and one clear sentence where there are too few rows."""
+"""K-shot splits: counts by class, disjointness, seeds, classes with few rows, and one clear sentence where there are none."""
 
 from collections import Counter
 
@@ -34,8 +34,9 @@ def test_k_of_each_class_and_k_others_to_validate(extra, shots, seed, data):
     labels = data.draw(st.permutations([*CHOICES * (2 * shots), *extra]))
     task, rows = task_of(labels)
     drawn = draw_shots(task, shots, seed)
-    assert not drawn["train"] & drawn["validation"]
-    for numbers in drawn.values():
+    assert not drawn.train & drawn.validation
+    assert not drawn.scarce
+    for numbers in (drawn.train, drawn.validation):
         assert Counter(rows[n - 1]["label"] for n in numbers) == dict.fromkeys(CHOICES, shots)
     assert draw_shots(task, shots, seed) == drawn
 
@@ -44,8 +45,8 @@ def test_k_of_each_class_and_k_others_to_validate(extra, shots, seed, data):
 def test_a_task_without_choices_is_one_class(count, shots, seed):
     task, _ = task_of([f"text {i}" for i in range(count)], choices=None)
     drawn = draw_shots(task, shots, seed)
-    assert len(drawn["train"]) == len(drawn["validation"]) == shots
-    assert not drawn["train"] & drawn["validation"]
+    assert len(drawn.train) == len(drawn.validation) == shots
+    assert not drawn.train & drawn.validation
 
 
 @given(seed=st.integers(0, 99))
@@ -53,37 +54,58 @@ def test_equal_rows_are_drawn_once(seed):
     labels = [label for label in CHOICES * 8 for _ in range(5)]
     task, rows = task_of(labels, repeats=5)
     drawn = draw_shots(task, 4, seed)
-    texts = [{rows[n - 1]["text"] for n in drawn[split]} for split in ("train", "validation")]
+    texts = [{rows[n - 1]["text"] for n in numbers} for numbers in (drawn.train, drawn.validation)]
     assert len(texts[0]) == len(texts[1]) == 12
     assert not texts[0] & texts[1]
 
 
 def test_the_papers_seeds_draw_different_rows_and_all_rows_come_up():
     task, _ = task_of(CHOICES * 200)
-    draws = [frozenset(draw_shots(task, 16, seed)["train"]) for seed in (13, 21, 42, 87, 100)]
+    draws = [frozenset(draw_shots(task, 16, seed).train) for seed in (13, 21, 42, 87, 100)]
     assert len(set(draws)) == 5
-    seen = Counter(n for seed in range(200) for n in draw_shots(task, 16, seed)["train"])
+    seen = Counter(n for seed in range(200) for n in draw_shots(task, 16, seed).train)
     assert len(seen) > 590  # of 600, each with a chance of 16 in 200 a seed
     assert max(seen.values()) < 45
 
 
+@given(counts=st.lists(st.integers(2, 20), min_size=3, max_size=3), shots=st.integers(1, 8), seed=st.integers(0, 9))
+def test_a_class_with_few_rows_gives_what_it_has_and_keeps_one_to_validate_on(counts, shots, seed):
+    task, rows = task_of([label for label, count in zip(CHOICES, counts, strict=True) for _ in range(count)])
+    drawn = draw_shots(task, shots, seed)
+    for label, count in zip(CHOICES, counts, strict=True):
+        learned, checked = (
+            sum(rows[n - 1]["label"] == label for n in part) for part in (drawn.train, drawn.validation)
+        )
+        assert learned == (shots if count > shots else count - 1)
+        assert checked == min(shots, count - learned)
+        assert checked
+        assert (label in drawn.scarce) == (count < 2 * shots)
+    assert not drawn.train & drawn.validation
+
+
 @pytest.mark.parametrize("choices", [CHOICES, None])
-def test_too_few_rows_name_the_task_the_class_the_count_and_the_remedy(choices):
-    task, _ = task_of(["a"] * 20 + ["b"] * 20 + ["c"] * 7, choices=choices)
+def test_one_row_cannot_be_on_both_sides(choices):
+    task, _ = task_of([*"aaaaabbbbb", "c"] if choices else ["a"], choices=choices)
     with pytest.raises(AlterError) as error:
-        draw_shots(task, 4 if choices else 40, 13)
+        draw_shots(task, 4, 13)
     (sentence,) = error.value.messages
-    where = "task 't', class 'c': data.shots 4 needs 8" if choices else "task 't': data.shots 40 needs 80"
+    where = "task 't', class 'c': data.shots needs 2" if choices else "task 't': data.shots needs 2"
     assert where in sentence
-    assert sentence.endswith(
-        f"there are {'7; lower data.shots to 3' if choices else '47; lower data.shots to 23'}, add rows or leave the task out."
-    )
+    assert sentence.endswith("there are 1; add rows or leave the task out.")
 
 
 def test_a_class_without_any_row_is_told_too():
     task, _ = task_of(["a", "b"] * 8)
     with pytest.raises(AlterError, match=r"class 'c'.* there are 0; add rows"):
         draw_shots(task, 2, 13)
+
+
+def test_the_summary_says_where_rows_are_scarce(tmp_path, words):
+    assert "scarce" not in make(tmp_path, words, shots=2).summary()
+    data = make(tmp_path, words, shots=16)
+    assert "scarce: classes with fewer than 2 x 16 different rows give what they have: " in data.summary()
+    task = next(task for task in data.tasks if task.choices)
+    assert f"{task.name} ({data.statistics(task.name)['train']['scarce']})" in data.summary()
 
 
 def test_the_module_learns_from_few_rows_and_tests_on_all(tmp_path, words):

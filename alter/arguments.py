@@ -1,4 +1,4 @@
-"""What can be typed after ``alter``: the verbs and their flags; those of a recipe are `alter.schema`'s."""
+"""What can be typed after ``alter``: the verbs and their flags; those of a recipe are made in `alter/recipe.py`."""
 
 from __future__ import annotations
 

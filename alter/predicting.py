@@ -35,10 +35,9 @@ def predict(run: Path, task: str | None, source: str, backbone: str | None = Non
     disable_progress_bar()
     predictor = load(run, backbone)
     named = task or (predictor.tasks[0] if len(predictor.tasks) == 1 else None)
-    if named:
-        predictor.task(named)
     rows = _rows(source)
     if named:
+        predictor.task(named)
         lines = (_line(answer) for answer in predictor.stream(named, rows, place=f"{source} row"))
     else:
         lines = (_guessed_line(found, answer) for found, answer in predictor.stream_unnamed(rows))
@@ -87,19 +86,15 @@ def _rows(name: str) -> Iterator[dict[str, Any]]:
     else:
         with _open(name) as stream:
             try:
-                yield from _json_lines(stream, name)
+                yield from _objects(stream, name)
             except UnicodeDecodeError as error:
                 raise AlterError(f"{name}: not UTF-8 (byte {error.start}); write it as UTF-8.") from error
 
 
-def _json_lines(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise AlterError(f"{name}, line {number}: not JSON ({error}); write one object a line.") from error
+def _objects(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
+    from alter.data.sources import json_lines
+
+    for number, line, row in json_lines(stream, name):
         if not isinstance(row, dict):
             raise AlterError(
                 f"{name}, line {number}: expected an object with the task's fields, got {line.strip()[:60]}."

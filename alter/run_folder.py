@@ -56,8 +56,9 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
     if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
-    changed = [key for key in differences(before, now) if not (UNCOMPARED.fullmatch(key) or PLACES.fullmatch(key))]
-    if "backbone" in differences(before, now) and not _is_backbone_of(run, now["backbone"]):
+    differing = differences(before, now)
+    changed = [key for key in differing if not (UNCOMPARED.fullmatch(key) or PLACES.fullmatch(key))]
+    if "backbone" in differing and not _is_backbone_of(run, now["backbone"]):
         changed.insert(0, "backbone")
     if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
         raise AlterError(

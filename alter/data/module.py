@@ -192,12 +192,14 @@ class MultiTaskDataModule(LightningDataModule):
     def summary(self) -> str:
         """A table of the tasks: sizes, rate, tokens, shortened prompts; below it, what an epoch and a batch are."""
         lines = [["task", "kind", "train", "valid.", "test", "rate", "tokens/row", "cut"]]
-        cut = 0
+        cut, scarce = 0, list[str]()
         for task, rate in zip(self.tasks, self.rates, strict=True):
             stats = self.statistics(task.name)
             rows = [stats[split]["rows"] for split in SPLITS]
             shortened = sum(stats[split]["truncated"] for split in SPLITS)
             cut += shortened
+            if few := stats["train"].get("scarce"):
+                scarce.append(f"{task.name} ({few})")
             numbers = [*(f"{n:,}" for n in rows), f"{rate:.1%}", f"{stats['train']['tokens'] / rows[0]:.1f}"]
             lines.append([task.name, task.kind, *numbers, f"{shortened:,}"])
         table = columns(lines, right=range(2, 8))
@@ -208,8 +210,8 @@ class MultiTaskDataModule(LightningDataModule):
         ]
         if cut:
             notes.append("cut: rows whose prompt is longer than max_prompt_tokens and was shortened")
-        if scarce := {t.name: n for t in self.tasks if (n := self.statistics(t.name)["train"].get("scarce"))}:
-            classes = ", ".join(f"{name} ({number})" for name, number in scarce.items())
+        if scarce:
+            classes = ", ".join(scarce)
             notes.append(
                 f"scarce: classes with fewer than 2 x {self.shots} different rows give what they have: {classes}"
             )

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -276,18 +276,31 @@ def _separator(header: str) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise AlterError(f"{path}, line {number}: not JSON ({error}); write one object a line.") from error
+        for number, line, row in json_lines(stream, path):
             if not isinstance(row, dict):
                 raise AlterError(f"{path}, line {number}: not an object; write one object a line.")
             if "\\ud" in line.lower():  # a surrogate, and so perhaps half of a character
                 row = json.loads(writable(json.dumps(row, ensure_ascii=False)))
             yield row
+
+
+def json_lines(stream: Iterable[str], name: str | Path) -> Iterator[tuple[int, str, Any]]:
+    """Yields the number, the text and the value of each line that is not empty.
+
+    Args:
+        stream: lines of JSON.
+        name: of where they come from.
+
+    Raises:
+        AlterError: a line is not JSON.
+    """
+    for number, line in enumerate(stream, 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise AlterError(f"{name}, line {number}: not JSON ({error}); write one object a line.") from error
+            yield number, line, value
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -96,8 +96,9 @@ def test_two_nodes_learn_what_one_process_does_and_go_on_exactly_when_preempted(
 
 
 def test_a_job_requeued_in_mid_run_and_one_whose_node_failed_go_on_exactly(cluster, place, capfd):
-    jobs = {run: submit(capfd, run, "--time", "30:00") for run in ("requeued", "failed")}
-    for run, job in jobs.items():
+    jobs = {}
+    for run in ("requeued", "failed"):  # one after the other, so that neither ends its stage before it is interrupted
+        job = jobs[run] = submit(capfd, run, "--time", "30:00")
         until((place / run / "stage1" / "checkpoints" / "last.ckpt").exists, cluster, job)
         if run == "requeued":
             cluster.run("scontrol", "requeue", job)

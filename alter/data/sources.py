@@ -51,7 +51,8 @@ class Files(Source):
         test: a file, or the share of ``train`` to set aside.
         chat: column of a chat, a list of messages with ``role`` and ``content``: one of the user and one of the assistant, after at
             most one of the system. Each becomes a column with the role's name.
-        group: column whose equal values stay in one split (a patient, a customer); by default only equal rows do.
+        group: column, or several together, whose equal values stay in one split (a patient, a customer); by default only equal
+            rows do.
         seed: of the shares.
         folder: that relative paths start from; a task file's own folder.
         root: where they are looked for before; the recipe's ``data.root``.
@@ -62,7 +63,7 @@ class Files(Source):
         train: str,
         validation: str | float = 0.1,
         test: str | float = 0.1,
-        group: str | None = None,
+        group: str | list[str] | None = None,
         seed: int = 13,
         folder: str = ".",
         root: str | None = None,
@@ -105,18 +106,23 @@ class Files(Source):
         shares = {n: share for n in ("validation", "test") if isinstance(share := self.splits[n], float)}
         if not shares:
             return "train"
-        if self.group is not None and self.group not in row:
-            raise AlterError(
-                f"{self.splits['train']}: there is no column '{self.group}' as the source's group says; "
-                f"its columns are {', '.join(row)}.{did_you_mean(self.group, row)}"
-            )
-        key = row[self.group] if self.group is not None else json.dumps(row, sort_keys=True, default=str)
-        point = stable_fraction(f"{self.seed}:{key}")
+        point = stable_fraction(f"{self.seed}:{self._group_of(row)}")
         for name, share in shares.items():
             if point < share:
                 return name
             point -= share
         return "train"
+
+    def _group_of(self, row: Row) -> Any:
+        if self.group is None:
+            return json.dumps(row, sort_keys=True, default=str)
+        for column in [self.group] if isinstance(self.group, str) else self.group:
+            if column not in row:
+                raise AlterError(
+                    f"{self.splits['train']}: there is no column '{column}' as the source's group says; "
+                    f"its columns are {', '.join(row)}.{did_you_mean(column, row)}"
+                )
+        return row[self.group] if isinstance(self.group, str) else [row[column] for column in self.group]
 
     def fingerprint(self) -> str:
         """Of the settings and of each file's size and time of change."""

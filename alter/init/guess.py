@@ -45,7 +45,7 @@ class TaskGuess:
         choices: of a classification or a pair.
         metrics: of an extraction; else the usual ones of the kind.
         rows: how many there are.
-        group: column whose equal values stay in one split.
+        group: column, or several together, whose equal values stay in one split.
         left_out: columns that are not used, with the reason.
         reason: why this target.
     """
@@ -57,7 +57,7 @@ class TaskGuess:
     rows: int
     choices: list[str] | None = None
     metrics: list[str] | None = None
-    group: str | None = None
+    group: str | list[str] | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     reason: str = ""
 
@@ -197,8 +197,9 @@ def guess_task(
         left_out[column.name] = f"more than {MOST_FIELDS} columns to read"
     found = TaskGuess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
     found.left_out, found.reason = left_out, reason
-    if group is None and len(inputs) == 1 and inputs[0].filled == rows:
-        found.group = inputs[0].name  # rows of one text may differ in what is left out
+    if group is None and all(column.filled == rows for column in found.inputs):
+        names = [column.name for column in found.inputs]  # rows of one text may differ in what is left out
+        found.group = names[0] if len(names) == 1 else names
     if words:
         found.kind, found.answer, found.metrics = "extraction", _spans(target.name, words.name), ["span_f1"]
         return found

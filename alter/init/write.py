@@ -146,7 +146,7 @@ def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
             return Proposal(name, guess, files, {**arguments, "seed": seed}, sizes)
     raise AlterError(
         f"{files['train']}: no split of its rows leaves some for each of {', '.join(SPLITS)}"
-        f"{f' with equal {guess.group} on one side' if guess.group else ''}; add rows, or files of their own."
+        f"{f' with equal {_names(guess.group)} on one side' if guess.group else ''}; add rows, or files of their own."
     )
 
 
@@ -171,7 +171,7 @@ def _said(proposal: Proposal) -> list[str]:
     origin = "files of their own" if len(proposal.files) == len(SPLITS) else "shares drawn by a seed"
     facts["rows"] = " / ".join(f"{proposal.rows[split]:,} {split}" for split in SPLITS) + f" ({origin})"
     if "group" in proposal.arguments:
-        facts["together"] = f"rows of the same {guess.group} stay in one split"
+        facts["together"] = f"rows of the same {_names(proposal.arguments['group'])} stay in one split"
     facts |= {f"not {name}": reason for name, reason in guess.left_out.items()}
     lines = [f"{proposal.name}: {guess.kind}, from {', '.join(map(str, proposal.files.values()))}"]
     width = max(map(len, facts)) + 2
@@ -188,6 +188,10 @@ def _alike(choices: Sequence[str]) -> list[str]:
         plain = " ".join(choice.casefold().split())
         by_meaning.setdefault({"true": "yes", "false": "no"}.get(plain, plain), []).append(choice)
     return next((names for names in by_meaning.values() if len(names) > 1), [])
+
+
+def _names(group: str | list[str]) -> str:
+    return group if isinstance(group, str) else " and ".join(group)
 
 
 def _task_text(proposal: Proposal, folder: Path) -> str:

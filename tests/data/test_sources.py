@@ -69,6 +69,15 @@ def test_shares_are_carved_out_by_group_and_never_mixed(tmp_path):
     assert not groups["validation"] & groups["test"]
 
 
+def test_a_group_of_several_columns_keeps_rows_together_that_are_equal_in_all(tmp_path):
+    rows = [{"id": i, "text": f"w{i % 7}", "other": f"v{i % 9}"} for i in range(630)]
+    source = Files(str(write(tmp_path / "x.jsonl", rows)), 0.2, 0.2, group=["text", "other"])
+    pairs = [{(r["text"], r["other"]) for r in source.rows(split)} for split in ("train", "validation", "test")]
+    assert [sum(map(len, pairs)), len(set.union(*pairs))] == [63, 63]  # each in one split
+    for column in (0, 1):  # one of the two alone does not keep rows together
+        assert {pair[column] for pair in pairs[0]} & {pair[column] for pair in pairs[2]}
+
+
 @given(st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), max_size=40), st.integers(0, 20))
 def test_equal_rows_stay_on_one_side(tmp_path_factory, texts, seed):
     file = write_jsonl(tmp_path_factory.mktemp("x") / "x.jsonl", [{"text": t} for t in texts])
@@ -167,6 +176,8 @@ def test_a_misspelt_group_names_the_columns(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"text": "a", "patient": 1}])
     with pytest.raises(AlterError, match=r"no column 'patiant'.*Did you mean 'patient'"):
         list(Files(str(file), group="patiant").rows("train"))
+    with pytest.raises(AlterError, match=r"no column 'patiant'.*Did you mean 'patient'"):
+        list(Files(str(file), group=["text", "patiant"]).rows("train"))
 
 
 def test_json_is_streamed(tmp_path):

@@ -235,6 +235,15 @@ def test_a_pair_is_two_texts_of_a_like_kind(names, lengths, kind, tmp_path, caps
     assert told.startswith(f"x: {kind},")
 
 
+def test_pairs_that_come_twice_stay_in_one_split(tmp_path, capsys):
+    """Under other ids they are no equal rows."""
+    rows = [{"id": n, "claim": text(60), "evidence": text(60), "label": "xy"[n % 2]} for n in range(60)]
+    told, task = told_of([*rows, *({**row, "id": row["id"] + 60} for row in rows)], tmp_path, capsys)
+    assert "rows of the same claim and evidence stay in one split" in told
+    sides = [{r["claim"] for r in task.opened.rows(split)} for split in ("train", "validation", "test")]
+    assert [sum(map(len, sides)), len(set.union(*sides))] == [60, 60]
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [

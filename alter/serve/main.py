@@ -17,6 +17,9 @@ from alter.errors import AlterError
 KEY_VARIABLE = "ALTER_API_KEY"
 MAX_CONNECTIONS = 1024  # as many files as a process may usually open; beyond them a connection gets 503
 GRACE_SECONDS = 5  # to send what was answered at the last moment
+# How many shapes of products oneDNN keeps code for, a third of a MB each; of its own accord 1,024. Batches have ever other shapes,
+# but those of one layer come again in the next.
+KEPT_SHAPES = "64"
 
 
 def serve(
@@ -40,6 +43,7 @@ def serve(
     from alter.loading import load
 
     disable_progress_bar()
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_SHAPES)  # read at the first product
     taken, key = Limits(**limits), read_key(api_key_file)
     listening = bind(host, port)
     predictor = load(run, backbone)

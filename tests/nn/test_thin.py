@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alter.nn.thin import MOST_ROWS, ThinProducts
+from alter.nn import thin
+from alter.nn.thin import MKL_ROWS, MOST_ROWS, ThinProducts
 
 
 class Products(TorchDispatchMode):
@@ -21,6 +22,14 @@ class Products(TorchDispatchMode):
         if func is torch.ops.aten.mm.default:
             self.rows.append(len(args[0]))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["other", "intel"], scope="module")
+def intel(request):
+    """Whose processor it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thin, "_is_intel", lambda: request.param)
+        yield request.param
 
 
 def linear(x, weight, bias=None):
@@ -46,10 +55,12 @@ def test_of_any_shape_it_is_the_usual_product(shape, features, outputs, strided)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "thin"), [(1, False), (2, True), (MOST_ROWS, True), (MOST_ROWS + 1, False)])
-def test_the_weight_is_on_the_left_for_few_rows_alone(rows, thin):
-    _, left = linear(torch.randn(rows, 1, 7), torch.randn(100, 7))
-    assert left == [100 if thin else rows]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, MKL_ROWS, MKL_ROWS + 1, MOST_ROWS, MOST_ROWS + 1])
+def test_the_weight_is_on_the_left_for_few_rows_alone(rows, dtype, intel):
+    _, left = linear(torch.randn(rows, 1, 7).to(dtype), torch.randn(100, 7).to(dtype))
+    usual = rows in (1, MOST_ROWS + 1) or (intel and dtype == torch.float32 and rows <= MKL_ROWS)
+    assert left == [rows if usual else 100]
 
 
 def test_bf16_is_the_product_of_its_values():

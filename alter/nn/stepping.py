@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from alter.nn.choices import CausalPrompts
 from alter.nn.decoding import end_tokens
 from alter.nn.model import MTAModel
-from alter.nn.thin import ThinProducts
+from alter.nn.thin import thin_products
 
 # What a backbone may have in its generation settings without changing a greedy answer.
 HARMLESS = {
@@ -105,7 +105,7 @@ class StepDecoder:
             return
         self._mask = F.pad(self._mask, (0, 1), value=1)
         self.model.routing.announce(self._task_ids, self._prompts)
-        with ThinProducts():
+        with thin_products(len(self._last), self.model.backbone.dtype, self._last.device):
             output = self.model.body.decode(
                 self._last.unsqueeze(1),
                 attention_mask=self._mask,

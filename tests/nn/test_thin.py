@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alter.nn import thin
-from alter.nn.thin import MKL_ROWS, MOST_ROWS, ThinProducts
+from alter.nn.thin import MKL_ROWS, MOST_ROWS, ThinProducts, thin_products
 
 
 class Products(TorchDispatchMode):
@@ -92,3 +92,11 @@ def test_a_bias_and_gradients_are_left_alone():
         F.linear(x, weight).sum().backward()
     assert products.rows[0] == 4
     torch.testing.assert_close(weight.grad, x.sum(0).expand(100, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, MKL_ROWS, MKL_ROWS + 1, MOST_ROWS + 1])
+def test_calls_are_looked_at_where_some_are_changed(rows, dtype, intel):
+    useless = rows == 1 or (intel and dtype == torch.float32 and rows <= MKL_ROWS)
+    assert isinstance(thin_products(rows, dtype, torch.device("cpu")), ThinProducts) != useless
+    assert not isinstance(thin_products(rows, dtype, torch.device("cuda")), ThinProducts)

@@ -71,7 +71,9 @@ class Files(Source):
     ) -> None:
         self.splits = {"train": train, "validation": validation, "test": test}
         self.chat = chat
-        self.group = group
+        if group == []:
+            raise AlterError(f"{train}: the source's group names no column; name one, or leave it out.")
+        self.group = group[0] if isinstance(group, list) and len(group) == 1 else group
         self.seed = seed
         self.places = [*([Path(root)] if root else []), Path(folder), Path()]
 
@@ -122,7 +124,9 @@ class Files(Source):
                     f"{self.splits['train']}: there is no column '{column}' as the source's group says; "
                     f"its columns are {', '.join(row)}.{did_you_mean(column, row)}"
                 )
-        return row[self.group] if isinstance(self.group, str) else [row[column] for column in self.group]
+        if isinstance(self.group, str):
+            return row[self.group]
+        return json.dumps([row[column] for column in self.group], sort_keys=True, default=str)
 
     def fingerprint(self) -> str:
         """Of the settings and of each file's size and time of change."""

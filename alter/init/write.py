@@ -137,16 +137,19 @@ def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
     arguments: dict[str, Any] = {split: given.get(split, share) for split in SPLITS}
     if chat is not None:
         arguments["chat"] = chat
-    if guess.group and len(files) < len(SPLITS):
-        arguments["group"] = guess.group
-    for seed in range(DEFAULT_SEED, DEFAULT_SEED + 20):  # by chance a share of a few rows is empty
-        source = Files(**arguments, seed=seed)
-        sizes = {split: sum(1 for _ in source.rows(split)) for split in SPLITS}
-        if min(sizes.values()):
-            return Proposal(name, guess, files, {**arguments, "seed": seed}, sizes)
+    groups = [guess.group] if len(files) < len(SPLITS) else [None]
+    if isinstance(guess.group, list):
+        groups.append(None)  # of a few values each, which make few pairs
+    for group in groups:
+        grouped = {**arguments, "group": group} if group else arguments
+        for seed in range(DEFAULT_SEED, DEFAULT_SEED + 20):  # by chance a share of a few rows is empty
+            source = Files(**grouped, seed=seed)
+            sizes = {split: sum(1 for _ in source.rows(split)) for split in SPLITS}
+            if min(sizes.values()):
+                return Proposal(name, guess, files, {**grouped, "seed": seed}, sizes)
     raise AlterError(
         f"{files['train']}: no split of its rows leaves some for each of {', '.join(SPLITS)}"
-        f"{f' with equal {_names(guess.group)} on one side' if guess.group else ''}; add rows, or files of their own."
+        f"{f' with equal {guess.group} on one side' if isinstance(guess.group, str) else ''}; add rows, or files of their own."
     )
 
 

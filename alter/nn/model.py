@@ -89,6 +89,7 @@ class MTAModel(nn.Module):
         self.standing: Tensor | None = None
         for stack in filter(None, (self.body.encoder, self.body.decoder)):
             stack.register_forward_pre_hook(self._note_start, with_kwargs=True)
+        cast(nn.Module, backbone.get_output_embeddings()).register_forward_pre_hook(_together)
 
     def _attach(self, adapted: Sequence[FeedForward]) -> dict[str, MixtureOfTaskAdapters]:
         layers = {}
@@ -515,6 +516,11 @@ class _Undrawn(TorchFunctionMode):
         if func in (Tensor.uniform_, Tensor.normal_):
             return args[0].zero_()
         return (torch.zeros if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
+def _together(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The head's input in one piece: of prompts' last positions torch would make a batched product and copy the weight for each."""
+    return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in args)
 
 
 def _places(positions: Tensor) -> Tensor:

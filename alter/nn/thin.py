@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 MOST_ROWS = 64  # of more rows both orders take as long
-MKL_ROWS = 16  # so few MKL multiplies fast in the usual order, in fp32 on the processors that it is made for
+MKL_MOST_ROWS = 16  # so few MKL multiplies fast in the usual order, in fp32 on the processors that it is made for
 
 
 def thin_products(rows: int, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
@@ -36,9 +36,6 @@ class ThinProducts(TorchFunctionMode):
     made for a tall left side; with the weight there, a step of four rows takes two thirds of the time, and of sixteen nine
     tenths (``benchmarks/generation.py``, AMD EPYC). One row is a matrix-vector product already. In fp32 on Intel's processors
     up to 16 rows take half the time of the other order as they are.
-
-    Rows that do not lie together in memory, as the last position's before the head, are copied first: torch would make a
-    batched product of them and copy the weight for each, which takes hundreds of times as long in bf16.
     """
 
     def __torch_function__(
@@ -52,13 +49,12 @@ class ThinProducts(TorchFunctionMode):
             rows, weight = args[:2]
             if fewest_rows(rows.dtype) * rows.shape[-1] <= rows.numel() <= MOST_ROWS * rows.shape[-1]:
                 return (weight @ rows.flatten(0, -2).t()).t().contiguous().unflatten(0, rows.shape[:-1])
-            return F.linear(rows.contiguous(), weight)
         return func(*args, **(kwargs or {}))
 
 
 def fewest_rows(dtype: torch.dtype) -> int:
     """The fewest rows that the weight on the left is faster for."""
-    return MKL_ROWS + 1 if dtype == torch.float32 and _is_intel() else 2
+    return MKL_MOST_ROWS + 1 if dtype == torch.float32 and _is_intel() else 2
 
 
 @functools.cache

@@ -172,6 +172,14 @@ def test_a_bad_file_is_one_sentence_with_the_place_and_the_remedy(tmp_path, name
         list(read_file(tmp_path / name))
 
 
+def test_a_group_of_one_column_is_that_column_and_one_of_none_is_refused(tmp_path):
+    file = write(tmp_path / "x.jsonl", [{"text": f"w{i % 40}"} for i in range(300)])
+    one, same = (list(Files(str(file), 0.2, 0.2, group=group).rows("test")) for group in ("text", ["text"]))
+    assert one == same
+    with pytest.raises(AlterError, match="group names no column"):
+        Files(str(file), group=[])
+
+
 def test_a_misspelt_group_names_the_columns(tmp_path):
     file = write(tmp_path / "x.jsonl", [{"text": "a", "patient": 1}])
     with pytest.raises(AlterError, match=r"no column 'patiant'.*Did you mean 'patient'"):

@@ -244,6 +244,15 @@ def test_pairs_that_come_twice_stay_in_one_split(tmp_path, capsys):
     assert [sum(map(len, sides)), len(set.union(*sides))] == [60, 60]
 
 
+def test_pairs_of_few_values_are_split_by_rows(tmp_path, capsys):
+    pairs = [("red", "large"), ("blue", "small")]
+    rows = [{"id": n, "colour": pairs[n % 2][0], "size": pairs[n % 2][1], "label": "xy"[n % 3 // 2]} for n in range(90)]
+    told, task = told_of(rows, tmp_path, capsys)
+    assert "reads colour" in told
+    assert "together" not in told
+    assert all(any(True for _ in task.opened.rows(split)) for split in ("train", "validation", "test"))
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [

@@ -138,7 +138,7 @@ def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
     if chat is not None:
         arguments["chat"] = chat
     groups = [guess.group] if len(files) < len(SPLITS) else [None]
-    if isinstance(guess.group, list):
+    if isinstance(groups[0], list):
         groups.append(None)  # of a few values each, which make few pairs
     for group in groups:
         grouped = {**arguments, "group": group} if group else arguments

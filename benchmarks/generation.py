@@ -1,5 +1,7 @@
 """Generation of a batch of mixed tasks with cached decoding, against the bare backbone on the same batch.
 
+The model is as it is loaded to answer.
+
 python benchmarks/generation.py --t5 FOLDER
 """
 
@@ -12,7 +14,7 @@ from alter.nn.decoding import generate
 
 def measure(name, backbone, args):
     """A row for each size of batch; both sides make just as many tokens."""
-    found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval()
+    found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval().settle()
     bare = common.load_backbone(backbone, args.precision).to(common.DEVICE)
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
     rows = []

@@ -1,5 +1,7 @@
 """Generation of a batch of mixed tasks against peft's ``adapter_names``: same backbone, blocks, rank and number of tokens.
 
+Both models are as their library loads them to answer.
+
 python benchmarks/mixed_generation.py
 """
 
@@ -33,7 +35,11 @@ def adapted_by_peft(folder, layers, args):
 def measure(args, layers):
     """A row for each size of batch."""
     folder = str(resolve_backbone(args.smollm2))  # peft knows folders alone
-    ours = common.model(folder, args.precision, TASKS, LoRA(rank=args.rank), TaskSelector(hard=True), layers).eval()
+    ours = (
+        common.model(folder, args.precision, TASKS, LoRA(rank=args.rank), TaskSelector(hard=True), layers)
+        .eval()
+        .settle()
+    )
     theirs = adapted_by_peft(folder, layers, args)
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
     rows = []

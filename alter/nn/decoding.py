@@ -12,7 +12,7 @@ from transformers import StoppingCriteria
 
 from alter.errors import AlterError
 from alter.nn.model import MTAModel
-from alter.nn.thin import thin_products
+from alter.nn.thin import ThinProducts
 
 
 @dataclass
@@ -73,7 +73,7 @@ def generate(
     if watch is not None:
         settings["stopping_criteria"] = [_Watched(watch, limits, ends)]
     backbone: Any = model.backbone  # what generates is mixed into the model's own class
-    with thin_products(rows * settings["num_beams"], backbone.dtype, prompts["input_ids"].device):
+    with ThinProducts(model).of(rows * settings["num_beams"]):
         output = backbone.generate(
             input_ids=prompts["input_ids"],
             attention_mask=prompts["attention_mask"],

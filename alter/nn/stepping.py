@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from alter.nn.choices import CausalPrompts
 from alter.nn.decoding import end_tokens
 from alter.nn.model import MTAModel
-from alter.nn.thin import thin_products
+from alter.nn.thin import ThinProducts
 
 # What a backbone may have in its generation settings without changing a greedy answer.
 HARMLESS = {
@@ -57,6 +57,7 @@ class StepDecoder:
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=device)  # [rows, cached]
         self._task_ids = self._last = torch.zeros(0, dtype=torch.long, device=device)  # [rows]
         self._prompts = model.routing.prompt[:0].to(device)  # [rows, prompt_size]
+        self._thin_products = ThinProducts(model)
 
     @staticmethod
     def fits(model: MTAModel) -> bool:
@@ -105,7 +106,7 @@ class StepDecoder:
             return
         self._mask = F.pad(self._mask, (0, 1), value=1)
         self.model.routing.announce(self._task_ids, self._prompts)
-        with thin_products(len(self._last), self.model.backbone.dtype, self._last.device):
+        with self._thin_products.of(len(self._last)):
             output = self.model.body.decode(
                 self._last.unsqueeze(1),
                 attention_mask=self._mask,

@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alter.nn import LoRA, MTAModel, TaskSelector, thin
 from alter.nn.decoding import generate
-from alter.nn.thin import MKL_MOST_ROWS, MOST_ROWS, ThinProducts, thin_products
+from alter.nn.stepping import StepDecoder
+from alter.nn.thin import MKL_MOST_ROWS, MOST_ROWS, ThinProducts
 from tests.nn.tiny import tiny_model
 
 
@@ -21,8 +23,8 @@ class Products(TorchDispatchMode):
         self.rows = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.mm.default:
-            self.rows.append(len(args[0]))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.matmul.default, torch.ops.aten.linear.default):
+            self.rows.append(args[0][..., 0].numel())
         return func(*args, **(kwargs or {}))
 
 
@@ -37,10 +39,20 @@ def intel(request):
         yield request.param
 
 
+def layer(weight, bias=None):
+    """A linear map of this weight."""
+    made = nn.Linear(*weight.t().shape, bias=bias is not None, dtype=weight.dtype)
+    made.weight = nn.Parameter(weight)
+    if bias is not None:
+        made.bias = nn.Parameter(bias)
+    return made
+
+
 def linear(x, weight, bias=None):
-    """F.linear within the mode, and the rows of the left side of its product."""
-    with torch.no_grad(), ThinProducts(), Products() as products:
-        found = F.linear(x, weight, bias)
+    """The map of x where products are thin, and the rows of the left side of its product."""
+    made = layer(weight, bias)
+    with torch.no_grad(), ThinProducts(made).of(x[..., 0].numel()), Products() as products:
+        found = made(x)
     return found, products.rows
 
 
@@ -82,37 +94,97 @@ def test_other_precisions_are_left_alone(dtype):
 
 
 def test_a_bias_and_gradients_are_left_alone():
-    x, weight, bias = torch.randn(4, 7), torch.randn(100, 7, requires_grad=True), torch.randn(100)
+    x, weight, bias = torch.randn(20, 7), torch.randn(100, 7), torch.randn(100)
     torch.testing.assert_close(linear(x, weight, bias)[0], F.linear(x, weight, bias))
-    with ThinProducts(), Products() as products:
-        F.linear(x, weight).sum().backward()
-    assert products.rows[0] == 4
-    torch.testing.assert_close(weight.grad, x.sum(0).expand(100, -1))
+    made = layer(weight)
+    with ThinProducts(made).of(20), Products() as products:
+        made(x).sum().backward()
+    assert products.rows[0] == 20
+    torch.testing.assert_close(made.weight.grad, x.sum(0).expand(100, -1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, MKL_MOST_ROWS, MKL_MOST_ROWS + 1, MOST_ROWS + 1])
-def test_calls_are_looked_at_where_some_are_changed(rows, dtype, intel):
-    useless = rows == 1 or (intel and dtype == torch.float32 and rows <= MKL_MOST_ROWS)
-    assert isinstance(thin_products(rows, dtype, torch.device("cpu")), ThinProducts) != useless
-    assert not isinstance(thin_products(rows, dtype, torch.device("cuda")), ThinProducts)
+def test_a_batch_of_many_rows_is_left_alone_where_a_call_has_few():
+    """Such as the last of a prompt's positions: a batch gains as a whole or not at all."""
+    made = layer(torch.randn(100, 7))
+    for rows in (1, MOST_ROWS + 1):
+        with torch.no_grad(), ThinProducts(made).of(rows), Products() as products:
+            made(torch.randn(20, 7))
+        assert products.rows == [20]
+
+
+def test_maps_are_as_they_were_afterwards():
+    class Other(nn.Linear):
+        pass
+
+    plain, other, replaced = layer(torch.randn(100, 7)), Other(7, 100, bias=False), layer(torch.randn(100, 7))
+    replaced.forward = lambda x: x
+    kept = replaced.forward
+    with torch.no_grad(), ThinProducts(nn.ModuleList([plain, other, replaced])).of(20), Products() as products:
+        plain(torch.randn(20, 7))
+        other(torch.randn(20, 7))
+        replaced(torch.randn(20, 7))
+    assert products.rows == [100, 20]
+    assert replaced.forward is kept
+    assert not any("forward" in vars(module) for module in (plain, other))
+    with pytest.raises(KeyboardInterrupt), ThinProducts(plain).of(20):
+        raise KeyboardInterrupt
+    assert "forward" not in vars(plain)
+
+
+def heads(model, decode):
+    """The left side's rows of the head's products."""
+    head, found = model.backbone.get_output_embeddings(), []
+    with torch.inference_mode(), Products() as products:
+        head.register_forward_pre_hook(lambda *_: products.rows.clear())
+        head.register_forward_hook(lambda *_: found.extend(products.rows[:1]))
+        decode()
+    return found
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoding_tells_how_many_rows_it_has(beams, intel):
+    rows = 2 if beams == 1 else 6
+    model = answering("llama")
+    found = heads(model, lambda: generate(model, prompts(2), 3, num_beams=beams))
+    vocabulary = model.backbone.get_output_embeddings().weight.shape[0]
+    few = rows if intel else vocabulary
+    assert found == [few] * len(found)
+    assert len(found) >= 2
+
+
+def test_steps_tell_how_many_rows_they_have(intel):
+    model = answering("llama")
+    decoder = StepDecoder(model, [], lambda *_: True)
+    decoder.join(["a", "b"], prompts(2), [4, 4])
+    vocabulary = model.backbone.get_output_embeddings().weight.shape[0]
+    assert heads(model, decoder.step) == [2 if intel else vocabulary]
+
+
+def answering(family):
+    """A model that answers for one task."""
+    model = MTAModel(tiny_model(family), ["a"], "last:1")
+    model.add_experts(LoRA(rank=2), TaskSelector())
+    return model.eval()
+
+
+def prompts(rows):
+    """So many prompts."""
+    ids = torch.randint(5, 40, (rows, 6))
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "task_ids": torch.zeros(rows, dtype=torch.long),
+    }
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_the_head_reads_the_last_positions_in_one_piece(family):
     """Else torch makes a batched product of them, and copies the weight for each."""
-    model = MTAModel(tiny_model(family), ["a"], "last:1")
-    model.add_experts(LoRA(rank=2), TaskSelector())
-    model.eval()
+    model = answering(family)
     strides = []
     head = model.backbone.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, args: strides.append(args[0].is_contiguous()))
-    ids = torch.randint(5, 40, (3, 6))
-    generate(
-        model,
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "task_ids": torch.zeros(3, dtype=torch.long)},
-        2,
-    )
+    generate(model, prompts(3), 2)
     assert len(strides) == 2
     assert all(strides)
 

@@ -249,11 +249,12 @@ data:
 {tasks}
   temperature: 2             # a task's rate ~ weight * size^(1/temperature): 1 proportional, large equal
   examples_per_epoch: {examples}   # draws; {rows} training rows in all
-  max_tokens: 1024           # of a batch, padding counted; less where memory is short
+  max_tokens: {tokens}            # of a batch, padding counted; its rows are of like length
 
 trainer:
   accelerator: auto          # a GPU where there is one
   max_epochs: 1
+  accumulate_grad_batches: 2 # so that a step takes batches of different lengths, and of different tasks
   gradient_clip_val: 1.0
   val_check_interval: 0.5    # validates twice an epoch; the best checkpoint is kept
   num_sanity_val_steps: 0
@@ -262,20 +263,25 @@ trainer:
 stage1:                      # intra-task: one expert a task, mixed by the task's selector
   model:
     init_args:
-      layers: last:40%         # of the blocks, in each stack
-      expert: {{class_path: alter.nn.LoRA, init_args: {{rank: 16}}}}
+      layers: last:40%         # of the blocks, in each stack; all learns more and takes longer
+      expert: {{class_path: alter.nn.LoRA, init_args: {{rank: 16, alpha: 64}}}}
+      own: 0.5                 # a task's own expert at the start; the others help from the first step
       optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 2.0e-3, weight_decay: 0.0}}}}
+      schedule: constant       # stage 2 goes on at this rate and lets it fall
+  trainer:
+    limit_train_batches: 0.4   # of the epoch's batches: stage 2 has most of them
 
 stage2:                      # inter-task: shared experts and their gate join
   model:
     init_args:
-      expert: {{class_path: alter.nn.LoRA, init_args: {{rank: 16}}}}
+      expert: {{class_path: alter.nn.LoRA, init_args: {{rank: 16, alpha: 32}}}}
       num_shared: 2
-      keep: 0.98               # the task experts' share at the start
+      keep: 0.8                # the task experts' share at the start
       task_expert_lr: 1.0      # they go on learning
-      optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 5.0e-4, weight_decay: 0.0}}}}
+      router: {{class_path: alter.nn.SharedGate, init_args: {{hidden: 16}}}}
+      optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 2.0e-3, weight_decay: 0.0}}}}
   trainer:
-    limit_train_batches: 0.3
+    limit_train_batches: 0.9
 """
 
 
@@ -289,6 +295,7 @@ def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> st
         backbone=_inline(backbone),
         tasks="\n".join(f"    - tasks/{proposal.name}.yaml" for proposal in proposals),
         examples=min(16_000, max(600, 3 * rows)),
+        tokens=min(1024, max(256, 2 * max(proposal.guess.max_prompt_tokens for proposal in proposals))),
         rows=f"{rows:,}",
     )
 

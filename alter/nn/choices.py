@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +15,7 @@ from alter.nn.model import MTAModel
 
 SCORED_FIRST = 8  # of many choices, those with the likeliest first tokens
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass of a CPU; bounds the choices' caches and logits
+MOST_PADDING = 64  # tokens of a prompt's choices in one pass of a CPU; a further pass takes about as long as so many
 ON_GPU = 8  # times as much at once keeps a GPU busy
 
 
@@ -58,11 +61,27 @@ def own_choice_log_likelihoods(
 
 def _scores(model: MTAModel, prompts: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
     """The log-likelihood of each row's own choices [batch, choices, length], -1 behind their ends; [batch, choices]."""
-    scores, size = [], _rows_at_once(prompts, *tokens.shape[1:])
-    for part, own in zip(_parts(prompts, size), tokens.split(size), strict=True):
-        read = _read(model, part)
-        scores.append(read.score(own))
-    return torch.cat(scores)
+    groups = _by_length(tokens)
+    found = torch.empty(tokens.shape[:2], device=tokens.device)
+    size = min(_rows_at_once(prompts, *_taken(tokens, group).shape[1:]) for group in groups)
+    for start, part in _parts(prompts, size):
+        read, rows = _read(model, part), slice(start, start + size)
+        for group in groups:
+            found[rows].scatter_(1, group[rows], read.score(_taken(tokens[rows], group[rows])))
+    return found
+
+
+def _by_length(tokens: Tensor) -> list[Tensor]:
+    """Each row's choices in groups of like length, so that little is padding: which of them, each [batch, some]."""
+    lengths, order = (tokens >= 0).sum(-1).sort(dim=1, descending=True, stable=True)
+    most, groups, start, padding = at_once(MOST_PADDING, tokens.device), [], 0, 0
+    longest = lengths.amax(0).tolist()  # of all rows, which stay together
+    for place, length in enumerate(longest):
+        padding += longest[start] - length
+        if padding > most:
+            groups.append(order[:, start:place])
+            start, padding = place, 0
+    return [*groups, order[:, start:]]
 
 
 @torch.inference_mode()
@@ -84,13 +103,13 @@ def best_choices(
     """
     tokens, beyond = _filled(choices, prompts["input_ids"].device)
     size, found = _rows_at_once(prompts, SCORED_FIRST, tokens.shape[-1]), []
-    for part, own, none in zip(_parts(prompts, size), tokens.split(size), beyond.split(size), strict=True):
+    for start, part in _parts(prompts, size):
+        own, none = tokens[start : start + size], beyond[start : start + size]
         read = _read(model, part)
-        first = read.first_tokens()
-        bounds = first.gather(1, own[:, :, 0]).masked_fill(none, -torch.inf)
+        bounds = read.first_tokens.gather(1, own[:, :, 0]).masked_fill(none, -torch.inf)
         order = bounds.argsort(dim=1, descending=True)
         chosen, done = order[:, :SCORED_FIRST], SCORED_FIRST
-        scores = torch.full_like(bounds, -torch.inf).scatter(1, chosen, read.score(_taken(own, chosen), first))
+        scores = torch.full_like(bounds, -torch.inf).scatter(1, chosen, read.score(_taken(own, chosen)))
         while done < own.shape[1]:
             # rounding may make a bound seem lower than it is
             rows = (bounds.gather(1, order[:, done : done + 1]) >= scores.amax(1, keepdim=True) - 1e-3).nonzero()[:, 0]
@@ -139,10 +158,10 @@ def _rows_at_once(prompts: Mapping[str, Tensor], count: int, length: int) -> int
     return max(1, at_once(MAX_SCORED_POSITIONS, ids.device) // (count * (ids.shape[1] + length)))
 
 
-def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The prompts, ``size`` at a time."""
+def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """The prompts, ``size`` at a time, and where each part starts."""
     for start in range(0, len(prompts["input_ids"]), size):
-        yield {name: value[start : start + size] for name, value in prompts.items()}
+        yield start, {name: value[start : start + size] for name, value in prompts.items()}
 
 
 class CausalPrompts:
@@ -156,17 +175,19 @@ class CausalPrompts:
         self.cache = output.past_key_values
         self.states = output.last_hidden_state[:, -1]
 
+    @functools.cached_property
     def first_tokens(self) -> Tensor:
         """The log-probability of each token as an answer's first, [batch, vocabulary]."""
         return self.model.body.logits(self.states).float().log_softmax(-1)
 
-    def score(self, choices: Tensor, first_tokens: Tensor | None = None) -> Tensor:
-        """The log-likelihood of each row's own choices [batch, choices, length], [batch, choices]; may be called once."""
+    def score(self, choices: Tensor) -> Tensor:
+        """The log-likelihood of each row's own choices [batch, choices, length], [batch, choices]."""
         batch, count, length = choices.shape
-        first = (self.first_tokens() if first_tokens is None else first_tokens).gather(1, choices[:, :, 0])
+        first = self.first_tokens.gather(1, choices[:, :, 0])
         if length == 1:
             return first
-        self.cache.batch_repeat_interleave(count)
+        cache = copy.deepcopy(self.cache)  # the prompts' own stays for other choices
+        cache.batch_repeat_interleave(count)
         wanted, inputs = choices[:, :, 1:].flatten(0, 1), choices[:, :, :-1].flatten(0, 1)
         mask = torch.cat([self.mask.repeat_interleave(count, 0), (inputs >= 0).to(self.mask.dtype)], dim=1)
         start = self.mask.sum(1).repeat_interleave(count).unsqueeze(1)
@@ -174,7 +195,7 @@ class CausalPrompts:
             inputs.clamp_min(0),
             attention_mask=mask,
             position_ids=start + torch.arange(length - 1, device=mask.device),
-            past_key_values=self.cache,
+            past_key_values=cache,
             use_cache=True,
         )
         return first + _sum_by_row(self.model, rest.last_hidden_state, wanted).view(batch, count)
@@ -188,13 +209,14 @@ class _Seq2seqPrompts:
         model.set_examples(prompts)
         self.encoded = model.body.encode(prompts["input_ids"], self.mask)
 
+    @functools.cached_property
     def first_tokens(self) -> Tensor:
         """The log-probability of each token as an answer's first, [batch, vocabulary]."""
         start = self.model.body.shift_right(self.mask.new_zeros(len(self.mask), 1))
         output = self.model.body.decode(start, encoder_hidden_states=self.encoded, encoder_attention_mask=self.mask)
         return self.model.body.logits(output.last_hidden_state[:, -1]).float().log_softmax(-1)
 
-    def score(self, choices: Tensor, first_tokens: Tensor | None = None) -> Tensor:
+    def score(self, choices: Tensor) -> Tensor:
         """The log-likelihood of each row's own choices [batch, choices, length], [batch, choices]."""
         batch, count, _ = choices.shape
         wanted = choices.flatten(0, 1)

@@ -78,7 +78,7 @@ class StepDecoder:
             limits: the most tokens of each answer.
         """
         read = CausalPrompts(self.model, prompts)
-        tokens = read.first_tokens().argmax(-1)
+        tokens = read.first_tokens.argmax(-1)
         pooled = self.model.routing.prompt
         pooled = pooled if len(pooled) == len(keys) else pooled[:1].expand(len(keys), -1)  # nobody reads it
         length = max(self._mask.shape[1], read.mask.shape[1])

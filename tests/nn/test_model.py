@@ -291,6 +291,41 @@ def test_the_best_choice_is_that_of_all_scores(family, seed, count, starts, scor
 
 
 @PAIR
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    padding=st.sampled_from([0, 3, 20]),
+    positions=st.sampled_from([1, 200, 4096]),
+)
+def test_choices_in_groups_of_like_length_have_the_same_scores(family, lengths, padding, positions):
+    model = make(family, LoRA(rank=4), TaskSelector())
+    batch, g = prompts(model), random.Random(len(lengths))
+    choices = [[*(g.randrange(11, 90) for _ in range(length - 1)), 1] for length in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "MOST_PADDING", 10**6)
+        together = choice_log_likelihoods(model, batch, choices)
+        patch.setattr(scoring, "MOST_PADDING", padding)
+        patch.setattr(scoring, "MAX_SCORED_POSITIONS", positions)
+        grouped, read = choice_log_likelihoods(model, batch, choices), read_tokens(model, batch, choices)
+    torch.testing.assert_close(grouped, together, atol=1e-5, rtol=1e-5)
+    # a causal prompt tells the first token, and nothing stands behind a choice's last
+    needed = sum(lengths) - (0 if model.is_seq2seq else len(lengths))
+    assert read <= len(batch["task_ids"]) * (needed + (padding + 1) * len(set(lengths)))
+
+
+def read_tokens(model, batch, choices):
+    """How many tokens, padding counted, are read beside the prompts."""
+    found = []
+    embeddings = model.backbone.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(lambda _, args: found.append(args[0].numel()))
+    try:
+        choice_log_likelihoods(model, batch, choices)
+    finally:
+        hook.remove()
+    return sum(found) - batch["input_ids"].numel()
+
+
+@PAIR
 def test_a_task_answers_with_its_own_expert(family):
     model = make(family, LoRA(rank=4), TaskSelector(hard=True))
     batch = train_batch(model, tasks=(0, 1))

@@ -186,7 +186,8 @@ class CausalPrompts:
         first = self.first_tokens.gather(1, choices[:, :, 0])
         if length == 1:
             return first
-        cache = copy.deepcopy(self.cache)  # the prompts' own stays for other choices
+        cache = copy.copy(self.cache)
+        cache.layers = list(map(copy.copy, self.cache.layers))  # the prompts' own stays for other choices
         cache.batch_repeat_interleave(count)
         wanted, inputs = choices[:, :, 1:].flatten(0, 1), choices[:, :, :-1].flatten(0, 1)
         mask = torch.cat([self.mask.repeat_interleave(count, 0), (inputs >= 0).to(self.mask.dtype)], dim=1)

@@ -1,4 +1,4 @@
-"""Scoring 20 choices: the prompt read once for all of them, against one pass a choice.
+"""Scoring 20 choices: the prompt read once for all of them, against one pass a choice; and many choices of unlike lengths.
 
 python benchmarks/choices.py --t5 FOLDER
 """
@@ -6,8 +6,17 @@ python benchmarks/choices.py --t5 FOLDER
 import common
 import torch
 
-from alter.nn import LoRA, TaskSelector
+from alter.nn import LoRA, TaskSelector, choices
 from alter.nn.choices import choice_log_likelihoods
+
+INTENTS = {
+    2: 36,
+    3: 88,
+    4: 16,
+    5: 8,
+    6: 2,
+    8: 1,
+}  # tokens of clinc150's 151 choices, with their ends, and how many have so many
 
 
 @torch.inference_mode()
@@ -28,23 +37,40 @@ def one_pass_a_choice(found, prompts, choices):
     return torch.stack(scores, 1)
 
 
+def scored_whole(found, prompts, intents):
+    """All choices filled up to the longest."""
+    groups, choices.MOST_PADDING = choices.MOST_PADDING, 10**9
+    try:
+        return choice_log_likelihoods(found, prompts, intents)
+    finally:
+        choices.MOST_PADDING = groups
+
+
 def measure(name, backbone, args):
-    """One row."""
+    """Two rows."""
     found = common.model(backbone, args.precision, 4, LoRA(rank=16), TaskSelector()).eval()
     prompts, g = common.prompts(args.batch, args.length, 4), torch.Generator().manual_seed(1)
-    choices = [torch.randint(100, 30000, (1 + n % 4,), generator=g).tolist() for n in range(args.choices)]
+    few = [torch.randint(100, 30000, (1 + n % 4,), generator=g).tolist() for n in range(args.choices)]
+    intents = [
+        torch.randint(100, 30000, (length,), generator=g).tolist() for length, n in INTENTS.items() for _ in range(n)
+    ]
     with torch.inference_mode():
-        apart = (
-            (choice_log_likelihoods(found, prompts, choices) - one_pass_a_choice(found, prompts, choices)).abs().max()
-        )
+        apart = (choice_log_likelihoods(found, prompts, few) - one_pass_a_choice(found, prompts, few)).abs().max()
     print(f"{name}: log-likelihoods differ by {apart:.1e} at most")
     seconds = common.alternate(
         args.rounds,
-        shared=lambda: choice_log_likelihoods(found, prompts, choices),
-        apart=lambda: one_pass_a_choice(found, prompts, choices),
+        shared=lambda: choice_log_likelihoods(found, prompts, few),
+        apart=lambda: one_pass_a_choice(found, prompts, few),
     )
     speed = common.ratios(seconds["apart"], seconds["shared"])
-    return [common.row(f"{name}: {args.choices} choices with a shared prompt over one pass a choice", speed, 3.0)]
+    rows = [common.row(f"{name}: {args.choices} choices with a shared prompt over one pass a choice", speed, 3.0)]
+    seconds = common.alternate(
+        args.rounds,
+        groups=lambda: choice_log_likelihoods(found, prompts, intents),
+        whole=lambda: scored_whole(found, prompts, intents),
+    )
+    told = f"{name}: {len(intents)} choices in groups of like length over all as long as the longest"
+    return [*rows, common.row(told, common.ratios(seconds["whole"], seconds["groups"]), 1.0)]
 
 
 def main():

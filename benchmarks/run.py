@@ -51,8 +51,10 @@ def render(results, kind):
     page = PAGE.read_text()
     rows = json.loads((results / f"{kind}.json").read_text())
     machine = json.loads((results / f"machine_{kind}.json").read_text())
+    machines = list(dict.fromkeys(row["hardware"] for row in rows))
+    where = f"Measured on {' and '.join(machines)}" + ("; the JSON has each row's." if len(machines) > 1 else ".")
     parts = {
-        f"results {kind}": table(rows) + f"\n\nMeasured on {rows[0]['hardware']}.",
+        f"results {kind}": f"{table(rows)}\n\n{where}",
         f"machine {kind}": "\n".join(
             f"- {name}: {value:,.0f}" for name, value in machine.items() if name != "hardware"
         ),

@@ -39,11 +39,11 @@ def one_pass_a_choice(found, prompts, choices):
 
 def scored_whole(found, prompts, intents):
     """All choices filled up to the longest."""
-    groups, choices.MOST_PADDING = choices.MOST_PADDING, 10**9
+    usual, choices.MOST_PADDING = choices.MOST_PADDING, 10**9
     try:
         return choice_log_likelihoods(found, prompts, intents)
     finally:
-        choices.MOST_PADDING = groups
+        choices.MOST_PADDING = usual
 
 
 def measure(name, backbone, args):
@@ -70,7 +70,7 @@ def measure(name, backbone, args):
         whole=lambda: scored_whole(found, prompts, intents),
     )
     told = f"{name}: {len(intents)} choices in groups of like length over all as long as the longest"
-    return [*rows, common.row(told, common.ratios(seconds["whole"], seconds["groups"]), 1.0)]
+    return [*rows, common.row(told, common.ratios(seconds["whole"], seconds["groups"]), None)]
 
 
 def main():

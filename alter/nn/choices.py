@@ -124,10 +124,10 @@ def best_choices(
 
 
 def _filled(choices: Sequence[Sequence[Sequence[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Each row's choices, filled up to the most by its last: [batch, choices, length], and which are beyond its own."""
+    """Each row's choices, filled up to the most by its shortest: [batch, choices, length], and which are beyond its own."""
     kinds = list({id(own): own for own in choices}.values())  # the rows of a task share theirs
     most = max(map(len, kinds))
-    filled = [choice for own in kinds for choice in [*own, *[own[-1]] * (most - len(own))]]
+    filled = [choice for own in kinds for choice in [*own, *[min(own, key=len)] * (most - len(own))]]
     tokens = _padded(filled, device).unflatten(0, (len(kinds), most))
     counts = torch.tensor([len(own) for own in kinds], device=device)
     beyond = torch.arange(most, device=device) >= counts.unsqueeze(1)

@@ -42,13 +42,13 @@ class ThinProducts:
         """Within it, the maps multiply so where a batch of ``rows`` gains from it."""
         changed = [linear for linear in self._linears if fewest_rows(linear.weight.dtype) <= rows <= MOST_ROWS]
         # the maps' own forward and not a mode that looks at every call of torch: that takes a tenth of a step
-        for linear in changed:
-            linear.forward = functools.partial(_thin, linear)  # type: ignore[method-assign]
         try:
+            for linear in changed:
+                linear.forward = functools.partial(_thin, linear)  # type: ignore[method-assign]
             yield
         finally:
             for linear in changed:
-                del linear.forward
+                vars(linear).pop("forward", None)
 
 
 def _thin(linear: nn.Linear, rows: Tensor) -> Tensor:

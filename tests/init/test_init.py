@@ -235,6 +235,18 @@ def test_a_pair_is_two_texts_of_a_like_kind(names, lengths, kind, tmp_path, caps
     assert told.startswith(f"x: {kind},")
 
 
+@pytest.mark.parametrize(
+    ("asked", "answered", "expected"), [(5, 5, 256), (60, 5, 256), (60, 100, 384), (400, 200, 768)]
+)
+def test_a_batch_holds_a_long_example(asked, answered, expected, tmp_path, capsys):
+    rows = [{"question": text(asked), "reply": text(answered)} for _ in range(40)]
+    init(tmp_path / "mine", [write_jsonl(tmp_path / "x.jsonl", rows)], "backbone")
+    task = Task.from_file(tmp_path / "mine" / "tasks" / "x.yaml")
+    found = yaml.safe_load((tmp_path / "mine" / "recipe.yaml").read_text())["data"]["max_tokens"]
+    assert found == max(256, task.max_prompt_tokens + task.max_target_tokens)
+    assert found == expected
+
+
 def test_pairs_that_come_twice_stay_in_one_split(tmp_path, capsys):
     """Under other ids they are no equal rows."""
     rows = [{"id": n, "claim": text(60), "evidence": text(60), "label": "xy"[n % 2]} for n in range(60)]

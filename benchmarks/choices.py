@@ -6,17 +6,12 @@ python benchmarks/choices.py --t5 FOLDER
 import common
 import torch
 
-from alter.nn import LoRA, TaskSelector, choices
+from alter.nn import LoRA, TaskSelector
+from alter.nn import choices as scoring
 from alter.nn.choices import choice_log_likelihoods
 
-INTENTS = {
-    2: 36,
-    3: 88,
-    4: 16,
-    5: 8,
-    6: 2,
-    8: 1,
-}  # tokens of clinc150's 151 choices, with their ends, and how many have so many
+# tokens of clinc150's 151 choices, with their ends, and how many have so many
+INTENTS = {2: 36, 3: 88, 4: 16, 5: 8, 6: 2, 8: 1}
 
 
 @torch.inference_mode()
@@ -39,11 +34,11 @@ def one_pass_a_choice(found, prompts, choices):
 
 def scored_whole(found, prompts, intents):
     """All choices filled up to the longest."""
-    usual, choices.MOST_PADDING = choices.MOST_PADDING, 10**9
+    usual, scoring.MOST_PADDING = scoring.MOST_PADDING, 10**9
     try:
         return choice_log_likelihoods(found, prompts, intents)
     finally:
-        choices.MOST_PADDING = usual
+        scoring.MOST_PADDING = usual
 
 
 def measure(name, backbone, args):

@@ -80,6 +80,11 @@ class TaskGuess:
         return _room(self.target.tokens, 16, 256)
 
     @property
+    def max_example_tokens(self) -> int:
+        """Room for a prompt with its answer; of choices, which have a few tokens each, that for the prompt."""
+        return self.max_prompt_tokens + (0 if self.choices else self.max_target_tokens)
+
+    @property
     def prompt(self) -> str:
         """The prompt's template: each input behind its name, then the question."""
         lines = [f"{_spoken(column.name)}: {{{{ {self._expression(column)} }}}}" for column in self.inputs]

@@ -295,14 +295,9 @@ def _recipe_text(proposals: Sequence[Proposal], file: Path, backbone: str) -> st
         backbone=_inline(backbone),
         tasks="\n".join(f"    - tasks/{proposal.name}.yaml" for proposal in proposals),
         examples=min(16_000, max(600, 3 * rows)),
-        tokens=min(1024, max(256, *(_room(proposal.guess) for proposal in proposals))),
+        tokens=min(1024, max(256, *(proposal.guess.max_example_tokens for proposal in proposals))),
         rows=f"{rows:,}",
     )
-
-
-def _room(guess: TaskGuess) -> int:
-    """Tokens of a long example; of choices, a target has a few."""
-    return guess.max_prompt_tokens + (0 if guess.choices else guess.max_target_tokens)
 
 
 def _line(name: str) -> str:

@@ -64,8 +64,8 @@ def _scores(model: MTAModel, prompts: Mapping[str, Tensor], tokens: Tensor) -> T
     groups = _by_length(tokens)
     found = torch.empty(tokens.shape[:2], device=tokens.device)
     size = min(_rows_at_once(prompts, *_taken(tokens, group).shape[1:]) for group in groups)
-    for start, part in _parts(prompts, size):
-        read, rows = _read(model, part), slice(start, start + size)
+    for rows, part in _parts(prompts, size):
+        read = _read(model, part)
         for group in groups:
             found[rows].scatter_(1, group[rows], read.score(_taken(tokens[rows], group[rows])))
     return found
@@ -103,9 +103,8 @@ def best_choices(
     """
     tokens, beyond = _filled(choices, prompts["input_ids"].device)
     size, found = _rows_at_once(prompts, SCORED_FIRST, tokens.shape[-1]), []
-    for start, part in _parts(prompts, size):
-        own, none = tokens[start : start + size], beyond[start : start + size]
-        read = _read(model, part)
+    for place, part in _parts(prompts, size):
+        own, none, read = tokens[place], beyond[place], _read(model, part)
         bounds = read.first_tokens.gather(1, own[:, :, 0]).masked_fill(none, -torch.inf)
         order = bounds.argsort(dim=1, descending=True)
         chosen, done = order[:, :SCORED_FIRST], SCORED_FIRST
@@ -158,10 +157,11 @@ def _rows_at_once(prompts: Mapping[str, Tensor], count: int, length: int) -> int
     return max(1, at_once(MAX_SCORED_POSITIONS, ids.device) // (count * (ids.shape[1] + length)))
 
 
-def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """The prompts, ``size`` at a time, and where each part starts."""
+def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+    """The prompts, ``size`` at a time, and which of the batch's rows they are."""
     for start in range(0, len(prompts["input_ids"]), size):
-        yield start, {name: value[start : start + size] for name, value in prompts.items()}
+        rows = slice(start, start + size)
+        yield rows, {name: value[rows] for name, value in prompts.items()}
 
 
 class CausalPrompts:

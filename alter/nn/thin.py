@@ -40,7 +40,7 @@ class ThinProducts:
     @contextmanager
     def of(self, rows: int) -> Iterator[None]:
         """Within it, the maps multiply so where a batch of ``rows`` gains from it."""
-        changed = [linear for linear in self._linears if fewest_rows(linear.weight.dtype) <= rows <= MOST_ROWS]
+        changed = [linear for linear in self._linears if _fewest_rows(linear.weight.dtype) <= rows <= MOST_ROWS]
         # the maps' own forward and not a mode that looks at every call of torch: that takes a tenth of a step
         try:
             for linear in changed:
@@ -53,13 +53,13 @@ class ThinProducts:
 
 def _thin(linear: nn.Linear, rows: Tensor) -> Tensor:
     weight, size = linear.weight, rows.shape[-1]
-    few = fewest_rows(rows.dtype) * size <= rows.numel() <= MOST_ROWS * size  # a prompt's are many
+    few = _fewest_rows(rows.dtype) * size <= rows.numel() <= MOST_ROWS * size  # a prompt's are many
     if not few or rows.dtype != weight.dtype or torch.is_grad_enabled():
         return F.linear(rows, weight)
     return (weight @ rows.flatten(0, -2).t()).t().contiguous().unflatten(0, rows.shape[:-1])
 
 
-def fewest_rows(dtype: torch.dtype) -> int:
+def _fewest_rows(dtype: torch.dtype) -> int:
     """The fewest rows that the weight on the left is faster for; more than ``MOST_ROWS`` where it never is."""
     if dtype not in (torch.float32, torch.bfloat16):
         return MOST_ROWS + 1

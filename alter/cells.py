@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +37,8 @@ def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
         sys.exit(BUSY)
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("alter: stopped; the same command goes on from the last checkpoint.")
     finally:
         lock.release()
 
@@ -58,7 +62,7 @@ def is_running(folder: Path) -> bool:
 def run_cells(
     cells: Sequence[Path], command: Callable[[Path], list[str]], name: Callable[[Path], str], processes: int
 ) -> list[str]:
-    """Runs cells, some at once; one that fails is told, and the others go on.
+    """Runs cells, some at once; one that fails is told, and the others go on. A SIGTERM ends those that run too.
 
     Args:
         cells: their folders.
@@ -68,13 +72,17 @@ def run_cells(
 
     Returns:
         a line for each that failed.
+
+    Raises:
+        KeyboardInterrupt: at SIGTERM, when the cells that ran have ended.
     """
     failed: list[str] = []
     busy: list[Path] = []
+    children: set[subprocess.Popen[bytes]] = set()
 
     def run(cell: Path, wait: bool = False) -> None:
         started = time.perf_counter()
-        status, said = _child([*command(cell), *(["--wait"] if wait else [])], cell / LOG, processes)
+        status, said = _child([*command(cell), *(["--wait"] if wait else [])], cell / LOG, processes, children)
         if status == BUSY:
             busy.append(cell)
             print(f"{name(cell)}: another process is running it", flush=True)
@@ -84,22 +92,42 @@ def run_cells(
         else:
             print(f"{name(cell)}: {time.perf_counter() - started:,.0f} s", flush=True)
 
-    with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(run, cells))
-    for cell in list(busy):
-        run(cell, wait=True)
+    with _ended_together(children):
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(run, cells))
+        for cell in list(busy):
+            run(cell, wait=True)
     return failed
 
 
-def _child(command: Sequence[str], log: Path, processes: int) -> tuple[int, str]:
-    """Runs a cell; returns the exit status and the last line that it wrote."""
+@contextmanager
+def _ended_together(children: set[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Within, SIGTERM goes on to the cells, which would else run on alone; a terminal's Ctrl+C reaches them by itself."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for child in list(children):
+            child.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _child(
+    command: Sequence[str], log: Path, processes: int, children: set[subprocess.Popen[bytes]]
+) -> tuple[int, str]:
+    """Runs a cell, one of the ``children`` meanwhile; returns the exit status and the last line that it wrote."""
     environment = {**outside(), "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
     if processes > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     with log.open("a", encoding="utf-8") as stream:
-        status = subprocess.run(
-            [sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment
-        ).returncode
+        child = subprocess.Popen([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        children.add(child)
+        status = child.wait()
+        children.remove(child)
     return status, last_line(log) or f"no output, exit status {status}"
 
 

@@ -15,7 +15,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 import alter.fsdp2  # noqa: F401 (makes the name known to Lightning)
-from alter.callbacks import ExactResume, Inside, KeepLog, MetricsCSV, Preemption, StageProgress, Throughput
+from alter.callbacks import (
+    ExactResume,
+    Inside,
+    Interruption,
+    KeepLog,
+    MetricsCSV,
+    Preemption,
+    StageProgress,
+    Throughput,
+)
 from alter.callbacks.preemption import KEPT
 from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
 from alter.data import MultiTaskDataModule
@@ -82,7 +91,8 @@ class StageCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             own.append(StageProgress(self.folder.name, self.throughput))
         own += self._checkpoints(config.get("callbacks") or [])
-        own.append(Preemption(self.folder / "checkpoints" / KEPT, REQUEUE))
+        kept = self.folder / "checkpoints" / KEPT
+        own += [Preemption(kept, REQUEUE), Interruption(kept, enabled=not REQUEUE.listens)]
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
         return super()._instantiate_trainer(config, [*callbacks, *own])

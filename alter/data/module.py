@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -270,10 +271,17 @@ class MultiTaskDataModule(LightningDataModule):
             collate_fn=Collator(self._pad, self.seq2seq),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_interrupts,
         )
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _leave_interrupts(worker: int) -> None:
+    """Ctrl+C, which a terminal sends to workers too, is for the process that reads from them: it may have a step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _limited(task: Task, limit: Mapping[str, int]) -> Task:

@@ -1,0 +1,114 @@
+"""Ctrl+C and SIGTERM while a stage trains: no step is lost."""
+
+import os
+import random
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from alter.callbacks import Interruption
+from alter.callbacks.interruption import SIGNALS
+from alter.callbacks.preemption import KEPT
+from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.test_cli import change, project  # noqa: F401 (a fixture)
+from tests.test_kills import Runs
+from tests.test_requeue import long_log
+from tests.test_resume import ends_as
+
+SEED = 13
+
+
+@pytest.fixture
+def trainer():
+    """What the callback asks of a trainer of one process; the signals' handlers end with the test."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    saved = []
+    yield SimpleNamespace(
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
+        save_checkpoint=saved.append,
+        saved=saved,
+    )
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_step_is_finished_and_kept_and_a_second_signal_ends_it_at_once(trainer, number, capfd):
+    callback = Interruption("kept.ckpt")
+    callback.on_train_start(trainer, None)
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert not trainer.saved
+    signal.raise_signal(number)
+    said, end = "", time.monotonic() + 10
+    while "stops after this step" not in said:
+        assert time.monotonic() < end
+        said += capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_batch_end(trainer, None, None, None, 1)
+    assert trainer.saved == ["kept.ckpt"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
+
+
+def test_one_that_comes_after_the_last_batch_ends_the_run_between_the_stages(trainer):
+    callback = Interruption("kept.ckpt")
+    callback.on_train_start(trainer, None)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_end(trainer, None)
+    assert not trainer.saved
+
+
+def test_signals_are_given_back_and_what_is_ignored_stays_so(trainer):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of what a shell runs in the background
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for end in (
+        lambda callback: callback.on_train_end(trainer, None),
+        lambda callback: callback.on_exception(trainer, None, ValueError()),
+    ):
+        callback = Interruption("kept.ckpt")
+        callback.on_train_start(trainer, None)
+        signal.raise_signal(signal.SIGINT)
+        assert not callback.asked
+        assert signal.getsignal(signal.SIGTERM) == callback._signalled
+        end(callback)
+        assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+SETTINGS = {
+    "Ctrl+C": ({"trainer__accumulate_grad_batches": 2}, 1, signal.SIGINT),
+    "Ctrl+C with workers": ({"data__num_workers": 2}, 1, signal.SIGINT),
+    "one of two processes": ({"trainer__accumulate_grad_batches": 2}, 2, signal.SIGTERM),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_is_stopped_keeps_its_last_step_and_ends_as_an_uninterrupted_one(project, name):  # noqa: F811
+    changes, processes, number = SETTINGS[name]
+    change(project, data__max_tokens=64, **changes)
+    runs = Runs(project, processes)
+    runs.finish("whole")
+    draw = random.Random(SEED)
+    run = project / "cut"
+    for stage in ("stage1", "stage2"):
+        lines = len((project / "whole" / stage / "metrics.csv").read_text().splitlines())
+        started = runs.start("cut")
+        long_log(run / stage / "metrics.csv", lines * draw.uniform(0.2, 0.6))(started[0].is_alive)
+        (os.killpg if number == signal.SIGINT else os.kill)(started[0].pid, number)  # a terminal signals a whole group
+        for process in started:
+            process.join(60)
+            assert process.exitcode == 130, (project / "log.txt").read_text()[-3000:]
+        kept = torch.load(run / stage / "checkpoints" / KEPT, weights_only=True)
+        steps = [int(line.split(",")[0]) for line in (run / stage / "metrics.csv").read_text().splitlines()[1:]]
+        assert kept["global_step"] in (max(steps), max(steps) + 1)
+    said = (project / "log.txt").read_text()
+    assert said.count("alter: stops after this step") == said.count("goes on from the last checkpoint") / processes == 2
+    assert "Traceback" not in said
+    runs.finish("cut")
+    ends_as(run, project / "whole")
+    assert not list(run.rglob(KEPT))

@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from alter.errors import AlterError, did_you_mean
-from alter.nn.backbone import QUANTISED, backbone_fingerprint, load_backbone, resolve_backbone, whole_name
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
 from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
-from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, copy_state, read_config, read_weights, write_model
+from alter.nn.files import copy_state, write_model
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.loss import token_losses
 from alter.nn.mta import InlineMixture, MixtureOfTaskAdapters
 from alter.nn.routers import Router, Routing
+from alter.nn.saved import describe, restore
 from alter.nn.sharding import gather, put_away
-from alter.nn.template import Template, make_template
+from alter.nn.template import Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -256,7 +255,7 @@ class MTAModel(nn.Module):
 
     def train_backbone(self) -> None:
         """Lets the backbone train too, without dropout still; its weights are then part of what is saved."""
-        self._own_backbone()
+        self.own_backbone()
         for parameter in self._backbone_parameters().values():
             parameter.requires_grad_(True)
 
@@ -265,7 +264,8 @@ class MTAModel(nn.Module):
         """Whether the backbone trains or has trained, so that its weights are no longer those of its folder."""
         return self._untouched is not None
 
-    def _own_backbone(self) -> None:
+    def own_backbone(self) -> None:
+        """Makes the backbone's weights the model's own: they are saved with it, and what they were is kept."""
         if self._untouched is None:
             self._untouched = {
                 name: parameter.detach().to("cpu", copy=True) for name, parameter in self._backbone_parameters().items()
@@ -282,7 +282,7 @@ class MTAModel(nn.Module):
 
     def take_backbone(self, other: MTAModel) -> None:
         """Takes over the trained backbone of a model with adapters in the same places."""
-        self._own_backbone()
+        self.own_backbone()
         self._set_backbone({name: value.detach().clone() for name, value in other._backbone_parameters().items()})
 
     @property
@@ -404,23 +404,7 @@ class MTAModel(nn.Module):
             backbone: the name or folder of the backbone, as ``load_backbone`` takes it.
             trained: what ``trained_state`` returned; None to ask for it here.
         """
-        layer = next(iter(self.layers.values()))
-        config: dict[str, Any] = {
-            "backbone": {
-                "name": whole_name(backbone),
-                "fingerprint": backbone_fingerprint(resolve_backbone(str(backbone))),
-            },
-            "tasks": self.tasks,
-            "layers": self._layers_setting,
-            "ffn": self._ffn_setting,
-            "parts": {name: part.describe() for name, part in layer.templates().items()},
-            "newcomers": [newcomer.expert.describe() for newcomer in layer.newcomers],
-            "retired": self.retired,
-            "num_experts": self.num_experts,
-            "num_shared": self.num_shared,
-            "own_backbone": self.has_own_backbone,
-        }
-        write_model(folder, config, trained or self.trained_state())
+        write_model(folder, describe(self, backbone), trained or self.trained_state())
 
     @property
     def num_experts(self) -> int:
@@ -444,41 +428,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: a file is missing or damaged, a key is missing, surplus or misshapen, or the backbone is another.
         """
-        folder = Path(folder)
-        config = read_config(folder)
-        path = resolve_backbone(backbone or config["backbone"]["name"])
-        if backbone_fingerprint(path) != config["backbone"]["fingerprint"]:
-            raise AlterError(
-                f"{folder / CONFIG_FILE}: the adapters were trained on another backbone than {path} (they name "
-                f"'{config['backbone']['name']}'); name the right one by --backbone, or as the argument backbone."
-            )
-        newcomers = config.get("newcomers", [])  # absent in files from before there were any
-        tasks, first = config["tasks"], len(config["tasks"]) - len(newcomers)
-        model = cls(load_backbone(str(path), precision), tasks[:first], config["layers"], config["ffn"])
-        parts, where = config["parts"], str(folder / CONFIG_FILE)
-        with _Undrawn():
-            model.add_experts(
-                make_template(parts["experts"], Expert, where),
-                make_template(parts["router"], Router, where),
-                num_experts=config.get("num_experts"),  # absent in files from when there was always one a task
-            )
-            if "shared" in parts:
-                model.add_shared(
-                    make_template(parts["shared"], Expert, where),
-                    config["num_shared"],
-                    make_template(parts["shared_router"], Router, where),
-                )
-            for task, expert in zip(tasks[first:], newcomers, strict=True):
-                model.add_newcomer(task, make_template(expert, Expert, where))
-        model.retired = list(config.get("retired", []))
-        if config.get("own_backbone"):
-            if precision in QUANTISED:
-                raise AlterError(
-                    f"{where}: the backbone was trained too, so its precision cannot be {precision}; load it as fp32 or bf16."
-                )
-            model._own_backbone()
-        model.load_trained_state(read_weights(folder / WEIGHTS_FILE), str(folder / WEIGHTS_FILE))
-        return model.eval()
+        return restore(cls, Path(folder), backbone, precision)
 
 
 def check_task_experts(own: float, num_experts: int | None, *templates: Template) -> None:
@@ -507,15 +457,6 @@ def check_shared_experts(num_shared: int, keep: float, *templates: Template) -> 
         raise AlterError(f"keep: {keep} is no share; give 0 to 1, such as 0.9.")
     for template in templates:
         template.check()
-
-
-class _Undrawn(TorchFunctionMode):
-    """Within it, first weights are zero where they would be drawn, which takes long; they are loaded next."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.uniform_, Tensor.normal_):
-            return args[0].zero_()
-        return (torch.zeros if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def _together(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

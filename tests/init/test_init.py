@@ -20,6 +20,8 @@ from alter.init.write import init
 from tests.data.conftest import words, write_jsonl  # noqa: F401 (a fixture)
 from tests.test_cli import tiny_backbone
 
+ROOT = Path(__file__).parents[2]
+
 DRAW = random.Random(13)
 WORDS = [f"w{i}" for i in range(90)]
 
@@ -118,6 +120,18 @@ def test_fit_works_on_the_result_unedited(files, tmp_path, words):  # noqa: F811
     assert {task: next(iter(metrics)) for task, metrics in results["tasks"].items()} == {
         "intents_2026": "accuracy", "pairs": "accuracy", "qa": "exact_match", "slots": "span_f1", "titles": "rouge1",
     }  # fmt: skip
+
+
+def test_the_recipe_has_the_settings_that_a_real_mixture_was_tuned_to(files, tmp_path):
+    main(["init", "mine", *map(str, files)])
+    proposed = yaml.safe_load((tmp_path / "mine" / "recipe.yaml").read_text())
+    tuned = yaml.safe_load((ROOT / "recipes" / "customer_service.yaml").read_text())
+    del proposed["stage1"]["model"]["init_args"]["layers"]  # fewer, to be done sooner
+    del tuned["stage1"]["model"]["init_args"]["layers"]
+    del tuned["stage1"]["model"]["init_args"]["router"]  # said though it is the default
+    assert {key: proposed[key] for key in ("trainer", "stage1", "stage2")} == {
+        key: tuned[key] for key in ("trainer", "stage1", "stage2")
+    }
 
 
 def chat(*turns):

@@ -1,4 +1,4 @@
-"""Keeps comparisons under benchmarks/results/compare/, and puts their tables into docs/results.md, between its markers.
+"""Keeps comparisons under benchmarks/results/compare/, and puts their tables between the markers of docs/results*.md.
 
     python benchmarks/results_page.py [runs/compare/NAME ...]
     python benchmarks/results_page.py --restore runs/compare/NAME
@@ -18,7 +18,7 @@ from alter.compare.tables import markdown
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results" / "compare"
-PAGE = HERE.parent / "docs" / "results.md"
+PAGES = [HERE.parent / "docs" / name for name in ("results.md", "results_tried.md")]
 
 
 NUMBERS = ("cell.json", "trained.json", "validation.json", "test.json", "validation.npz", "test.npz")  # of a cell
@@ -50,15 +50,17 @@ def copy_cells(source, target):
 
 
 def render():
-    """Puts every kept comparison into the page."""
-    page = PAGE.read_text()
+    """Puts every kept comparison into the page that has a place for it."""
+    pages = {page: page.read_text() for page in PAGES}
     for file in sorted(KEPT.glob("*.json")):
-        marked = rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)"
-        if not re.search(marked, page, flags=re.S):
-            sys.exit(f"{PAGE} has no place for {file.name}: write a line <!-- {file.stem} --> and a line <!-- end -->.")
+        marked = re.compile(rf"(<!-- {file.stem} -->\n).*?(<!-- end -->)", flags=re.S)
+        page = next((page for page, text in pages.items() if marked.search(text)), None)
+        if page is None:
+            sys.exit(f"No page has a place for {file.name}: write a line <!-- {file.stem} --> and a line <!-- end -->.")
         table = markdown(json.loads(file.read_text()))
-        page = re.sub(marked, lambda m, t=table: f"{m[1]}{t}{m[2]}", page, flags=re.S)
-    PAGE.write_text(page)
+        pages[page] = marked.sub(lambda m, t=table: f"{m[1]}{t}{m[2]}", pages[page])
+    for page, text in pages.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from alter.slurm import outside
+from alter.stopping import STATUS
 
 BUSY = 75  # exit status where another process runs the cell
 LOG = "log.txt"
@@ -37,8 +38,6 @@ def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
         sys.exit(BUSY)
     try:
         yield
-    except KeyboardInterrupt:
-        sys.exit("alter: stopped; the same command goes on from the last checkpoint.")
     finally:
         lock.release()
 
@@ -62,7 +61,7 @@ def is_running(folder: Path) -> bool:
 def run_cells(
     cells: Sequence[Path], command: Callable[[Path], list[str]], name: Callable[[Path], str], processes: int
 ) -> list[str]:
-    """Runs cells, some at once; one that fails is told, and the others go on. A SIGTERM ends those that run too.
+    """Runs cells, some at once; one that fails is told, and the others go on.
 
     Args:
         cells: their folders.
@@ -74,11 +73,11 @@ def run_cells(
         a line for each that failed.
 
     Raises:
-        KeyboardInterrupt: at SIGTERM, when the cells that ran have ended.
+        KeyboardInterrupt: when one came and the cells that ran have ended.
     """
     failed: list[str] = []
     busy: list[Path] = []
-    children: set[subprocess.Popen[bytes]] = set()
+    children = _Children()
 
     def run(cell: Path, wait: bool = False) -> None:
         started = time.perf_counter()
@@ -86,48 +85,60 @@ def run_cells(
         if status == BUSY:
             busy.append(cell)
             print(f"{name(cell)}: another process is running it", flush=True)
+        elif status == STATUS:
+            failed.append(f"{cell / LOG}: stopped")
+            print(f"{name(cell)}: stopped", flush=True)
         elif status:
             failed.append(f"{cell / LOG}: {said}")
             print(f"{name(cell)}: failed: {said}", flush=True)
         else:
             print(f"{name(cell)}: {time.perf_counter() - started:,.0f} s", flush=True)
 
-    with _ended_together(children):
-        with ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(processes) as pool:
+        try:
             list(pool.map(run, cells))
-        for cell in list(busy):
-            run(cell, wait=True)
+            list(pool.map(lambda cell: run(cell, wait=True), list(busy)))
+        except KeyboardInterrupt:
+            children.end()
+            raise
     return failed
 
 
-@contextmanager
-def _ended_together(children: set[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Within, SIGTERM goes on to the cells, which would else run on alone; a terminal's Ctrl+C reaches them by itself."""
+class _Children:
+    """Processes that end together. A terminal's Ctrl+C reaches them by itself; a SIGTERM to this one alone does not."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        for child in list(children):
-            child.terminate()
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._ended = False
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """Runs one to its end; returns its exit status."""
+        with self._lock:
+            if self._ended:
+                return STATUS
+            child = subprocess.Popen(command, **options)
+            self._running.add(child)
+        status = child.wait()
+        with self._lock:
+            self._running.remove(child)
+        return status
+
+    def end(self) -> None:
+        """Tells all that run to end, and starts no other."""
+        with self._lock:
+            self._ended = True
+            for child in self._running:
+                child.terminate()
 
 
-def _child(
-    command: Sequence[str], log: Path, processes: int, children: set[subprocess.Popen[bytes]]
-) -> tuple[int, str]:
-    """Runs a cell, one of the ``children`` meanwhile; returns the exit status and the last line that it wrote."""
+def _child(command: Sequence[str], log: Path, processes: int, children: _Children) -> tuple[int, str]:
+    """Runs a cell; returns the exit status and the last line that it wrote."""
     environment = {**outside(), "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
     if processes > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
     with log.open("a", encoding="utf-8") as stream:
-        child = subprocess.Popen([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment)
-        children.add(child)
-        status = child.wait()
-        children.remove(child)
+        status = children.run([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment)
     return status, last_line(log) or f"no output, exit status {status}"
 
 

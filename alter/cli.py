@@ -15,6 +15,7 @@ from io import TextIOWrapper
 
 from alter.arguments import parser
 from alter.errors import AlterError, disk_is_full
+from alter.stopping import STATUS, STOPPED, stop_at_sigterm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,13 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8, better an escape than no line
+    stop_at_sigterm()
     try:
         _run(arguments)
     except AlterError as error:
         _stop(error, error.messages, debug)
     except KeyboardInterrupt:
-        print("alter: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        print(STOPPED, file=sys.stderr)
+        sys.exit(STATUS)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing more to say
         sys.exit(0)

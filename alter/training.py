@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +42,12 @@ class StageCLI(LightningCLI):
     """One stage: instantiates trainer and module from the recipe's values."""
 
     def __init__(
-        self, folder: Path, arguments: dict[str, Any], first_step: int = 0, generation: Generation | None = None
+        self,
+        folder: Path,
+        arguments: dict[str, Any],
+        first_step: int = 0,
+        generation: Generation | None = None,
+        interruptible: bool = True,
     ) -> None:
         """Makes the stage's trainer and module.
 
@@ -50,10 +56,12 @@ class StageCLI(LightningCLI):
             arguments: what ``Recipe.stage_args`` returned.
             first_step: that will be logged.
             generation: how sample answers are decoded.
+            interruptible: whether Ctrl+C and SIGTERM let it write a checkpoint first.
         """
         self.folder = folder
         self.first_step = first_step
         self.generation = generation
+        self.interruptible = interruptible
         self.metrics = MetricsCSV(folder / "metrics.csv")
         self.throughput = Throughput()
         super().__init__(
@@ -92,7 +100,9 @@ class StageCLI(LightningCLI):
             own.append(StageProgress(self.folder.name, self.throughput))
         own += self._checkpoints(config.get("callbacks") or [])
         kept = self.folder / "checkpoints" / KEPT
-        own += [Preemption(kept, REQUEUE), Interruption(kept, enabled=not REQUEUE.listens)]
+        own.append(Preemption(kept, REQUEUE))
+        if self.interruptible:
+            own.append(Interruption(kept, [signal.SIGINT] if REQUEUE.listens else [signal.SIGINT, signal.SIGTERM]))
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
         return super()._instantiate_trainer(config, [*callbacks, *own])

@@ -7,44 +7,48 @@ import time
 
 import pytest
 
-from alter.cells import LOG, only_one, run_cells
+from alter.cells import LOG, run_cells
+from alter.stopping import stop_at_sigterm
 
 CELL = """
 import pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
 def end(number, frame):
     print("has ended itself", flush=True)
-    sys.exit(3)
+    sys.exit({status})
 signal.signal(signal.SIGTERM, end)
 (folder / "started").touch()
 time.sleep(60)
 """
 
 
-def test_a_sigterm_ends_the_cells_that_run_and_starts_no_other(tmp_path, capsys):
+@pytest.mark.parametrize(("status", "told"), [(130, "stopped"), (3, "failed: has ended itself")])
+def test_a_sigterm_ends_the_cells_that_run_and_starts_no_other(tmp_path, capsys, status, told):
     cells = [tmp_path / name for name in "abc"]
     for cell in cells:
         cell.mkdir()
+    over = threading.Event()
 
     def stop():
-        end = time.monotonic() + 60
-        while sum((cell / "started").exists() for cell in cells) < 2 and time.monotonic() < end:
+        while sum((cell / "started").exists() for cell in cells) < 2 and not over.is_set():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    threading.Thread(target=stop).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_cells(cells, lambda cell: ["-c", CELL, str(cell)], lambda cell: cell.name, processes=2)
-    assert signal.getsignal(signal.SIGTERM) == before
+    stop_at_sigterm()
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_cells(
+                cells, lambda cell: ["-c", CELL.format(status=status), str(cell)], lambda cell: cell.name, processes=2
+            )
+    finally:
+        over.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
     assert [(cell / LOG).exists() and (cell / LOG).read_text() for cell in cells] == ["has ended itself\n"] * 2 + [
         False
     ]
-    assert "a: failed: has ended itself" in capsys.readouterr().out
-
-
-def test_a_cell_that_is_stopped_says_so_in_its_last_line(tmp_path):
-    with pytest.raises(SystemExit, match="stopped; the same command goes on"), only_one(tmp_path):
-        raise KeyboardInterrupt
-    with only_one(tmp_path):  # the lock is free again
-        pass
+    assert sorted(capsys.readouterr().out.splitlines()) == [f"a: {told}", f"b: {told}"]

@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM while a stage trains: no step is lost."""
+"""Ctrl+C and SIGTERM while a stage trains: no batch is lost."""
 
 import os
 import random
@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alter.callbacks import Interruption
-from alter.callbacks.interruption import SIGNALS
+from alter.callbacks import Interruption, interruption
 from alter.callbacks.preemption import KEPT
+from alter.stopping import STATUS, STOPPED
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project  # noqa: F401 (a fixture)
 from tests.test_kills import Runs
@@ -19,37 +19,48 @@ from tests.test_requeue import long_log
 from tests.test_resume import ends_as
 
 SEED = 13
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @pytest.fixture
 def trainer():
     """What the callback asks of a trainer of one process; the signals' handlers end with the test."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     saved = []
     yield SimpleNamespace(
         strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
         save_checkpoint=saved.append,
         saved=saved,
+        is_global_zero=True,
     )
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
+def told(capfd):
+    """What is printed to standard error, waited for."""
+    said, end = "", time.monotonic() + 10
+    while not said.endswith("at once.\n"):
+        assert time.monotonic() < end
+        said += capfd.readouterr().err
+    return said
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_step_is_finished_and_kept_and_a_second_signal_ends_it_at_once(trainer, number, capfd):
+def test_the_batch_is_finished_and_kept_and_a_later_signal_ends_it_at_once(trainer, number, capfd, monkeypatch):
     callback = Interruption("kept.ckpt")
     callback.on_train_start(trainer, None)
     callback.on_train_batch_end(trainer, None, None, None, 0)
     assert not trainer.saved
     signal.raise_signal(number)
-    said, end = "", time.monotonic() + 10
-    while "stops after this step" not in said:
-        assert time.monotonic() < end
-        said += capfd.readouterr().err
+    signal.raise_signal(number)  # from a launcher too: still the same one
+    assert told(capfd).count("alter: stops after this batch") == 1
     with pytest.raises(KeyboardInterrupt):
         callback.on_train_batch_end(trainer, None, None, None, 1)
     assert trainer.saved == ["kept.ckpt"]
+    monkeypatch.setattr(interruption, "ONE", 0.0)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
 
@@ -63,6 +74,18 @@ def test_one_that_comes_after_the_last_batch_ends_the_run_between_the_stages(tra
     assert not trainer.saved
 
 
+def test_all_processes_stop_where_another_has_been_signalled(trainer, capfd):
+    trainer.strategy.reduce_boolean_decision = lambda decision, all: not all
+    trainer.is_global_zero = False
+    callback = Interruption("kept.ckpt")
+    callback.on_train_start(trainer, None)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_end(trainer, None)
+    assert not capfd.readouterr().err
+
+
 def test_signals_are_given_back_and_what_is_ignored_stays_so(trainer):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of what a shell runs in the background
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -73,23 +96,34 @@ def test_signals_are_given_back_and_what_is_ignored_stays_so(trainer):
         callback = Interruption("kept.ckpt")
         callback.on_train_start(trainer, None)
         signal.raise_signal(signal.SIGINT)
-        assert not callback.asked
         assert signal.getsignal(signal.SIGTERM) == callback._signalled
         end(callback)
         assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
+def test_what_lightning_ignores_while_it_ends_stays_ignored(trainer):
+    callback = Interruption("kept.ckpt", [signal.SIGINT])
+    callback.on_train_start(trainer, None)
+    assert signal.getsignal(signal.SIGTERM) == signal.default_int_handler  # not asked for
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    callback.on_exception(trainer, None, KeyboardInterrupt())
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+# A terminal signals a whole group, and so does a launcher.
 SETTINGS = {
-    "Ctrl+C": ({"trainer__accumulate_grad_batches": 2}, 1, signal.SIGINT),
-    "Ctrl+C with workers": ({"data__num_workers": 2}, 1, signal.SIGINT),
-    "one of two processes": ({"trainer__accumulate_grad_batches": 2}, 2, signal.SIGTERM),
-}
+    "Ctrl+C": ({"trainer__accumulate_grad_batches": 2}, 1, lambda run: os.killpg(run[0].pid, signal.SIGINT)),
+    "SIGTERM to all, with workers": ({"data__num_workers": 2}, 1, lambda run: os.killpg(run[0].pid, signal.SIGTERM)),
+    "the second of two processes": (
+        {"trainer__accumulate_grad_batches": 2}, 2, lambda run: os.kill(run[1].pid, signal.SIGTERM)
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_that_is_stopped_keeps_its_last_step_and_ends_as_an_uninterrupted_one(project, name):  # noqa: F811
-    changes, processes, number = SETTINGS[name]
+    changes, processes, send = SETTINGS[name]
     change(project, data__max_tokens=64, **changes)
     runs = Runs(project, processes)
     runs.finish("whole")
@@ -99,15 +133,15 @@ def test_a_run_that_is_stopped_keeps_its_last_step_and_ends_as_an_uninterrupted_
         lines = len((project / "whole" / stage / "metrics.csv").read_text().splitlines())
         started = runs.start("cut")
         long_log(run / stage / "metrics.csv", lines * draw.uniform(0.2, 0.6))(started[0].is_alive)
-        (os.killpg if number == signal.SIGINT else os.kill)(started[0].pid, number)  # a terminal signals a whole group
+        send(started)
         for process in started:
             process.join(60)
-            assert process.exitcode == 130, (project / "log.txt").read_text()[-3000:]
+            assert process.exitcode == STATUS, (project / "log.txt").read_text()[-3000:]
         kept = torch.load(run / stage / "checkpoints" / KEPT, weights_only=True)
         steps = [int(line.split(",")[0]) for line in (run / stage / "metrics.csv").read_text().splitlines()[1:]]
         assert kept["global_step"] in (max(steps), max(steps) + 1)
     said = (project / "log.txt").read_text()
-    assert said.count("alter: stops after this step") == said.count("goes on from the last checkpoint") / processes == 2
+    assert said.count(STOPPED) == 2 * processes
     assert "Traceback" not in said
     runs.finish("cut")
     ends_as(run, project / "whole")

@@ -31,6 +31,7 @@ from alter.recipe import Recipe, read_recipe
 from alter.results import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.run import fit
 from alter.run_folder import is_first, stage_records
+from alter.stopping import STATUS, STOPPED, stop_at_sigterm
 from alter.writing import write_json
 
 PLAN = "cell.json"
@@ -141,12 +142,16 @@ def main() -> None:
     parser.add_argument("split")
     parser.add_argument("--wait", action="store_true", help="until the other process has ended")
     options = parser.parse_args()
+    stop_at_sigterm()
     try:
         with only_one(options.folder, options.wait):
             if not (options.folder / f"{options.split}.json").is_file():
                 run_cell(options.folder, options.split)
     except AlterError as error:
         sys.exit("\n".join(error.messages))
+    except KeyboardInterrupt:
+        print(STOPPED)
+        sys.exit(STATUS)
 
 
 if __name__ == "__main__":

@@ -271,17 +271,20 @@ class MultiTaskDataModule(LightningDataModule):
             collate_fn=Collator(self._pad, self.seq2seq),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_leave_signals,
         )
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
-def _leave_interrupts(worker: int) -> None:
-    """Ctrl+C, which a terminal sends to workers too, is for the process that reads from them: it may have a step to finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _leave_signals(worker: int) -> None:
+    """What a terminal or a launcher sends to all processes is for the one that reads from the workers: it has a batch to finish.
+
+    A worker ends when that one asks, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _limited(task: Task, limit: Mapping[str, int]) -> Task:

@@ -127,10 +127,15 @@ class Estimate:
     trainable: dict[str, int]
 
 
-def trial(recipe: Recipe) -> Estimate:
-    """Trains and answers a little in a temporary folder, and counts what all of it would take."""
+def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
+    """Trains and answers a little in a temporary folder, and counts what all of it would take.
+
+    Args:
+        recipe: of the run.
+        inside: where the folder is made, such as one that whoever may kill this process removes.
+    """
     quiet()
-    with tempfile.TemporaryDirectory(prefix="alter-doctor-") as folder:
+    with tempfile.TemporaryDirectory(prefix="alter-doctor-", dir=inside) as folder:
         recipe.config["run"] = folder
         cache = recipe.config["trunk_cache"]
         if cache["enabled"]:
@@ -154,7 +159,7 @@ def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -
     planned = arguments["trainer"]
     clock, started = Clock(), time.perf_counter()
     arguments["trainer"] = {**planned, **ONE_DEVICE, **ONE_EPOCH}
-    cli = StageCLI(run / stage, arguments)
+    cli = StageCLI(run / stage, arguments, interruptible=False)
     cli.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
     data.limits = {"train": planned.get("limit_train_batches"), "validation": planned.get("limit_val_batches")}
     data.first_epoch = recipe.epochs_before(stage)
@@ -228,5 +233,5 @@ def _test(run: Path, recipe: Recipe, data: Sample) -> float:
 
 
 if __name__ == "__main__":
-    found = trial(read_recipe(sys.argv[2:]))
+    found = trial(read_recipe(sys.argv[2:]), Path(sys.argv[1]).parent)
     write_json(sys.argv[1], vars(found))

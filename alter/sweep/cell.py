@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 
 from alter.requeue import REQUEUE, leave_allocation
+from alter.stopping import STATUS, STOPPED, stop_at_sigterm
 
 
 def main() -> None:
@@ -19,6 +20,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     leave_allocation()
     REQUEUE.listen()
+    stop_at_sigterm()
     from alter.cells import is_helper, only_one
     from alter.errors import AlterError
     from alter.sweep.plan import FAILED, RESULT, read_sweep
@@ -34,6 +36,9 @@ def main() -> None:
             known = _run(sweep.recipe(options.number), flags)
             if not is_helper():
                 write_json(cell / RESULT, known)
+        except KeyboardInterrupt:
+            print(STOPPED)
+            sys.exit(STATUS)
         except Exception as error:
             traceback.print_exc()
             said = " ".join(error.messages) if isinstance(error, AlterError) else f"{type(error).__name__}: {error}"

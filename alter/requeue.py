@@ -48,11 +48,15 @@ class Requeue:
         self._timer: threading.Timer | None = None
 
     def listen(self) -> None:
-        """Takes the signal from now on, in a job of SLURM; elsewhere it stays what it was."""
+        """Takes the signal from now on, in a job of SLURM; elsewhere it stays what it was.
+
+        SIGTERM, by which SLURM ends a job that has been requeued, then ends this process at once.
+        """
         if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
             self._process = os.getpid()
             self.listens, self.asked = True, False
             signal.signal(signal.SIGUSR1, self._signalled)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -34,11 +34,12 @@ def scontrol(tmp_path, monkeypatch):
 @pytest.fixture
 def job(monkeypatch):
     """A process of job 7, whose handlers end with the test."""
-    before = signal.getsignal(signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_PROCID", "0")
     yield
-    signal.signal(signal.SIGUSR1, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def signalled():
@@ -48,6 +49,7 @@ def signalled():
 def test_a_signal_outside_training_requeues_the_job_at_once(job, scontrol, capfd):
     own = Requeue()
     own.listen()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     signalled()
     signalled()  # once is enough
     assert scontrol.read_text() == "requeue 7\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -271,20 +271,16 @@ class MultiTaskDataModule(LightningDataModule):
             collate_fn=Collator(self._pad, self.seq2seq),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_leave_group,
         )
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
 
-def _leave_signals(worker: int) -> None:
-    """What a terminal or a launcher sends to all processes is for the one that reads from the workers: it has a batch to finish.
-
-    A worker ends when that one asks, or is gone.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """What a terminal or a launcher sends to the whole group is for the process that reads from the workers, and then ends them."""
+    os.setpgrp()
 
 
 def _limited(task: Task, limit: Mapping[str, int]) -> Task:

@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="until the other process has ended")
     options, flags = parser.parse_known_args()
     leave_allocation()
-    REQUEUE.listen()
     stop_at_sigterm()
+    REQUEUE.listen()
     from alter.cells import is_helper, only_one
     from alter.errors import AlterError
     from alter.sweep.plan import FAILED, RESULT, read_sweep

@@ -15,9 +15,10 @@ from io import TextIOWrapper
 
 from alter.arguments import parser
 from alter.errors import AlterError, disk_is_full
-from alter.stopping import STATUS, STOPPED, stop_at_sigterm
+from alter.stopping import stoppable
 
 
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb; a mistake in the input is one sentence on stderr and exit code 2 (``--debug`` shows the traceback)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -25,14 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8, better an escape than no line
-    stop_at_sigterm()
     try:
         _run(arguments)
     except AlterError as error:
         _stop(error, error.messages, debug)
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        sys.exit(STATUS)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing more to say
         sys.exit(0)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOPPED = "alter: stopped; the same command goes on from the last checkpoint."
 STATUS = 130  # of a command that was stopped
 
 
-def stop_at_sigterm() -> None:
-    """Lets SIGTERM stop this command as Ctrl+C does, by a KeyboardInterrupt, and so what it has started too."""
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Lets SIGTERM stop a command as Ctrl+C does, by a KeyboardInterrupt, and so what it has started too; says it in a sentence."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        sys.exit(STATUS)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from alter.cells import LOG, run_cells
-from alter.stopping import stop_at_sigterm
+from alter.stopping import stoppable
 
 CELL = """
 import pathlib, signal, sys, time
@@ -36,11 +36,10 @@ def test_a_sigterm_ends_the_cells_that_run_and_starts_no_other(tmp_path, capsys,
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    stop_at_sigterm()
     thread = threading.Thread(target=stop)
     thread.start()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with stoppable(), pytest.raises(KeyboardInterrupt):
             run_cells(
                 cells, lambda cell: ["-c", CELL.format(status=status), str(cell)], lambda cell: cell.name, processes=2
             )

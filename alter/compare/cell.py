@@ -31,7 +31,7 @@ from alter.recipe import Recipe, read_recipe
 from alter.results import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.run import fit
 from alter.run_folder import is_first, stage_records
-from alter.stopping import STATUS, STOPPED, stop_at_sigterm
+from alter.stopping import stoppable
 from alter.writing import write_json
 
 PLAN = "cell.json"
@@ -135,6 +135,7 @@ def _write_answers(folder: Path, split: str, answered: Answered) -> None:
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+@stoppable()
 def main() -> None:
     """``python -m alter.compare.cell FOLDER SPLIT``: runs a cell, unless another process does."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -142,16 +143,12 @@ def main() -> None:
     parser.add_argument("split")
     parser.add_argument("--wait", action="store_true", help="until the other process has ended")
     options = parser.parse_args()
-    stop_at_sigterm()
     try:
         with only_one(options.folder, options.wait):
             if not (options.folder / f"{options.split}.json").is_file():
                 run_cell(options.folder, options.split)
     except AlterError as error:
         sys.exit("\n".join(error.messages))
-    except KeyboardInterrupt:
-        print(STOPPED)
-        sys.exit(STATUS)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import traceback
 from pathlib import Path
 
 from alter.requeue import REQUEUE, leave_allocation
-from alter.stopping import STATUS, STOPPED, stop_at_sigterm
+from alter.stopping import stoppable
 
 
+@stoppable()
 def main() -> None:
     """``python -m alter.sweep.cell SWEEP NUMBER [FLAGS OF THE RECIPE]``: runs a cell, unless another process does."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -19,7 +20,6 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="until the other process has ended")
     options, flags = parser.parse_known_args()
     leave_allocation()
-    stop_at_sigterm()
     REQUEUE.listen()
     from alter.cells import is_helper, only_one
     from alter.errors import AlterError
@@ -36,9 +36,6 @@ def main() -> None:
             known = _run(sweep.recipe(options.number), flags)
             if not is_helper():
                 write_json(cell / RESULT, known)
-        except KeyboardInterrupt:
-            print(STOPPED)
-            sys.exit(STATUS)
         except Exception as error:
             traceback.print_exc()
             said = " ".join(error.messages) if isinstance(error, AlterError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What eight experts cost over one adapter of the same rank: whole training steps, and forward alone.
+"""What eight experts cost over one adapter of the same rank: whole training steps, and forward alone; and stage 2 over stage 1.
 
 python benchmarks/fused_mixture.py --t5 FOLDER
 """
@@ -6,10 +6,11 @@ python benchmarks/fused_mixture.py --t5 FOLDER
 import common
 import torch
 
-from alter.nn import Bottleneck, LoRA, TaskSelector, TokenGate
+from alter.nn import Bottleneck, LoRA, SharedGate, TaskSelector, TokenGate
 
 EXPERTS = {"bottleneck": Bottleneck, "LoRA": LoRA}
-ROUTERS = {"hard": TaskSelector(hard=True), "token-level": TokenGate()}
+ROUTERS = {"hard": TaskSelector(hard=True), "token-level": TokenGate(), "soft": TaskSelector()}
+TARGETS = {"step": 1.10, "forward": 1.05}  # of hard and token-level routing
 
 
 def measure(name, backbone, args):
@@ -25,18 +26,26 @@ def measure_kind(name, backbone, kind, args):
     rows = []
     for routing, router in ROUTERS.items():
         many = made(backbone, 8, expert, router, args)
-        for what, run, target in (("step", common.step, 1.10), ("forward", common.forward, 1.05)):
-            data = common.batch(many, args.batch, args.length)
-            alone = {**data, "task_ids": data["task_ids"] * 0}
-            seconds = common.alternate(
-                args.rounds,
-                many=lambda run=run, many=many, data=data: [run(many, data) for _ in range(args.repeat)],
-                one=lambda run=run, alone=alone: [run(one, alone) for _ in range(args.repeat)],
-            )
-            found = common.ratios(seconds["many"], seconds["one"])
+        data = common.batch(many, args.batch, args.length)
+        alone = {**data, "task_ids": data["task_ids"] * 0}
+        for what, run in (("step", common.step), ("forward", common.forward)):
+            target = None if routing == "soft" else TARGETS[what]
             title = f"{called}, {kind}, {routing}: {what} of 8 experts over one"
-            rows.append(common.row(title, found, target, at_most=True))
-    return rows
+            rows.append(compared(title, run, (many, data), (one, alone), target, args))
+    both = made(backbone, 8, expert, ROUTERS["soft"], args)
+    both.add_shared(expert, 2, SharedGate(), keep=0.8)
+    title = f"{called}, {kind}, soft: step of stage 2, with 2 shared experts, over stage 1's"
+    return [*rows, compared(title, common.step, (both, data), (many, data), None, args)]
+
+
+def compared(title, run, ours, other, target, args):
+    """One row: two models, each with its batch, in turn."""
+    seconds = common.alternate(
+        args.rounds,
+        ours=lambda: [run(*ours) for _ in range(args.repeat)],
+        other=lambda: [run(*other) for _ in range(args.repeat)],
+    )
+    return common.row(title, common.ratios(seconds["ours"], seconds["other"]), target, at_most=True)
 
 
 def made(backbone, experts, expert, router, args):

@@ -60,25 +60,18 @@ class FrozenFeedForward:
             self._read[role] = self.linear(role, x)
         return self._read[role]
 
-    def inner(self, x: Tensor, change: Callable[[str, Tensor], Tensor], apart: bool = False) -> Tensor:
-        """What enters the block's last map, where something is added to what each first map gives.
+    def inner(self, x: Tensor, changed: Callable[[str, Tensor, Tensor], Tensor]) -> Tensor:
+        """What enters the block's last map, where what each first map gives is changed.
 
         Args:
             x: [batch, seq, d].
-            change: called with a role and ``x``, returns what to add.
-            apart: for several experts by themselves: ``change`` gets [batch, seq, 1, d] and returns [batch, seq, experts, h].
+            changed: called with a role, ``x`` and what the frozen map gives, [batch, seq, h]; for several experts by
+                themselves it returns [experts, batch, seq, h].
 
         Returns:
-            [batch, seq, h], or [batch, seq, experts, h].
+            [batch, seq, h], or [experts, batch, seq, h].
         """
-
-        def linear(role: str, x: Tensor) -> Tensor:
-            frozen = self._first(role, x)
-            if apart:
-                frozen, x = frozen.unsqueeze(-2), x.unsqueeze(-2)
-            return frozen + change(role, x).to(frozen.dtype)
-
-        return self._before_down(x, linear)
+        return self._before_down(x, lambda role, x: changed(role, x, self._first(role, x)))
 
     def run(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Computes the block's formula with another set of linear maps.

@@ -140,7 +140,7 @@ class MixtureOfTaskAdapters(nn.Module):
         dtype = self.frozen.dtype
         # Adapters are kept in fp32 whatever the backbone's precision, and compute in the backbone's.
         with torch.autocast(hidden_states.device.type, dtype, enabled=dtype != torch.float32):
-            return self._mix(hidden_states.float(), ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
+            return self._mix(hidden_states, ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
 
     def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
         task = routing.only_task

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from alter.nn.change import Change
 from alter.nn.linear import plain_weight
 
 if TYPE_CHECKING:
     from alter.nn.frozen import FrozenFeedForward
 
 
+class Kept(NamedTuple):
+    """Outputs before the last map: of a mixture, or of several experts by themselves.
+
+    Attributes:
+        inner: [batch, seq, h], or [experts, batch, seq, h].
+        change: of as many.
+    """
+
+    inner: Tensor
+    change: Change
+
+    @property
+    def experts(self) -> int:
+        """How many outputs."""
+        return len(self.inner) if self.change.apart else 1
+
+    @property
+    def inners(self) -> Tensor:
+        """[experts, batch, seq, h], of a mixture too."""
+        return self.inner if self.change.apart else self.inner.unsqueeze(0)
+
+
 class Outputs:
-    """``output_k = down(inner_k) + change_k``, where ``down`` is the last map of a frozen block, which all share.
+    """``output_k = down(inner_k) + change_k`` of experts of one block, where ``down`` is its frozen last map, which all share.
 
     What is made of them is linear: a gate's first map ``sum_k U_k output_k``, and the weighted sum. So for many tokens
 
@@ -23,59 +46,79 @@ class Outputs:
         ``sum_k w_k output_k = down(sum_k w_k inner_k) + sum_k w_k change_k``
 
     with ``W`` of ``down`` apply it to one vector a token, not to each of K + 1, which is most of what stage 2 would cost.
+    Experts come first here, so that each is one piece of memory.
 
     Args:
-        change: [batch, seq, k, d].
-        inner: [batch, seq, k, h]; None where ``change`` is the whole output.
+        whole: [experts, batch, seq, d]; None where they are kept.
+        kept: those that stand side by side.
         ffn: whose ``down`` it is.
     """
 
-    def __init__(self, change: Tensor, inner: Tensor | None = None, ffn: FrozenFeedForward | None = None) -> None:
-        self._change, self._inner, self._ffn = change, inner, ffn
+    def __init__(
+        self, whole: Tensor | None = None, kept: Sequence[Kept] = (), ffn: FrozenFeedForward | None = None
+    ) -> None:
+        self._whole, self._kept, self._ffn = whole, kept, ffn
 
     @classmethod
-    def beside(cls, parts: Sequence[Self]) -> Self:
+    def beside(cls, several: Sequence[Self]) -> Self:
         """All of several, in their order; of one block."""
-        inners = [part._inner for part in parts if part._inner is not None]
-        if len(inners) < len(parts):
-            return cls(torch.cat([part.whole() for part in parts], -2))
-        return cls(torch.cat([part._change for part in parts], -2), torch.cat(inners, -2), parts[0]._ffn)
+        if any(outputs._ffn is None for outputs in several):
+            return cls(torch.cat([outputs._made() for outputs in several]))
+        return cls(kept=[kept for outputs in several for kept in outputs._kept], ffn=several[0]._ffn)
 
     def whole(self) -> Tensor:
-        """[batch, seq, k, d]."""
-        if self._inner is not None and self._ffn is not None:
-            frozen = self._ffn.linear("down", self._inner)
-            self._change, self._inner = frozen + self._change.to(frozen.dtype), None
-        return self._change
+        """[batch, seq, experts, d]."""
+        return self._made().movedim(0, 2)
+
+    def _made(self) -> Tensor:
+        if self._ffn is not None:
+            made = [kept.change.added(self._ffn.linear("down", kept.inner)) for kept in self._kept]
+            self._whole = torch.cat([output.view(-1, *output.shape[-3:]) for output in made])
+            self._ffn = None
+        return cast(Tensor, self._whole)
 
     def read(self, linear: nn.Linear) -> Tensor:
         """``linear([output_1; ..; output_k])``, [batch, seq, linear.out_features]."""
-        weight = self._down(linear)
-        if self._inner is None or self._ffn is None or weight is None:
+        down = self._down(linear)
+        if self._ffn is None or down is None:
             return linear(self.whole().float().flatten(-2))
-        read = linear.weight.unflatten(1, self._change.shape[-2:])  # [out, k, d]
-        through = read.to(weight.dtype) @ weight  # of the two, W is the larger to convert
-        found = self._inner.flatten(-2) @ through.flatten(1).t().to(self._inner.dtype)
-        found = found + self._change.flatten(-2) @ linear.weight.t().to(self._change.dtype)
+        counts = [kept.experts for kept in self._kept]
+        weight = linear.weight.unflatten(1, (sum(counts), self._ffn.hidden_size))  # [units, experts, d]
+        found = 0.0 if linear.bias is None else linear.bias
         if (bias := self._ffn.bias("down")) is not None:
-            found = found + read.sum(1) @ bias.to(read.dtype)
-        return found if linear.bias is None else found + linear.bias
+            found = found + weight.sum(1) @ bias.to(weight.dtype)
+        through = (weight.movedim(1, 0).flatten(0, 1) @ down).unflatten(0, (sum(counts), -1))  # [experts, units, h]
+        for kept, own, inner in zip(self._kept, weight.split(counts, 1), through.split(counts), strict=True):
+            read = torch.bmm(kept.inners.flatten(1, 2), inner.mT).sum(0)
+            found = found + read.unflatten(0, kept.inner.shape[-3:-1]) + kept.change.read(own)
+        return found
 
     def weighted(self, weights: Tensor) -> Tensor:
         """``sum_k weights_k output_k``, [batch, seq, d]; weights are [batch, seq or 1, k]."""
-        weights = weights.expand(*self._change.shape[:2], -1).to(self._change.dtype)
-        changes = torch.einsum("bsk,bskd->bsd", weights, self._change)
-        if self._inner is None or self._ffn is None:
-            return changes
-        frozen = self._ffn.linear("down", torch.einsum("bsk,bskh->bsh", weights.to(self._inner.dtype), self._inner))
+        if self._ffn is None:
+            return _weighted(self._made(), weights)
+        inner = _weighted([inner for kept in self._kept for inner in kept.inners], weights)
+        found = self._ffn.linear("down", inner)
         if (bias := self._ffn.bias("down")) is not None:
-            frozen = frozen + (weights.sum(-1, keepdim=True) - 1).to(frozen.dtype) * bias
-        return frozen + changes.to(frozen.dtype)
+            found = found + (weights.sum(-1, keepdim=True) - 1).to(found.dtype) * bias
+        for kept, own in zip(self._kept, weights.split([kept.experts for kept in self._kept], -1), strict=True):
+            found = kept.change.weighted(own.to(kept.change.low.dtype)).added(found)
+        return found
 
     def _down(self, linear: nn.Linear) -> Tensor | None:
         """W [d, h] where reading through it is cheaper than every output: it costs as much as so many tokens' outputs."""
         # An exported graph must not depend on how many tokens its example has.
         if self._ffn is None or torch.compiler.is_exporting():
             return None
-        tokens, k = self._change.shape[:2].numel(), self._change.shape[-2]
+        tokens, k = self._kept[0].inner.shape[-3:-1].numel(), sum(kept.experts for kept in self._kept)
         return plain_weight(self._ffn.module("down")) if (k - 1) * tokens > k * linear.out_features else None
+
+
+def _weighted(outputs: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """The sum of [batch, seq, width] by [batch, seq or 1, k]: one pass over memory for each."""
+    each = zip(outputs, weights.unsqueeze(-2).unbind(-1), strict=True)
+    found, share = next(each)
+    found = found * share.to(found.dtype)
+    for output, share in each:
+        found = torch.addcmul(found, output, share.to(output.dtype))
+    return found

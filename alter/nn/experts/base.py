@@ -60,11 +60,11 @@ class Expert(Template):
         self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
     ) -> Outputs:
         """What ``mix`` returns, as the only one of ``Outputs``."""
-        return Outputs(self.mix(hidden_states, gates, ffn, active, routing).unsqueeze(-2))
+        return Outputs(self.mix(hidden_states, gates, ffn, active, routing).unsqueeze(0))
 
     def own_outputs(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Outputs:
         """What ``each`` returns, as ``Outputs``."""
-        return Outputs(self.each(hidden_states, ffn, routing))
+        return Outputs(self.each(hidden_states, ffn, routing).movedim(2, 0))
 
     @abstractmethod
     def strengthen(self, factor: float, ffn: FrozenFeedForward) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from alter.nn.change import Change
 from alter.nn.experts.base import Linears
-from alter.nn.experts.low_rank import Change, LowRank
+from alter.nn.experts.low_rank import Changes, LowRank
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.linear import dense_weight
 from alter.nn.routers.base import Routing
@@ -33,14 +34,13 @@ class HydraLoRA(LowRank):
             self.b[role] = nn.Parameter(b - b.mean(0))
 
     def _low(self, role: str, x: Tensor, routing: Routing) -> Tensor:
-        """What enters B, [batch, ..., width] -> [batch, ..., rank]."""
+        """What enters B, [..., batch, seq, in] -> [..., batch, seq, rank]."""
         return x @ self.a[role] * self.scale
 
-    def mixed_change(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Change:
-        def change(role: str, x: Tensor) -> Tensor:
+    def mixed_changes(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Changes:
+        def change(role: str, x: Tensor) -> Change:
             low = self._low(role, x, routing)
-            scaled = (gates.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2)  # [batch, seq, experts * rank]
-            return scaled @ self.b[role].flatten(0, 1)
+            return Change((gates.unsqueeze(-1) * low.unsqueeze(-2)).flatten(-2), self.b[role].flatten(0, 1))
 
         return change
 
@@ -57,9 +57,9 @@ class HydraLoRA(LowRank):
             found[role] = weight + (self._inner(role, task_id) @ outer).T, bias
         return found
 
-    def own_changes(self, routing: Routing) -> Change:
-        def change(role: str, x: Tensor) -> Tensor:
-            low = self._low(role, x, routing).expand(*x.shape[:-2], len(self.b[role]), self.rank)
-            return torch.einsum("bser,ero->bseo", low, self.b[role])
+    def own_changes(self, routing: Routing) -> Changes:
+        def change(role: str, x: Tensor) -> Change:
+            low = self._low(role, x, routing)
+            return Change(low.expand(len(self.b[role]), *low.shape[-3:]), self.b[role])
 
         return change

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from alter.nn.change import Change
 from alter.nn.experts.base import Linears, few_experts
-from alter.nn.experts.low_rank import Change, LowRank
+from alter.nn.experts.low_rank import Changes, LowRank
 from alter.nn.frozen import FrozenFeedForward
 from alter.nn.linear import dense_weight
 from alter.nn.routers.base import Routing
@@ -29,14 +30,14 @@ class LoRA(LowRank):
             self.a[role] = nn.Parameter(torch.empty(fan_in, num_experts, self.rank).uniform_(-1, 1) * fan_in**-0.5)
             self.b[role] = nn.Parameter(torch.zeros(num_experts, self.rank, fan_out))
 
-    def mixed_change(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Change:
+    def mixed_changes(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Changes:
         few = few_experts(hidden_states, gates * self.scale, active)
         scaled = few.units(self.rank) if few else (gates * self.scale).repeat_interleave(self.rank, -1)
 
-        def change(role: str, x: Tensor) -> Tensor:
+        def change(role: str, x: Tensor) -> Change:
             a, b = self.a[role], self.b[role]
             a, b = (few.inputs(a), few.outputs(b)) if few else (a.flatten(1), b.flatten(0, 1))
-            return (x @ a * scaled) @ b
+            return Change(x @ a * scaled, b)
 
         return change
 
@@ -49,10 +50,13 @@ class LoRA(LowRank):
             found[role] = weight + change, bias
         return found
 
-    def own_changes(self, routing: Routing) -> Change:
-        def change(role: str, x: Tensor) -> Tensor:
+    def own_changes(self, routing: Routing) -> Changes:
+        def change(role: str, x: Tensor) -> Change:
             a, b = self.a[role], self.b[role]
-            low = torch.einsum("bsed,der->bser", x.expand(*x.shape[:-2], len(b), x.shape[-1]), a)
-            return torch.einsum("bser,ero->bseo", low * self.scale, b)
+            if x.dim() == 3:
+                low = (x @ a.flatten(1)).unflatten(-1, b.shape[:2]).movedim(-2, 0)
+            else:
+                low = torch.bmm(x.flatten(1, 2), a.movedim(1, 0)).unflatten(1, x.shape[1:3])
+            return Change(low * self.scale, b)
 
         return change

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from alter.nn.change import Change
 from alter.nn.experts.base import Expert
 from alter.nn.frozen import FrozenFeedForward
-from alter.nn.outputs import Outputs
+from alter.nn.outputs import Kept, Outputs
 from alter.nn.routers.base import Routing
 
-Change = Callable[[str, Tensor], Tensor]
+Changes = Callable[[str, Tensor], Change]
 
 
 class LowRank(Expert):
@@ -49,8 +50,8 @@ class LowRank(Expert):
             outer.mul_(factor)
 
     @abstractmethod
-    def mixed_change(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Change:
-        """Returns what maps a role and its input [batch, seq, in] to the mixture's change, [batch, seq, out].
+    def mixed_changes(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Changes:
+        """Returns what maps a role and its input [batch, seq, in] to the mixture's change.
 
         Args:
             hidden_states: the block's input.
@@ -60,8 +61,11 @@ class LowRank(Expert):
         """
 
     @abstractmethod
-    def own_changes(self, routing: Routing) -> Change:
-        """Returns what maps a role and its input [batch, seq, 1 or experts, in] to every expert's change, [.., experts, out]."""
+    def own_changes(self, routing: Routing) -> Changes:
+        """Returns what maps a role and its input to the change of every expert by itself.
+
+        The input is [batch, seq, in] of the first maps, which all read the same, and [experts, batch, seq, in] of the last.
+        """
 
     def mix(
         self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
@@ -74,11 +78,12 @@ class LowRank(Expert):
     def mixed_outputs(
         self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
     ) -> Outputs:
-        change = self.mixed_change(hidden_states, gates, active, routing)
-        inner = ffn.inner(hidden_states, change)
-        return Outputs(change("down", inner).unsqueeze(-2), inner.unsqueeze(-2), ffn)
+        return _outputs(hidden_states, ffn, self.mixed_changes(hidden_states, gates, active, routing))
 
     def own_outputs(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Outputs:
-        changes = self.own_changes(routing)
-        inner = ffn.inner(hidden_states, changes, apart=True)
-        return Outputs(changes("down", inner), inner, ffn)
+        return _outputs(hidden_states, ffn, self.own_changes(routing))
+
+
+def _outputs(hidden_states: Tensor, ffn: FrozenFeedForward, changes: Changes) -> Outputs:
+    inner = ffn.inner(hidden_states, lambda role, x, frozen: changes(role, x).added(frozen))
+    return Outputs(kept=[Kept(inner, changes("down", inner))], ffn=ffn)

@@ -30,8 +30,7 @@ class MTLLoRA(HydraLoRA):
 
     def _low(self, role: str, x: Tensor, routing: Routing) -> Tensor:
         low = super()._low(role, x, routing)
-        own = self.task[role][routing.rows(x.shape[0])]
-        return torch.bmm(low.flatten(1, -2), own.to(low.dtype)).view_as(low)
+        return low @ self.task[role][routing.rows(x.shape[-3])].to(low.dtype)
 
     def _inner(self, role: str, task_id: int) -> Tensor:
         return self.a[role] @ self.task[role][task_id]

@@ -77,7 +77,9 @@ def is_whole(file: Path) -> bool:
 
 
 def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: the newest that is whole, those of weights alone left out.
+    """The checkpoint to go on from: the furthest that is whole, those of weights alone left out; of equals the newest.
+
+    Not by age alone: in a copied folder all are as old as the copy.
 
     Args:
         folders: of the checkpoints.
@@ -89,14 +91,17 @@ def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | No
     Raises:
         AlterError: there are some, and all are damaged.
     """
-    damaged = None
-    files = [file for folder in folders for file in folder.glob("*.ckpt")]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+    damaged, found = None, []
+    for file in (file for folder in folders for file in folder.glob("*.ckpt")):
         if not is_whole(file):
             say(f"{file}: damaged, it is not what was written.")
             damaged = file.parent
-        elif "optimizer_states" in torch.load(file, map_location="cpu", weights_only=True, mmap=True):
-            return file
+            continue
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if "optimizer_states" in content:
+            found.append((content.get("global_step", 0), file.stat().st_mtime_ns, file))
+    if found:
+        return max(found)[-1]
     if damaged:
         raise AlterError(
             f"{damaged}: every checkpoint is damaged; remove {damaged} to train this stage from its start."

@@ -33,6 +33,7 @@ from alter.yaml_file import dump
 
 CHECKS = 0.2  # of the draws, between two looks at validation
 KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
+CONSOLIDATED = "consolidated-"  # folders of that name in the run's ADDED
 OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
 
 
@@ -170,7 +171,7 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
     named = backbone or _backbone(run)
     model = MTAModel.from_pretrained(run / "model", named, content["precision"])
     trained_together = name in model.tasks[: model.base_tasks]
-    lenders = borrowers(model, name) if trained_together else []
+    users = borrowers(model, name) if trained_together else []
     answered = [task for task in model.tasks if task not in model.retired]
     if name in answered or name not in _names(content):  # else stopped after it had left the model
         _take_out(run, model, name, named)
@@ -178,7 +179,7 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
     write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": left}}))
     _drop_results(run, name)
     if trained_together:
-        print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(lenders)}.")
+        print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(users)}.")
     else:
         shutil.rmtree(run / ADDED / name, ignore_errors=True)
         print(f"{name} is gone, with all that it brought.")
@@ -197,7 +198,7 @@ def _take_out(run: Path, model: MTAModel, name: str, backbone: str) -> None:
     _drop_from(beside / CALIBRATION_FILE, name)
     if known := read_task_predictor(beside):
         known.without(name).save(beside / TASK_PREDICTOR_FILE)
-    replace_model(beside, run / "model")
+    _replace(beside, run)
     shutil.rmtree(beside)
 
 
@@ -257,7 +258,7 @@ def _backbone(run: Path) -> str:
 
 def _consolidation(run: Path, tasks: Sequence[str]) -> Path:
     """Where a consolidation of these tasks trains, and goes on."""
-    return run / ADDED / f"consolidated-{hashlib.sha256(' '.join(tasks).encode()).hexdigest()[:12]}"
+    return run / ADDED / f"{CONSOLIDATED}{hashlib.sha256(json.dumps(tasks).encode()).hexdigest()[:12]}"
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -350,7 +351,14 @@ def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:
     if [task["name"] for task in content["data"]["tasks"]] != [task["name"] for task in tasks]:
         names = {task["name"]: task for task in tasks}
         write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": list(names.values())}}))
-    replace_model(folder / "model", run / "model")
+    _replace(folder / "model", run)
+
+
+def _replace(model: Path, run: Path) -> None:
+    """Gives a run another model; a consolidation of the one before that was stopped has nothing to go on with."""
+    for begun in (run / ADDED).glob(f"{CONSOLIDATED}*"):
+        shutil.rmtree(begun)
+    replace_model(model, run / "model")
 
 
 def _add_to(file: Path, entries: Mapping[str, Any]) -> None:

@@ -242,7 +242,7 @@ class _Report:
         yield "<p>Each trained by itself, beside the tasks of the mixture, which stayed as they were.</p>"
         for name in self.joined:
             file = self.run / ADDED / name / "metrics.csv"
-            logged = _logged(file) if file.is_file() else {}
+            logged = _logged(file)
             lines = {"_training": logged.get("train/loss"), "validation": logged.get("val/loss")}
             if drawn := {line: points for line, points in lines.items() if points}:
                 yield self._picture(f"added_{name}", pictures.curves({f"{name}, loss per target token": drawn}, None))
@@ -307,8 +307,10 @@ class _Report:
 
 
 def _logged(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of every metric in a log."""
+    """Steps and values of every metric in a log, which a stage without steps does not have."""
     lines: dict[str, list[tuple[int, float]]] = {}
+    if not file.is_file():
+        return lines
     with file.open(newline="") as stream:
         for row in csv.DictReader(stream):
             lines.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))

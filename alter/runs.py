@@ -42,6 +42,11 @@ class Run:
         return fmean(next(iter(metrics.values()))["value"] for metrics in self.results["tasks"].values())
 
     @property
+    def tasks(self) -> list[str]:
+        """Of its recipe, by name."""
+        return [task["name"] for task in self.recipe["data"]["tasks"]]
+
+    @property
     def state(self) -> str:
         """Tested, or the last step that is finished."""
         return "tested" if self.results is not None else f"{[*self.progress][-1]} done" if self.progress else "begun"
@@ -59,7 +64,7 @@ def read_run(folder: Path) -> Run:
         recipe = read_yaml(folder / "recipe.yaml")
         found = [_json(folder / name) for name in ("progress.json", "results.json")]
         run = Run(folder, dict(recipe), found[0] or {}, found[1])
-        _ = run.score, run.state  # they read what else may be damaged
+        _ = run.score, run.state, run.tasks  # they read what else may be damaged
         return run
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AlterError) as error:
         raise AlterError(f"{folder}: a file of this run is damaged ({error}); run it again, or remove it.") from error
@@ -108,7 +113,7 @@ def runs_table(folder: Path) -> str:
                 str(run.folder),
                 run.state,
                 "-" if run.score is None else f"{run.score:.3f}",
-                str(len(run.recipe["data"]["tasks"])),
+                str(len(run.tasks)),
                 f"{sum(seconds) / 60:.1f}",
                 f"{trained:,}" if trained else "-",
                 f"{memory / 2**30:.1f} GiB" if memory else "-",

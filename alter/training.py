@@ -154,11 +154,10 @@ def train(
     try:
         with REQUEUE.held():
             cli.trainer.fit(cli.model, data, ckpt_path=None if last is None else str(last), weights_only=True)
-    except SystemExit:  # how Lightning ends at Ctrl+C
-        if not cli.trainer.interrupted:
-            raise
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # how Lightning ends at Ctrl+C
+            raise KeyboardInterrupt from None
+        raise
     _keep_best(cli.trainer, cli.model)
     trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
@@ -184,14 +183,17 @@ def release(data: MultiTaskDataModule) -> None:
 
 
 def _suit_small_data(trainer: Any, data: MultiTaskDataModule) -> None:
-    """At least one batch, where a share of the epoch's is less, which Lightning refuses; and at least one line in the log."""
+    """At least one batch, where a share of the epoch's is less, which Lightning refuses; and at least a line in the log an epoch."""
     data.trainer = trainer  # says how many processes share the batches
     batches = len(data.train_dataloader())
     if isinstance(limit := trainer.limit_train_batches, float):
         if 0 < limit * batches < 1:
             trainer.limit_train_batches = 1
         batches = int(limit * batches)
-    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, batches))
+    elif limit is not None:
+        batches = min(limit, batches)
+    steps = batches // trainer.accumulate_grad_batches
+    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps))
 
 
 def _checkpoint_folders(folder: Path, trainer: Mapping[str, Any]) -> list[Path]:

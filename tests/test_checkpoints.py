@@ -92,6 +92,14 @@ def test_the_newest_is_taken_of_those_that_have_more_than_weights(tmp_path):
     assert last_whole([tmp_path / "c"], pytest.fail) is None
 
 
+def test_of_a_copied_folder_the_furthest_is_taken(tmp_path):
+    """A copy gives every file its own time."""
+    for age, (name, step) in enumerate({"last.ckpt": 20, "best.ckpt": 10}.items()):
+        CheckedCheckpoints().save_checkpoint({"optimizer_states": [], "global_step": step}, tmp_path / name)
+        os.utime(tmp_path / name, ns=(age, age))
+    assert last_whole([tmp_path], pytest.fail) == tmp_path / "last.ckpt"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real disk of one megabyte."""

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import alter
+from alter.callbacks.preemption import Preemption
 from alter.cli import main
 from alter.data.sampler import MixtureBatchSampler
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
@@ -152,6 +153,24 @@ def test_of_small_data_a_share_of_the_batches_is_one_at_least_and_is_logged(proj
         assert any(line.split(",")[1] == "train/loss" for line in lines)
     assert json.loads((project / "run" / "progress.json").read_text())["stage2"]["tokens"] <= 128
     assert not any("logging interval" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("settings", [{"limit_train_batches": 3}, {"accumulate_grad_batches": 4}])
+def test_every_stage_has_a_line_in_the_log(project, settings):
+    given = {f"trainer__{key}": value for key, value in settings.items()}
+    change(project, trainer__max_epochs=1, trainer__log_every_n_steps=50, **given)
+    fit("--test", "false")
+    for stage in ("stage1", "stage2"):
+        assert ",train/loss," in (project / "run" / stage / "metrics.csv").read_text()
+
+
+def test_what_ends_a_stage_by_its_own_word_is_not_taken_for_an_interruption(project, monkeypatch):
+    def requeued(*args):
+        raise SystemExit("alter: SLURM has requeued this job.")
+
+    monkeypatch.setattr(Preemption, "on_train_batch_end", requeued)
+    with pytest.raises(SystemExit, match="has requeued"):
+        fit()
 
 
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)

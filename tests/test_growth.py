@@ -429,6 +429,28 @@ def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkey
     assert "there is no task 'echo'" in " ".join(refused(capsys, *remove))
 
 
+def test_a_consolidation_of_another_model_is_not_gone_on_with(grown, capsys, monkeypatch):
+    """A task that left meanwhile and one of its name that came are not what it was begun with."""
+    add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
+    from alter.stages import ConsolidateModule
+
+    step = ConsolidateModule.training_step
+
+    def stopped(self, batch, index):
+        if self.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConsolidateModule, "training_step", stopped)
+        with pytest.raises(SystemExit):
+            main([*add, "--consolidate"])
+    assert list((grown / "run" / "added").glob("consolidated-*"))
+    name = next(name for name in alter.load("run").tasks if name not in ("sort", "echo"))
+    main(["remove-task", "--run", "run", "--task", name])
+    assert not list((grown / "run" / "added").glob("consolidated-*"))
+
+
 @pytest.mark.parametrize("task", ["echo", "new"])
 def test_a_removal_that_was_stopped_goes_on(grown, capsys, monkeypatch, task):
     main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])

@@ -71,6 +71,13 @@ def test_a_damaged_run_is_left_out_with_a_line(damage, tmp_path, capsys):
     assert capsys.readouterr().err.count("a file of this run is damaged") == 2
 
 
+def test_a_run_with_a_damaged_recipe_is_left_out_with_a_line(tmp_path, capsys):
+    write_run(tmp_path / "whole", scores={"a": 0.2, "b": 0.4})
+    (write_run(tmp_path / "bad") / "recipe.yaml").write_text("run: bad\n")
+    main(["runs", str(tmp_path)])
+    assert f"left out: {tmp_path / 'bad'}: a file of this run is damaged (" in capsys.readouterr().out
+
+
 def test_means_over_different_tasks_are_said_not_to_compare(tmp_path, capsys):
     write_run(tmp_path / "one", scores={"a": 0.2})
     write_run(tmp_path / "other", scores={"a": 0.2})

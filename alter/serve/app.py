@@ -25,7 +25,7 @@ from alter.data.task import AUTO
 from alter.errors import AlterError, did_you_mean
 from alter.predict import Predictor
 from alter.serve import page
-from alter.serve.batching import Batcher, Done, Job, QueueFull, RoutingJob
+from alter.serve.batching import Batcher, Done, Job, QueueFull, RoutingJob, WorkerEnded
 from alter.serve.errors import Refused, content, failure
 from alter.serve.guard import HEADERS, Guard
 from alter.serve.messages import (
@@ -45,6 +45,7 @@ POLL_SECONDS = 0.5  # how often it is asked whether the client has gone
 OPEN_PATHS = ("/", "/health")
 log = logging.getLogger("alter.serve")
 FAILED = "The answer failed; the server's log says where."
+BROKEN = "The model cannot be used any more; the server's log says why, and the server has to be started again."
 Result = TypeVar("Result")
 
 
@@ -201,7 +202,9 @@ class Server:
         }
 
     async def health(self) -> Response:
-        """Says that the server is up; while it drains nobody reaches it any more."""
+        """Says that the server is up, and that its model answers; while it drains nobody reaches it any more."""
+        if self.batcher.broken:
+            return failure(503, BROKEN)
         return JSONResponse({"status": "ok"})
 
     async def metrics_text(self) -> Response:
@@ -275,6 +278,8 @@ class Server:
             self.batcher.submit(jobs)
         except QueueFull:
             raise Refused(429, "Too many inputs are waiting; try again in a moment.") from None
+        except WorkerEnded:
+            raise Refused(503, BROKEN) from None
 
     async def _wait(self, jobs: Sequence[Job], http: HTTPRequest) -> list[Done] | None:
         """Waits for all; None where the client has gone."""

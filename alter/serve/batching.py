@@ -39,6 +39,10 @@ class QueueFull(Exception):
     """There is no room for these jobs; they may come again later."""
 
 
+class WorkerEnded(Exception):
+    """A failure has ended the worker, so that nothing is answered any more."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """All tokens of an answer so far."""
@@ -141,6 +145,7 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self.broken = False  # the worker has failed for good
         self._decoder = predictor.step_decoder(self._watch)
         self._thread = threading.Thread(target=self._work, name="alter-batches", daemon=True)
 
@@ -160,8 +165,11 @@ class Batcher:
 
         Raises:
             QueueFull: there is no room for all.
+            WorkerEnded: nobody would answer them.
         """
         with self._changed:
+            if self.broken:
+                raise WorkerEnded
             self._forget()
             if len(self._waiting) + len(jobs) > self.max_waiting:
                 raise QueueFull
@@ -175,6 +183,18 @@ class Batcher:
         return [cast(Job, row.key) for row in self._decoder.rows] if self._decoder else []
 
     def _work(self) -> None:
+        try:
+            self._answer_all()
+        except Exception as error:  # such as a GPU that fails at every call from then on
+            log.exception("The model cannot be used any more; the server has to be started again")
+            with self._changed:
+                self.broken = True
+                for job in self._waiting:
+                    job.tell(error)
+                self._waiting.clear()
+                self._note_waiting()
+
+    def _answer_all(self) -> None:
         trimmed = time.monotonic()
         while (jobs := self._take()) is not None:
             if time.monotonic() - trimmed > TRIM_SECONDS:
@@ -187,15 +207,16 @@ class Batcher:
                 self._write(time.monotonic() - began)
             except Exception as error:  # the next batch must be answered all the same
                 log.exception("A batch of %d failed", len(concerned))
-                self._decoder = self.predictor.step_decoder(self._watch)
                 for job in concerned:
                     if not job.ended:
                         job.tell(error)
+                self._decoder = self.predictor.step_decoder(self._watch)
 
     def _take(self) -> list[Job] | None:
         """Takes the oldest jobs that fit beside what is being written; waits only where that is nothing.
 
-        A generation that does not fit yet holds up the generations behind it and no classification, and the reverse.
+        A generation that does not fit yet holds up the generations behind it and no classification, and the reverse; while
+        ``max_batch`` answers are being written, all wait.
 
         Returns:
             the jobs, perhaps none; None once it is closed and all is answered.

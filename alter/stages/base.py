@@ -85,7 +85,10 @@ class StageModule(LightningModule):
     def backbone_identity(self) -> str:
         """Tells the function that this backbone computes from any other's."""
         fingerprint = backbone_fingerprint(resolve_backbone(self.backbone))
-        return f"{fingerprint} {self.precision} transformers {version('transformers')}"
+        mixed = (
+            "32-true" if self._trainer is None else self._trainer.precision
+        )  # what the blocks below the adapters compute in
+        return f"{fingerprint} {self.precision} {mixed} transformers {version('transformers')}"
 
     def configure_model(self) -> None:
         """Makes the model once, on the process that trains it; every part not in ``learning_rates`` is frozen.

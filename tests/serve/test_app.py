@@ -333,6 +333,21 @@ def test_a_batch_that_fails_is_500_and_the_next_is_answered(predictor, monkeypat
         assert post(address, "/v1/classify", {"model": "sort", "input": "w1"})[0] == 200
 
 
+def test_a_model_that_cannot_go_on_is_told_as_unhealthy(predictor, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error")
+
+    with serving(predictor) as address:
+        assert ask(address, "GET", "/health")[0] == 200
+        monkeypatch.setattr(predictor, "answer_mixed", broken)
+        monkeypatch.setattr(predictor, "step_decoder", broken)
+        assert post(address, "/v1/classify", {"model": "sort", "input": "w1"})[0] == 500
+        while ask(address, "GET", "/health")[0] == 200:
+            time.sleep(0.01)
+        assert ask(address, "GET", "/health")[0] == 503
+        assert post(address, "/v1/classify", {"model": "sort", "input": "w1"})[0] == 503
+
+
 def test_an_error_of_our_own_is_counted_and_answered_as_500(predictor, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(predictor, "encode", lambda *args: 1 / 0)

@@ -8,7 +8,7 @@ import pytest
 
 from alter.answering import MAX_BATCH_TOKENS, Answer
 from alter.serve import batching
-from alter.serve.batching import STEPS, Batcher, Job, RoutingJob
+from alter.serve.batching import STEPS, Batcher, Job, RoutingJob, WorkerEnded
 from alter.serve.metrics import Metrics
 
 SCORED = SimpleNamespace(name="scored", choices=["a", "b"])
@@ -36,6 +36,29 @@ def test_a_failing_request_for_routing_is_no_others_failure():
     batcher._work()
     assert isinstance(asked._events.get_nowait(), ValueError)
     assert answered._events.get_nowait().answer.text == "a"
+
+
+def test_a_worker_that_cannot_go_on_tells_all_that_wait_and_takes_no_more():
+    loop = SimpleNamespace(call_soon_threadsafe=lambda call, *given: call(*given))
+    jobs = [Job(SCORED, [1], limit=4, _loop=loop) for _ in range(3)]
+    decoders = iter([object()])
+
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    predictor = SimpleNamespace(
+        max_batch_tokens=MAX_BATCH_TOKENS,
+        step_decoder=lambda watch: next(decoders, None) or broken(),
+        answer_mixed=broken,
+    )
+    batcher = Batcher(predictor, Metrics(), max_batch=2, max_waiting=64)
+    batcher._decoder = None
+    batcher.submit(jobs)
+    batcher._work()
+    assert batcher.broken
+    assert all(isinstance(job._events.get_nowait(), RuntimeError) for job in jobs)
+    with pytest.raises(WorkerEnded):
+        batcher.submit(jobs)
 
 
 @pytest.mark.parametrize("cost", [0.5, 10])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader
+from transformers import AutoConfig
 
 from alter.errors import AlterError
-from alter.nn import Description, LoRA, ModSquad, MTAModel, Polytropon, TaskSelector, TopK
+from alter.nn import Description, LoRA, ModSquad, MTAModel, Polytropon, TaskSelector, TopK, TrunkCache
 from alter.stages import Stage1Module, Stage2Module
 from tests.nn.tiny import tiny_model
 
@@ -226,3 +227,14 @@ def test_a_checkpoint_holds_the_adapters_alone_and_refuses_what_does_not_fit(sta
     state.pop(next(iter(state)))
     with pytest.raises(AlterError, match="missing"):
         module.on_load_checkpoint(checkpoint)
+
+
+def test_states_of_a_mixed_precision_are_not_read_in_another(backbone, tmp_path):
+    losses = {}
+    for name, folder, precision in (("plain", "a", "32-true"), ("mixed", "b", "bf16-mixed"), ("after", "b", "32-true")):
+        cache = TrunkCache(folder=str(tmp_path / folder))
+        module = Stage1Module(backbone, TASKS, layers="last:1", expert=LoRA(rank=4), trunk_cache=cache)
+        torch.manual_seed(0)
+        trainer = fit(module, AutoConfig.from_pretrained(backbone).is_encoder_decoder, tmp_path, precision=precision)
+        losses[name] = trainer.callback_metrics["val/loss"]
+    assert losses["after"] == losses["plain"]

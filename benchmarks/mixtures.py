@@ -8,11 +8,15 @@ from alter.nn.backbone import is_seq2seq, resolve_backbone
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
+def known(root, name):
+    """The mixture that is meant: without the labelled data the medical recipe's."""
+    return name if root else "medical"
+
+
 def mixture(backbone, root=None, name="customer_service", max_tokens=1024, **options):
     """A data module, ready to load."""
-    name = name if root else "medical"
     folder = resolve_backbone(backbone)
-    files = [str(f) for f in sorted((RECIPES / "tasks" / name).glob("*.yaml"))]
+    files = [str(f) for f in sorted((RECIPES / "tasks" / known(root, name)).glob("*.yaml"))]
     data = MultiTaskDataModule(files, str(folder), is_seq2seq(folder), max_tokens=max_tokens, root=root, **options)
     data.prepare_data()
     data.setup()

@@ -46,7 +46,7 @@ def train_alter(args, cached):
         args.precision,
         layers=args.layers,
         expert=LoRA(rank=args.rank),
-        router=TaskSelector(hard=True),
+        router=TaskSelector(hard=args.router == "hard"),
         trunk_cache=TrunkCache(folder=args.cache) if cached else None,
     )
     trainer = Trainer(
@@ -108,7 +108,7 @@ def train_peft(args):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     backbone = AutoModelForCausalLM.from_pretrained(args.smollm2, dtype=dtype)
     last = backbone.config.num_hidden_layers
-    layers = list(range(last - int(args.layers.split(":")[1]), last))
+    layers = None if args.layers == "all" else list(range(last - int(args.layers.split(":")[1]), last))
     rank = args.rank * prepared["tasks"]  # as many parameters as an expert a task
     config = LoraConfig(
         r=rank,
@@ -198,6 +198,9 @@ def main():
 
         parser = common.options(__doc__)
     parser.add_argument("--layers", default="last:4")
+    parser.add_argument(
+        "--router", choices=("hard", "soft"), default="hard", help="ALTER's: a task's expert, or all mixed"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--max_tokens", type=int, default=512)
@@ -206,28 +209,41 @@ def main():
     if "--side" in sys.argv:
         child(args)
         return
+    from mixtures import known
+
     from alter.nn.backbone import resolve_backbone
 
     args.smollm2 = str(resolve_backbone(args.smollm2))  # peft's side knows folders alone
-    measured = {side: [] for side in SIDES}
+    args.mixture = known(args.data, args.mixture)
+    sides = [
+        side for side in SIDES if args.layers != "all" or side != "alter_cached"
+    ]  # nothing stands below all blocks
+    measured = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
         write_examples(args, Path(folder) / "examples.json")
         for number in range(args.rounds + 1):
-            for side in SIDES:
+            for side in sides:
                 found = run(side, args, Path(folder))
                 if number:  # the first round fills the trunk cache and the file system's
                     measured[side].append(found)
     values = {side: {key: [m[key] for m in rounds] for key in rounds[0]} for side, rounds in measured.items()}
-    for side in SIDES:
+    for side in sides:
         print(side, {key: sorted(found)[len(found) // 2] for key, found in values[side].items()})
     speed, start, peak = "tokens_per_second", "first_step", "peak"
+    ours, theirs = (values[side]["trained"][0] for side in ("alter", "peft"))
+    assert abs(ours / theirs - 1) < 0.01, f"ALTER trains {ours} parameters and peft {theirs}"
     name = f"{common.called('SmolLM2-135M', args.layers, args.precision)}, {args.mixture}"
+    name += ", all experts mixed" if args.router == "soft" else ""
     rows = [
         common.row(f"{name}: training over peft", common.ratios(values["alter"][speed], values["peft"][speed]), 1.5),
-        common.row(
-            f"{name}: training from cached trunks over peft",
-            common.ratios(values["alter_cached"][speed], values["peft"][speed]),
-            4.0,
+        *(
+            common.row(
+                f"{name}: training from cached trunks over peft",
+                common.ratios(values[side][speed], values["peft"][speed]),
+                4.0,
+            )
+            for side in sides
+            if side == "alter_cached"
         ),
         common.row(
             f"{name}: seconds to the end of the first step, over peft's",
@@ -249,7 +265,7 @@ def run(side, args, folder):
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--smollm2", args.smollm2]
     command += ["--cache", str(folder / "cache"), "--examples", str(folder / "examples.json")]
-    command += ["--layers", args.layers, "--rank", str(args.rank), "--steps", str(args.steps)]
+    command += ["--layers", args.layers, "--router", args.router, "--rank", str(args.rank), "--steps", str(args.steps)]
     command += ["--max_tokens", str(args.max_tokens), "--mixture", args.mixture, "--precision", args.precision]
     command += ["--data", args.data] if args.data else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})

@@ -41,7 +41,8 @@ def measure(layers, args, peaks):
             f"{name}: {tokens:,.0f} tokens/s, {work[precision] / 1e12:.3f} TFLOP a step, {memory[precision]:.2f} GiB on the GPU"
         )
         shares = [work[precision] / value / peak for value in values]
-        rows.append(common.row(f"{name}: share of the matrix product's peak", shares, None))
+        share = common.row(f"{name}: share of the matrix product's peak", shares, None)
+        rows.append({**share, "tokens_per_second": tokens, "peak_memory_gib": memory[precision]})
         if precision != "fp32" and "fp32" in seconds:
             rows.append(common.row(f"{name}: steps/s over fp32", common.ratios(seconds["fp32"], values), None))
     return rows

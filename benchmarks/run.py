@@ -1,9 +1,9 @@
-"""Runs the benchmarks one after another and writes benchmarks/results/cpu.json and the tables of docs/performance.md.
+"""Runs the benchmarks one after another and writes benchmarks/results/cpu.json, the tables of docs/performance.md and growth's curves.
 
     nox -s bench -- --data ROOT --t5 FOLDER
     nox -s bench -- --data ROOT --t5 FOLDER --precision bf16      # on a machine with a GPU: gpu.json
 
-Arguments go to every benchmark; --only NAME ... runs some of them and keeps the other rows. What a benchmark has
+Arguments go to every benchmark but growth; --only NAME ... runs some of them and keeps the other rows. What a benchmark has
 measured is written at once.
 """
 
@@ -14,24 +14,32 @@ import sys
 import tempfile
 from pathlib import Path
 
+import common
 import torch
 
 HERE = Path(__file__).parent
-BENCHMARKS = (
-    "fused_mixture",
-    "choices",
-    "trunk_cache",
-    "batches",
-    "generation",
-    "loading",
-    "peers",
-    "mixed_generation",
-    "serve",
-    "precisions",  # of a GPU alone
-)
-SHORTER = {
-    "serve": ["--requests", "32", "--minutes", "0"]
-}  # ten minutes of load are a run of their own: docs/serving.md
+RUNS = {  # what a row's "benchmark" says: the program and its arguments
+    "fused_mixture": ["fused_mixture"],
+    "fused_mixture compiled": ["fused_mixture", "--compile", "--batch", "64", "--length", "256"],
+    "choices": ["choices"],
+    "trunk_cache": ["trunk_cache"],
+    "batches": ["batches"],
+    "generation": ["generation"],
+    "loading": ["loading"],
+    "peers": ["peers"],
+    "peers biomedical": ["peers", "--mixture", "biomedical"],
+    "peers all": ["peers", "--layers", "all", "--router", "soft"],  # as the recipes of the real mixtures train
+    "mixed_generation": ["mixed_generation"],
+    "mixed_generation bf16": ["mixed_generation", "--precision", "bf16"],
+    "serve": ["serve", "--requests", "32", "--minutes", "0"],  # ten minutes of load: docs/serving.md
+    "precisions": ["precisions"],
+    "growth": ["growth"],
+}
+NOT_ON = {
+    "cpu": {"fused_mixture compiled", "precisions"},
+    "gpu": {"mixed_generation bf16", "growth"},  # there all is measured in bf16
+}
+NEED_DATA = {"peers biomedical"}
 PAGE = HERE.parent / "docs" / "performance.md"
 
 
@@ -50,13 +58,14 @@ def render(results, kind):
     """Puts the tables of a kind of machine between the page's markers."""
     page = PAGE.read_text()
     rows = json.loads((results / f"{kind}.json").read_text())
-    machine = json.loads((results / f"machine_{kind}.json").read_text())
-    machines = list(dict.fromkeys(row["hardware"] for row in rows))
-    where = f"Measured on {' and '.join(machines)}" + ("; the JSON has each row's." if len(machines) > 1 else ".")
+    machines = json.loads((results / f"machines_{kind}.json").read_text())
+    used = list(dict.fromkeys(row["hardware"] for row in rows))
+    where = f"Measured on {' and '.join(used)}" + ("; the JSON has each row's." if len(used) > 1 else ".")
     parts = {
         f"results {kind}": f"{table(rows)}\n\n{where}",
         f"machine {kind}": "\n".join(
-            f"- {name}: {value:,.0f}" for name, value in machine.items() if name != "hardware"
+            f"- {machine.pop('hardware')}: " + "; ".join(f"{name} {value:,.0f}" for name, value in machine.items())
+            for machine in machines
         ),
     }
     for name, text in parts.items():
@@ -66,28 +75,43 @@ def render(results, kind):
     PAGE.write_text(page)
 
 
+def measured(program, arguments):
+    """What a program writes to --out."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        subprocess.run([sys.executable, HERE / f"{program}.py", *arguments, "--out", out], check=True)
+        return json.loads(out.read_text())
+
+
+def replaced(file, new, key, order):
+    """Writes the file's rows with new ones in place of those of the same key."""
+    kept = json.loads(file.read_text()) if file.is_file() else []
+    rows = [row for row in kept if row[key] not in {row[key] for row in new}] + new
+    file.write_text(json.dumps(sorted(rows, key=lambda row: order.index(row[key])) if order else rows, indent=2) + "\n")
+
+
 def main():
     """Every benchmark in turn."""
     kind = "gpu" if torch.cuda.is_available() else "cpu"
-    arguments, only = sys.argv[1:], [name for name in BENCHMARKS if name != "precisions" or kind == "gpu"]
+    arguments, left_out = sys.argv[1:], NOT_ON[kind]
+    if not common.options(__doc__).parse_known_args(arguments)[0].data:
+        left_out = left_out | NEED_DATA
+    only = [name for name in RUNS if name not in left_out]
     if "--only" in arguments:
         at = arguments.index("--only")
         end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
         only, arguments = arguments[at + 1 : end], arguments[:at] + arguments[end:]
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    file = results / f"{kind}.json"
-    subprocess.run([sys.executable, HERE / "machine.py", "--out", results / f"machine_{kind}.json"], check=True)
+    replaced(results / f"machines_{kind}.json", [measured("machine", [])], "hardware", None)
     for name in only:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "rows.json"
-            subprocess.run(
-                [sys.executable, HERE / f"{name}.py", *SHORTER.get(name, []), *arguments, "--out", out], check=True
-            )
-            rows = [{**row, "benchmark": name} for row in json.loads(out.read_text())]
-        kept = [row for row in (json.loads(file.read_text()) if file.is_file() else []) if row["benchmark"] != name]
-        order = sorted(kept + rows, key=lambda row: BENCHMARKS.index(row["benchmark"]))
-        file.write_text(json.dumps(order, indent=2) + "\n")
+        program, *own = RUNS[name]
+        if name == "growth":
+            curves = ["--out", results / "growth.json", "--plot", PAGE.parent / "growth.svg"]
+            subprocess.run([sys.executable, HERE / "growth.py", *curves], check=True)
+            continue
+        rows = [{**row, "benchmark": name} for row in measured(program, [*own, *arguments])]
+        replaced(results / f"{kind}.json", rows, "benchmark", list(RUNS))
         render(results, kind)
 
 

@@ -106,6 +106,7 @@ def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task]
             "average": {k: v for k, v in _spread(averages[name]).items() if k != "seeds"},
             "trainable_parameters": any_seed["trainable_parameters"],
             "tokens": _over_seeds(fmean, [own[seed]["tokens"] for seed in seeds]),
+            "validation_loss": _over_seeds(fmean, [own[seed].get("validation_loss") for seed in seeds]),
             # a median, since the first cell to draw an example computes its trunk for all
             "tokens_per_second": _over_seeds(median, [own[seed]["tokens_per_second"] for seed in seeds]),
             "peak_memory_bytes": max(own[seed]["peak_memory_bytes"] for seed in seeds),

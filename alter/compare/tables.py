@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alter import markup
+from alter.metrics import RESAMPLES
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -50,15 +51,16 @@ def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 def cost_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: what each method is and takes."""
-    head = ["method", "what it is", "trained parameters", "tokens seen", "tokens/s", "peak memory", "lr x"]
+    head = ["method", "what it is", "trained parameters", "tokens seen", "validation loss", "tokens/s", "peak memory", "lr x"]
     rows = [
         [
             name,
             method["about"],
             f"{method['trainable_parameters']:,}",
             _number(method["tokens"]),
+            "-" if method.get("validation_loss") is None else f"{method['validation_loss']:.3f}",
             _number(method["tokens_per_second"]),
-            f"{method['peak_memory_bytes'] / 2**30:.1f} GB",
+            f"{method['peak_memory_bytes'] / 2**30:.1f} GiB",
             f"{method['learning_rate_factor']:g}",
         ]
         for name, method in result["methods"].items()
@@ -86,9 +88,10 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed"
     yield f"- Split: {result['split']}. Seeds: {', '.join(map(str, seeds))}; {spread}. All metrics x 100."
     if result["best_baseline"]:
+        over = "seeds and rows" if len(seeds) > 1 else "rows alone, so that what another training seed would change is not in it"
         yield (
-            f"- Best baseline: {result['best_baseline']}. Differences of the average: paired bootstrap over seeds and rows, 95% "
-            "interval, two-sided p."
+            f"- Best baseline: {result['best_baseline']}. Differences of the average: 95% interval and two-sided p of a paired "
+            f"bootstrap over {over}."
         )
     if "parameter_budget" in result:
         budget = result["parameter_budget"]
@@ -112,7 +115,9 @@ def _difference(found: Mapping[str, float] | None) -> str:
     if found is None:
         return ""
     low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}], p = {found['p']:.3f}"
+    least = 2 / (RESAMPLES + 1)  # which is told where no draw crosses zero
+    p = f"p ≤ {least:.3f}" if found["p"] <= least else f"p = {found['p']:.3f}"
+    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}], {p}"
 
 
 def _number(value: float | None) -> str:

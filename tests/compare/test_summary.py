@@ -126,6 +126,28 @@ def test_the_tables_say_what_was_found(cells):
     assert re.findall(r'href="[^#]', document) == []
 
 
+def test_of_a_finite_number_of_draws_the_least_p_is_told_as_a_bound(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    result["methods"]["two_stage"]["vs_best_baseline"]["p"] = 2 / (RESAMPLES + 1)
+    result["methods"]["stage1"]["vs_best_baseline"]["p"] = 4 / (RESAMPLES + 1)
+    text = markdown(result)
+    assert "bootstrap over seeds and rows" in text
+    assert re.findall(r"p [=≤] [0-9.]+", text)[-2:] == ["p ≤ 0.002", "p = 0.004"]
+
+
+def test_the_validation_loss_is_that_of_all_seeds(cells):
+    for seed, folder in cells["full"].items():
+        file = folder / "test.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"validation_loss": float(seed)}))
+    result = summarise(cells, METHODS, TASKS, "test")
+    assert result["methods"]["full"]["validation_loss"] == 2.0
+    head, full = (
+        next(line for line in markdown(result).splitlines() if line.startswith(start))
+        for start in ("| method | what", "| full | all")
+    )
+    assert full.split(" | ")[head.split(" | ").index("validation loss")] == "2.000"
+
+
 def test_methods_that_train_other_numbers_of_parameters_are_named(cells):
     result = summarise(cells, METHODS, TASKS, "test")
     result["parameter_budget"] = 10
@@ -141,5 +163,6 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert result["methods"]["full"]["average"]["sd"] is None
     assert "negative_transfer" not in result
     assert "±" not in markdown(result)
+    assert "bootstrap over rows alone" in markdown(result)
     same = result["methods"]["two_stage"]["vs_best_baseline"]
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)

@@ -125,10 +125,10 @@ def heatmaps(
         tables: title to [rows, columns].
         rows: their names.
         columns: their names.
-        numbers: how a cell's number is written; None for none.
+        numbers: how a cell's number is written; None for none, and smaller cells.
         top: the value of the darkest cell.
     """
-    annotated = len(columns) <= MOST_ANNOTATED
+    annotated = numbers is not None and len(columns) <= MOST_ANNOTATED
     cell = PER_CELL if annotated else 0.2
     names = 0.075 * max(map(len, rows))  # to the left of the first
     width = max(cell * len(columns) + 0.25, 1.0)
@@ -154,7 +154,7 @@ def heatmaps(
             axes.tick_params(length=0, labelsize=7)
             axes.spines[:].set_visible(False)
             axes.set_title(title, fontsize=8)
-            if not (annotated and numbers):
+            if numbers is None or not annotated:
                 continue
             for (row, column), value in np.ndenumerate(values):
                 colour = "white" if shares[row, column] > 0.55 else TEXT

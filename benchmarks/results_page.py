@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from alter import pictures
 from alter.compare.tables import markdown
 
 HERE = Path(__file__).parent
@@ -21,6 +22,7 @@ KEPT = HERE / "results" / "compare"
 PAGES = [HERE.parent / "docs" / name for name in ("results.md", "results_tried.md")]
 
 
+PICTURED = "all_blocks_longer"  # whose gates the page shows
 NUMBERS = ("cell.json", "trained.json", "validation.json", "test.json", "validation.npz", "test.npz")  # of a cell
 
 
@@ -61,6 +63,18 @@ def render():
         pages[page] = marked.sub(lambda m, t=table: f"{m[1]}{t}{m[2]}", pages[page])
     for page, text in pages.items():
         page.write_text(text)
+    draw_gates(json.loads((KEPT / f"{PICTURED}.json").read_text()))
+
+
+def draw_gates(result):
+    """Who answers whom in every block after two stages: selectors and gates."""
+    tasks = list(result["primary_metrics"])
+    for kind, layers in result["methods"]["two_stage"]["routing"].items():
+        blocks = {f"block {number}": gates for number, gates in enumerate(layers.values())}
+        columns = [str(expert) for expert in range(len(next(iter(blocks.values()))[0]))]
+        darkest = max(max(row) for gates in blocks.values() for row in gates)
+        figure = pictures.heatmaps(blocks, tasks, columns, numbers=None, top=darkest)
+        (PAGES[0].parent / f"results_{kind}.svg").write_text(pictures.svg(figure))
 
 
 if __name__ == "__main__":

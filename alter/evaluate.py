@@ -21,17 +21,15 @@ def evaluate(
     predictor: Predictor,
     data: MultiTaskDataModule,
     split: str = "test",
-    say: Callable[[str], None] = print,
     keep: Callable[[str, list[str]], None] = lambda task, answered: None,
     tasks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measures a model and the references.
+    """Measures a model and the references, and tells each task as it starts.
 
     Args:
         predictor: the model with its tasks.
         data: prepared and set up.
         split: test, or validation while tuning.
-        say: told each task as it starts.
         keep: given each task's answers, in the order of the rows.
         tasks: which; by default all.
 
@@ -41,7 +39,7 @@ def evaluate(
     results = {}
     for name in tasks or predictor.tasks:
         task, rows, train = predictor.task(name), data.examples(name, split), data.examples(name, "train")
-        say(f"{split}: {name}, {len(rows)} rows")
+        print(f"{split}: {name}, {len(rows)} rows")
         targets, predictions = rows["target"][:], answers(predictor, data, name, split)
         keep(name, predictions)
         with predictor.model.adapters_disabled():

@@ -18,11 +18,12 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
 from alter.loading import CALIBRATION_FILE, answered_tasks, load, model_folder, run_recipe
+from alter.machine import peak_memory_bytes
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from alter.nn.model import MTAModel
-from alter.results import peak_memory_bytes, render_table, run_results
+from alter.results import render_table, run_results
 from alter.run import measure, quiet
 from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources

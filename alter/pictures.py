@@ -34,7 +34,7 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-PER_CELL, MOST_ANNOTATED = 0.34, 12  # inches; columns
+PER_CELL, SMALL_CELL, MOST_ANNOTATED = 0.34, 0.2, 12  # inches, inches, columns
 CURVES = 10.0  # inches
 
 
@@ -118,6 +118,7 @@ def heatmaps(
     columns: Sequence[str],
     numbers: str | None = "{:.2f}",
     top: float = 1.0,
+    cell: float = PER_CELL,
 ) -> Figure:
     """Tables of shares as small multiples, with the numbers in the cells where there is room.
 
@@ -125,11 +126,12 @@ def heatmaps(
         tables: title to [rows, columns].
         rows: their names.
         columns: their names.
-        numbers: how a cell's number is written; None for none, and smaller cells.
+        numbers: how a cell's number is written; None for none.
         top: the value of the darkest cell.
+        cell: its side in inches; of many columns it is small in any case.
     """
-    annotated = numbers is not None and len(columns) <= MOST_ANNOTATED
-    cell = PER_CELL if annotated else 0.2
+    annotated = len(columns) <= MOST_ANNOTATED
+    cell = cell if annotated else SMALL_CELL
     names = 0.075 * max(map(len, rows))  # to the left of the first
     width = max(cell * len(columns) + 0.25, 1.0)
     across = min(len(tables), max(1, math.floor((CURVES - names) / width)))
@@ -154,7 +156,7 @@ def heatmaps(
             axes.tick_params(length=0, labelsize=7)
             axes.spines[:].set_visible(False)
             axes.set_title(title, fontsize=8)
-            if numbers is None or not annotated:
+            if not (annotated and numbers):
                 continue
             for (row, column), value in np.ndenumerate(values):
                 colour = "white" if shares[row, column] > 0.55 else TEXT

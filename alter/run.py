@@ -1,6 +1,6 @@
-"""The run folder, and the way from a recipe to a tested model.
+"""The way from a recipe to a tested model.
 
-``recipe.yaml`` (what was run, complete), ``env.txt``, ``stage1/`` and ``stage2/`` (TensorBoard, metrics.csv, checkpoints, the
+It leaves ``recipe.yaml`` (what was run, complete), ``env.txt``, ``stage1/`` and ``stage2/`` (TensorBoard, metrics.csv, checkpoints, the
 stage's model), ``model/`` (what ``alter.load`` reads), ``results.json``, ``answers.jsonl`` and ``inside.json`` (what the
 report is drawn from), ``report.html`` and its pictures in ``report/``.
 """
@@ -22,12 +22,13 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.loading import load, run_recipe
+from alter.machine import peak_device_memory_bytes, peak_memory_bytes
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
 from alter.predict import Predictor
 from alter.recipe import STAGES, Recipe
-from alter.results import peak_device_memory_bytes, peak_memory_bytes, render_table, run_results
+from alter.results import render_table, run_results
 from alter.run_folder import claim, is_first, record, records, replace_model, stage_records
 from alter.schema import refuse_foreign_sources
 from alter.training import release, say, train

@@ -30,9 +30,9 @@ from alter.callbacks.preemption import KEPT
 from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
+from alter.machine import peak_memory_bytes
 from alter.nn.decoding import Generation
 from alter.requeue import REQUEUE
-from alter.results import peak_memory_bytes
 from alter.stages import StageModule
 
 say = rank_zero_only(print)

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import torch
 
-from alter import results
+from alter import machine
 from alter.loading import made_on
 from alter.nn import LoRA, MTAModel, TaskSelector
 from alter.nn.backbone import load_backbone
 
 FROM_ENVIRONMENT = {"--t5": "ALTER_BENCH_T5", "--data": "ALTER_TEST_DATA"}
-RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= measures the processor of a GPU machine
 
 
 def hardware():
     """The GPU where there is one, else the processor and its cores; and the version of PyTorch."""
-    return f"{results.hardware()}, torch {torch.__version__}"
+    return f"{machine.hardware()}, torch {torch.__version__}"
 
 
 def wait():
@@ -35,10 +34,6 @@ def wait():
 def placed(batch):
     """A batch where the models are."""
     return {name: value.to(DEVICE) for name, value in batch.items()}
-
-
-def _lines(file):
-    return Path(file).read_text().splitlines() if Path(file).is_file() else []
 
 
 def alternate(rounds, **sides):

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from alter.results import hardware
+from alter.machine import hardware
 
 COMMAND = "alter fit --config recipes/medical.yaml"
 

@@ -73,7 +73,7 @@ def draw_gates(result):
         blocks = {f"block {number}": gates for number, gates in enumerate(layers.values())}
         columns = [str(expert) for expert in range(len(next(iter(blocks.values()))[0]))]
         darkest = max(max(row) for gates in blocks.values() for row in gates)
-        figure = pictures.heatmaps(blocks, tasks, columns, numbers=None, top=darkest)
+        figure = pictures.heatmaps(blocks, tasks, columns, numbers=None, top=darkest, cell=pictures.SMALL_CELL)
         (PAGES[0].parent / f"results_{kind}.svg").write_text(pictures.svg(figure))
 
 

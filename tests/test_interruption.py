@@ -54,7 +54,7 @@ def test_the_batch_is_finished_and_kept_and_a_later_signal_ends_it_at_once(train
     with pytest.raises(KeyboardInterrupt):
         callback.on_train_batch_end(trainer, None, None, None, 1)
     assert trainer.saved == ["kept.ckpt"]
-    monkeypatch.setattr(interruption, "ONE", 0.0)
+    monkeypatch.setattr(interruption, "SAME_SIGNAL_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
 

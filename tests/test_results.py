@@ -3,20 +3,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alter import results as results_module
 from alter.errors import AlterError
 from alter.metrics import bootstrap_interval, metric
 from alter.results import (
-    peak_device_memory_bytes,
-    peak_memory_bytes,
     render_table,
     run_results,
     task_results,
@@ -157,37 +152,3 @@ def test_a_long_metric_name_stands_above_its_numbers():
     lines = render_table(results).splitlines()
     above = lines.index("  recall[skin and hair]")
     assert re.match(r" {14}\d\.\d{3} \[", lines[above + 1])
-
-
-def peak_of(code):
-    code = f"from alter.results import peak_memory_bytes\n{code}\nprint(peak_memory_bytes())"
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-
-
-def test_peak_memory_is_a_mark_that_stays():
-    small = peak_of("")
-    large = peak_of("x = b'1' * 300_000_000; del x")
-    assert 5_000_000 < small < 1_000_000_000
-    assert 250_000_000 < large - small < 400_000_000
-    assert peak_memory_bytes() > 5_000_000
-
-
-def test_peak_memory_without_proc(monkeypatch):
-    def missing(*_, **__):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(results_module.Path, "read_text", missing)
-    assert 5_000_000 < peak_memory_bytes() < 100_000_000_000
-
-
-def test_no_device_memory_without_cuda(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert peak_device_memory_bytes() is None
-
-
-def test_importing_these_modules_brings_in_nothing_slow():
-    code = (
-        "import sys, alter.metrics, alter.references, alter.results\n"
-        "assert not {'torch', 'sklearn', 'scipy', 'torchmetrics'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

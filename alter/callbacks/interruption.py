@@ -15,7 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 TOLD = "alter: stops after this batch, or the validation that runs, with a checkpoint; a second time, at once."
-ONE = 1.0  # seconds within which several signals are one: a terminal or a launcher and a parent may send it both
+SAME_SIGNAL_SECONDS = 1.0  # within which several are one: a terminal or a launcher and a parent may send it both
 
 
 class Interruption(Checkpoint):
@@ -48,7 +48,7 @@ class Interruption(Checkpoint):
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._asked is not None:
-            if now - self._asked > ONE:
+            if now - self._asked > SAME_SIGNAL_SECONDS:
                 raise KeyboardInterrupt
             return
         self._asked = now

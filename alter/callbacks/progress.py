@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from alter.callbacks.throughput import Throughput
-from alter.results import peak_memory_bytes
+from alter.machine import peak_memory_bytes
 from alter.stages.base import StageModule
 
 LINE_SECONDS = 30.0

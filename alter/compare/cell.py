@@ -22,20 +22,20 @@ from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.inside import gates_by_task
 from alter.loading import answering_device, load, made_on
+from alter.machine import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.metrics import bootstrap, metric
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.model import MTAModel
 from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
-from alter.results import hardware, peak_device_memory_bytes, peak_memory_bytes
 from alter.run import fit
 from alter.run_folder import is_first, stage_records
 from alter.stopping import stoppable
 from alter.writing import write_json
 
 PLAN = "cell.json"
-TRAINED = "trained"  # in place of a split: answers nothing
+TRAINED = "trained"  # in place of a split: no test row is answered
 
 Answered = list[tuple[Task, list[str], list[str]]]  # answers and targets
 

@@ -51,7 +51,16 @@ def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 def cost_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: what each method is and takes."""
-    head = ["method", "what it is", "trained parameters", "tokens seen", "validation loss", "tokens/s", "peak memory", "lr x"]
+    head = [
+        "method",
+        "what it is",
+        "trained parameters",
+        "tokens seen",
+        "validation loss",
+        "tokens/s",
+        "peak memory",
+        "lr x",
+    ]
     rows = [
         [
             name,
@@ -88,7 +97,11 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed"
     yield f"- Split: {result['split']}. Seeds: {', '.join(map(str, seeds))}; {spread}. All metrics x 100."
     if result["best_baseline"]:
-        over = "seeds and rows" if len(seeds) > 1 else "rows alone, so that what another training seed would change is not in it"
+        over = (
+            "seeds and rows"
+            if len(seeds) > 1
+            else "rows alone, so that what another training seed would change is not in it"
+        )
         yield (
             f"- Best baseline: {result['best_baseline']}. Differences of the average: 95% interval and two-sided p of a paired "
             f"bootstrap over {over}."

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock
 
-from alter.data.sources import SPLITS, Fields, Row, stable_fraction
+from alter.data.draw import MAX_MESSAGES, draw_shots, limited_rows, numbered_rows
+from alter.data.sources import SPLITS, Fields, Row
 from alter.data.task import Task
 from alter.errors import AlterError
 
 VERSION = 4  # raise whenever the same task would be encoded differently
 CHUNK = 1000
-MEASURED = 13  # the seed by which a limit draws validation and test rows, whatever that of the run
-MAX_MESSAGES = 5
 
 
 def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: int, shots: int | None = None) -> Path:
@@ -75,7 +73,7 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
     drawn = {"train": few.train, "validation": few.validation} if few else {}
     for split in SPLITS:
         origin = "train" if split in drawn else split
-        rows = _numbered(task, origin, drawn[split]) if split in drawn else _limited(task, split, seed)
+        rows = numbered_rows(task, origin, drawn[split]) if split in drawn else limited_rows(task, split, seed)
         encoder = _Encoder(task, tokenizer, seq2seq, origin)
         (folder / split).mkdir(parents=True)
         writer = datasets.arrow_writer.ArrowWriter(path=str(folder / split / "data.arrow"), features=features)
@@ -241,80 +239,6 @@ def _token_ends(text: str, tokenizer: Any) -> list[int]:
     """The character behind each token."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return [end for _, end in offsets]
-
-
-def _limited(task: Task, split: str, seed: int) -> Iterator[tuple[int, Row]]:
-    """The split's rows, or ``limit`` of them drawn by seed; a second pass keeps memory flat.
-
-    Rows to measure on are the same for every seed, so that seeds differ by what was learnt alone.
-    """
-    limit = task.limit.get(split)
-    seed = seed if split == "train" else MEASURED
-    rows = task.opened.numbered(split)
-    if limit is None:
-        yield from rows
-        return
-    chosen = {n for _, n in heapq.nsmallest(limit, ((stable_fraction(f"{seed}:{n}"), n) for n, _ in rows))}
-    yield from _numbered(task, split, chosen)
-
-
-def _numbered(task: Task, split: str, numbers: Collection[int]) -> Iterator[tuple[int, Row]]:
-    return ((n, row) for n, row in task.opened.numbered(split) if n in numbers)
-
-
-class Shots(NamedTuple):
-    """A K-shot split.
-
-    Attributes:
-        train: numbers of training rows, from 1, to learn from.
-        validation: of others to validate on.
-        scarce: the classes that have fewer than 2 K different rows.
-    """
-
-    train: set[int]
-    validation: set[int]
-    scarce: list[str]
-
-
-def draw_shots(task: Task, shots: int, seed: int) -> Shots:
-    """Draws a K-shot split: K training rows of each class to learn from, and K others of each to validate on.
-
-    Both come from the training split, in place of any ``limit`` on train or validation; a task without choices is one
-    class. Rows with the same prompt and target count once, so that none is on both sides. The draw is a pure function of
-    the rows, K and the seed. A class with fewer than 2 K rows is short on the side that validates, and only with K or fewer on
-    the other too: it keeps one to validate on. Source: Gao et al. 2021 (LM-BFF), arXiv 2012.15723, section 3.
-
-    Args:
-        task: the task.
-        shots: K.
-        seed: of the draw.
-
-    Raises:
-        AlterError: a class has fewer than 2 different rows, or a row does not fit the task.
-    """
-    first: dict[str, dict[float, int]] = {label: {} for label in task.choices or [""]}  # class -> random key -> row
-    for number, row in task.opened.numbered("train"):
-        place = f"train row {number}"
-        prompt, target = task.render_prompt(row, place), task.render_target(row, place)
-        label = target if task.choices else ""
-        first[label].setdefault(stable_fraction(f"{seed}:{json.dumps([prompt, target])}"), number)
-        if len(first[label]) > 4 * shots:  # so that memory stays flat
-            first[label] = dict(sorted(first[label].items())[: 2 * shots])
-    problems = [
-        f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots needs 2 different training "
-        f"rows or more, one to learn from and one to validate on, and there are {len(rows)}; add rows or leave the task out."
-        for label, rows in first.items()
-        if len(rows) < 2
-    ]
-    if problems:
-        raise AlterError(*problems[:MAX_MESSAGES])
-    found = Shots(set(), set(), [label for label, rows in first.items() if len(rows) < 2 * shots])
-    for rows in first.values():
-        numbers = [number for _, number in sorted(rows.items())]
-        learned = min(shots, len(numbers) - 1)
-        found.train.update(numbers[:learned])
-        found.validation.update(numbers[learned : learned + shots])
-    return found
 
 
 def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from alter import references
 from alter.data import MultiTaskDataModule, eval_batches
 from alter.loading import load
+from alter.machine import peak_device_memory_bytes, peak_memory_bytes
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.recipe import Recipe, read_recipe
-from alter.results import peak_device_memory_bytes, peak_memory_bytes
 from alter.run import quiet
 from alter.strategy import ONE_DEVICE
 from alter.training import StageCLI, release

@@ -45,7 +45,8 @@ class TokenLosses(NamedTuple):
 class MTAModel(nn.Module):
     """A frozen backbone and its adapters.
 
-    The backbone runs without dropout, so that it is one fixed function; only adapters ever train.
+    The backbone runs without dropout, so that it is one fixed function; it trains where ``train_backbone`` lets it, else adapters
+    alone.
 
     Attributes:
         base_tasks: how many of the tasks were trained together; those after them were added later.

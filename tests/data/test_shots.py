@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alter.data import MultiTaskDataModule, Task
-from alter.data.encode import draw_shots, encode_task
+from alter.data.draw import draw_shots
+from alter.data.encode import encode_task
 from alter.data.sources import Function
 from alter.errors import AlterError
 from tests.data.conftest import task_dict, write_jsonl

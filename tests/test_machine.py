@@ -1,0 +1,41 @@
+"""How much memory was taken."""
+
+import subprocess
+import sys
+
+from alter import machine
+from alter.machine import peak_device_memory_bytes, peak_memory_bytes
+
+
+def peak_of(code):
+    code = f"from alter.machine import peak_memory_bytes\n{code}\nprint(peak_memory_bytes())"
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_peak_memory_is_a_mark_that_stays():
+    small = peak_of("")
+    large = peak_of("x = b'1' * 300_000_000; del x")
+    assert 5_000_000 < small < 1_000_000_000
+    assert 250_000_000 < large - small < 400_000_000
+    assert peak_memory_bytes() > 5_000_000
+
+
+def test_peak_memory_without_proc(monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machine.Path, "read_text", missing)
+    assert 5_000_000 < peak_memory_bytes() < 100_000_000_000
+
+
+def test_no_device_memory_without_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert peak_device_memory_bytes() is None
+
+
+def test_importing_these_modules_brings_in_nothing_slow():
+    code = (
+        "import sys, alter.metrics, alter.references, alter.results\n"
+        "assert not {'torch', 'sklearn', 'scipy', 'torchmetrics'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

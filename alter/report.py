@@ -19,7 +19,7 @@ from alter.inside import expert_similarity, gates_by_task
 from alter.loading import load
 from alter.metrics import metric
 from alter.predict import Predictor
-from alter.results import REFERENCES, verdict
+from alter.results import REFERENCES, spoken, verdict
 from alter.run_folder import ADDED, records
 from alter.writing import write_json, write_text
 from alter.yaml_file import dump
@@ -168,10 +168,7 @@ class _Report:
             return ""
         higher = sum(entry["value"] > other["value"] for entry, other in pairs)
         apart = sum(entry["low"] > other["high"] for entry, other in pairs)
-        name = {"majority": "the majority class", "backbone": "the untouched backbone"}.get(
-            reference, REFERENCES[reference]
-        )
-        return f"Above {name} in {higher} of {len(pairs)} tasks, in {apart} with intervals apart."
+        return f"Above {spoken(reference)} in {higher} of {len(pairs)} tasks, in {apart} with intervals apart."
 
     def metrics(self) -> Iterator[str]:
         head = ["task", "metric", "rows", "model", "95% interval", *REFERENCES.values()]

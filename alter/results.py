@@ -118,8 +118,12 @@ class Verdict(NamedTuple):
 
 def verdict(model: Mapping[str, float], reference: Mapping[str, float]) -> Verdict:
     """Returns whether the reference's value is above the model's, and whether their intervals overlap."""
-    overlap = reference["low"] <= model["high"] and model["low"] <= reference["high"]
-    return Verdict(reference["value"] > model["value"], overlap)
+    return Verdict(reference["value"] > model["value"], overlap(model, reference))
+
+
+def overlap(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two intervals do."""
+    return one["low"] <= other["high"] and other["low"] <= one["high"]
 
 
 def render_table(results: Mapping[str, Any]) -> str:
@@ -137,7 +141,7 @@ def render_table(results: Mapping[str, Any]) -> str:
             if len(name) > 11:  # a name such as recall[out of scope] stands above its numbers
                 lines.append(_cut(room, f"  {name}"))
                 name = ""
-            lines.append(f"  {name:<12}{_cell(entry):<24}{others}".rstrip())
+            lines.append(f"  {name:<12}{measured(entry):<24}{others}".rstrip())
     lines.append("-" * room)
     for note in _notes(results):
         lines += textwrap.wrap(note, room, subsequent_indent="  ", break_on_hyphens=False)
@@ -148,7 +152,8 @@ def _cut(room: int, line: str) -> str:
     return line if len(line) <= room else line[: room - 3] + "..."
 
 
-def _cell(entry: Mapping[str, float] | None, interval: bool = True) -> str:
+def measured(entry: Mapping[str, float] | None, interval: bool = True) -> str:
+    """A value and, where asked, its interval."""
     if entry is None:
         return "-"
     return f"{entry['value']:.3f}" + (f" [{entry['low']:.3f}, {entry['high']:.3f}]" if interval else "")
@@ -156,7 +161,7 @@ def _cell(entry: Mapping[str, float] | None, interval: bool = True) -> str:
 
 def _marked_cell(entry: Mapping[str, Any], reference: str, interval: bool = True) -> str:
     other = entry["references"].get(reference)
-    return "-" if other is None else f"{_cell(other, interval)} {verdict(entry, other).mark}".rstrip()
+    return "-" if other is None else f"{measured(other, interval)} {verdict(entry, other).mark}".rstrip()
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
@@ -172,16 +177,22 @@ def _notes(results: Mapping[str, Any]) -> Iterator[str]:
     if compared and not above and not near:
         yield "The model is above every reference, intervals apart."
     for reference, places in above.items():
-        yield f"* {_spoken(reference)} is above the model on: {', '.join(places)}."
+        yield f"* {_capitalised(reference)} is above the model on: {', '.join(places)}."
     for reference, places in near.items():
-        yield f"~ {_spoken(reference)} has an interval that overlaps the model's on: {', '.join(places)}."
+        yield f"~ {_capitalised(reference)} has an interval that overlaps the model's on: {', '.join(places)}."
     yield from _costs(results)
 
 
-def _spoken(reference: str) -> str:
-    return {"majority": "The majority class", "backbone": "The untouched backbone"}.get(
+def spoken(reference: str) -> str:
+    """A reference in a sentence."""
+    return {"majority": "the majority class", "backbone": "the untouched backbone"}.get(
         reference, REFERENCES.get(reference, reference)
     )
+
+
+def _capitalised(reference: str) -> str:
+    name = spoken(reference)
+    return name[0].upper() + name[1:]
 
 
 def _verdicts(results: Mapping[str, Any]) -> Iterator[tuple[str, str, Verdict]]:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from alter.errors import AlterError
+from alter.results import measured, overlap
 from alter.terminal import columns, narrowed, width
 from alter.yaml_file import read_yaml
 
@@ -189,10 +190,5 @@ def _metric_changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterato
         change, note = "", ""
         if before and after:
             change = f"{after['value'] - before['value']:+.3f}"
-            apart = before["high"] < after["low"] or after["high"] < before["low"]
-            note = "intervals apart" if apart else ""
-        yield [f"{task} {metric}", _measured(before), _measured(after), change, note]
-
-
-def _measured(entry: Mapping[str, float] | None) -> str:
-    return "-" if not entry else f"{entry['value']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+            note = "" if overlap(before, after) else "intervals apart"
+        yield [f"{task} {metric}", measured(before), measured(after), change, note]

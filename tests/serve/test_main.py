@@ -17,7 +17,7 @@ import pytest
 import alter
 from alter.cli import main
 from alter.errors import AlterError
-from alter.serve.main import WithoutMessages, bind, is_loopback, read_key
+from alter.serve.main import KEPT_SHAPES, WithoutMessages, bind, is_loopback, read_key
 from tests.serve.conftest import serving
 from tests.serve.test_app import ask, post, samples
 from tests.test_cli import refused
@@ -67,6 +67,23 @@ def test_at_sigterm_what_was_asked_is_answered_and_nothing_more_is_taken(started
     log = server.stderr.read()
     assert "POST /v1/completions 200" in log
     assert "w1" not in log
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_onednn_is_told_to_keep_few_shapes_before_anything_is_multiplied(own, monkeypatch):
+    variable, found = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", []
+    monkeypatch.setenv(variable, own or "")  # and put back afterwards
+    if not own:
+        monkeypatch.delenv(variable)
+
+    def load(*args):
+        found.append(os.environ[variable])
+        raise AlterError("far enough")
+
+    monkeypatch.setattr("alter.loading.load", load)
+    with pytest.raises(SystemExit):
+        main(["serve", "--run", "run", "--port", "0"])
+    assert found == [own or KEPT_SHAPES]
 
 
 def test_what_is_wrong_with_its_options_is_one_sentence(run, capsys, tmp_path, monkeypatch):

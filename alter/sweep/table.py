@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.cells import LOG, is_running, last_line
+from alter.errors import AlterError
 from alter.slurm import outside
 from alter.sweep.plan import FAILED, RESULT, Sweep
 from alter.sweep.points import Point
@@ -74,13 +75,20 @@ def _row(sweep: Sweep, number: int, queue: Mapping[str, str]) -> Row:
 
 
 def _queue() -> dict[str, str]:
-    """The states of the user's jobs in SLURM, by their number."""
+    """The states of the user's jobs in SLURM, by their number; of those that are over there are none.
+
+    Raises:
+        AlterError: SLURM does not answer, so that cells in its queue would look as if they waited to be submitted.
+    """
     try:
         done = subprocess.run(
             ["squeue", "--me", "-h", "-r", "-o", "%i %T"], env=outside(), capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
         return {}
+    if done.returncode:
+        said = " ".join(line.removeprefix("squeue: error: ") for line in done.stderr.splitlines())
+        raise AlterError(f"squeue: SLURM does not say which cells are in its queue ({said}); try again in a while.")
     pairs = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     return {job: state.lower() for job, state in pairs}
 

@@ -80,22 +80,32 @@ def test_cells_may_train_on_several_processes_and_differ_in_text_of_several_line
     assert best["data"]["tasks"][1]["prompt"] in [point["data.tasks.1.prompt"] for point in points]
 
 
-def planned(*flags):
+def planned(*flags, recipe=()):
     """A sweep whose cells are there and have not run."""
     from alter.recipe import read_recipe
     from alter.sweep.plan import plan
     from alter.sweep.points import grid, read_sets
 
-    recipe = read_recipe(["--config", "recipe.yaml", "--stages", "[stage1]"])
+    recipe = read_recipe(["--config", "recipe.yaml", "--stages", "[stage1]", *recipe])
     return plan(Path("out"), recipe, grid(read_sets(flags)), Path())
 
 
-def test_the_table_tells_every_state(project, capfd, monkeypatch, tmp_path):  # noqa: F811
-    squeue = tmp_path / "bin" / "squeue"
-    squeue.parent.mkdir()
-    squeue.write_text("#!/bin/sh\necho '9_3 PENDING'; echo '9_4 RUNNING'; echo '8_5 RUNNING'\n")
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+@pytest.fixture
+def squeue(monkeypatch, tmp_path):
+    """Puts a squeue of some shell lines on the PATH."""
+    file = tmp_path / "bin" / "squeue"
+    file.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{file.parent}:{os.environ['PATH']}")
+
+    def write(lines):
+        file.write_text(f"#!/bin/sh\n{lines}\n")
+        file.chmod(0o755)
+
+    return write
+
+
+def test_the_table_tells_every_state(project, capfd, squeue):  # noqa: F811
+    squeue("echo '9_3 PENDING'; echo '9_4 RUNNING'; echo '8_5 RUNNING'")
     sweep = planned("data.temperature=1,2,3,4,5,6,7,8")
     for number, value in ((1, 0.5), (2, 0.25)):
         (sweep.cell(number) / "result.json").write_text(json.dumps({"value": value, "seconds": 1234.5}))
@@ -118,6 +128,16 @@ def test_the_table_tells_every_state(project, capfd, monkeypatch, tmp_path):  # 
     assert "cell 005 stopped: slurmstepd: error: oom-kill (out/cells/005/log.txt)" in lines
     assert "cell 006 failed: The loss is nan. (out/cells/006/log.txt)" in lines
     assert yaml.safe_load((sweep.folder / "best.yaml").read_text())["data"]["temperature"] == 2
+
+
+def test_where_slurm_does_not_answer_no_cell_is_taken_for_one_that_waits(project, capfd, squeue):  # noqa: F811
+    squeue("echo 'squeue: error: slurm_load_jobs error: Socket timed out' >&2; exit 1")
+    sweep = planned("data.temperature=1,2")
+    main(["sweep", "status", "out"])  # no cell was ever submitted, so nothing is asked
+    (sweep.folder / "jobs.json").write_text('{"1": "9_1"}')
+    for command in (("status", "out"), ("retry", "out")):
+        (sentence,) = refused(capfd, "sweep", *command)
+        assert "(slurm_load_jobs error: Socket timed out); try again in a while." in sentence
 
 
 def test_more_is_better_where_the_recipe_says_so(project, capfd):  # noqa: F811

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -57,7 +58,7 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
     differing = differences(before, now)
-    changed = [key for key in differing if not (UNCOMPARED.fullmatch(key) or PLACES.fullmatch(key))]
+    changed = compared(differing)
     if "backbone" in differing and not _is_backbone_of(run, now["backbone"]):
         changed.insert(0, "backbone")
     if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
@@ -113,6 +114,11 @@ def differences(before: Any, after: Any, key: str = "") -> list[str]:
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in differences(b, a, f"{key}.{i}")]
     return [] if before == after else [key]
+
+
+def compared(keys: Iterable[str]) -> list[str]:
+    """Those of some keys of a recipe that change what is computed."""
+    return [key for key in keys if not (UNCOMPARED.fullmatch(key) or PLACES.fullmatch(key))]
 
 
 @cache

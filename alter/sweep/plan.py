@@ -10,7 +10,7 @@ from typing import Any
 
 from alter.errors import AlterError
 from alter.recipe import Recipe
-from alter.run_folder import differences
+from alter.run_folder import compared, differences
 from alter.sweep.points import Config, Point, check_points
 from alter.writing import write_json, write_text
 from alter.yaml_file import dump
@@ -80,7 +80,6 @@ def plan(folder: Path, recipe: Recipe, points: Sequence[Point], base: Path, dry_
             "they cannot be ranked; sweep one of them at a time."
         )
     ((metric, mode),) = monitors
-    # Of the recipe, what a run folder compares; where it is to run may change.
     known = {
         "metric": metric,
         "mode": mode,
@@ -90,15 +89,13 @@ def plan(folder: Path, recipe: Recipe, points: Sequence[Point], base: Path, dry_
         "recipe": recipe.config,
     }
     file = folder / SWEEP
-    if file.is_file():
-        changed = differences(json.loads(file.read_text()), json.loads(json.dumps(known)))
-        if changed:
-            raise AlterError(
-                f"{file}: this sweep was started with other settings (it differs in {', '.join(changed[:5])}"
-                f"{' and more' if len(changed) > 5 else ''}); give a new folder with --out, or remove {folder}."
-            )
+    if file.is_file() and (changed := _changed(json.loads(file.read_text()), json.loads(json.dumps(known)))):
+        raise AlterError(
+            f"{file}: this sweep was started with other settings (it differs in {', '.join(changed[:5])}"
+            f"{' and more' if len(changed) > 5 else ''}); give a new folder with --out, or remove {folder}."
+        )
     sweep = Sweep(folder, list(points), metric, mode, known["start"], known["test"])
-    if not dry_run and not file.is_file():
+    if not dry_run:  # also of a sweep that goes on, perhaps elsewhere than it began
         for number, config in zip(sweep.numbers, configs, strict=True):
             sweep.cell(number).mkdir(parents=True, exist_ok=True)
             write_text(sweep.recipe(number), dump(config | {"run": str(sweep.cell(number).absolute()), "test": False}))
@@ -117,6 +114,14 @@ def read_sweep(folder: Path) -> Sweep:
         raise AlterError(f"{folder}: no sweep is there (it has no {SWEEP}); name the folder that `alter sweep` told.")
     known = json.loads(file.read_text())
     return Sweep(folder, known["points"], known["metric"], known["mode"], known["start"], known["test"])
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two plans differ that changes a cell or makes it one that cannot be ranked with the others."""
+    keys = ("metric", "mode", "start", "points")
+    recipe = differences(before["recipe"], now["recipe"])
+    fixed = [key for key in recipe if key.split(".")[0] in ("stages", "backbone")]  # a run by itself may change them
+    return differences({k: before[k] for k in keys}, {k: now[k] for k in keys}) + fixed + compared(recipe)
 
 
 def _monitor(config: Config) -> tuple[str, str]:

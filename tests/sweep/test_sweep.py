@@ -183,6 +183,28 @@ def test_a_folder_keeps_to_its_sweep(project, capfd):  # noqa: F811
     assert "points.1.data.temperature" in sentence
 
 
+def test_a_sweep_may_go_on_elsewhere_and_with_a_test_but_not_with_other_stages(project, capfd):  # noqa: F811
+    sets = ("--set", "data.temperature=1,2", "--dry-run")
+    planned("data.temperature=1,2")
+    elsewhere = (
+        "--trainer.num_nodes",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--data.cache_dir",
+        "tokens",
+        "--test",
+        "false",
+    )
+    main([*COMMAND, *sets, *elsewhere])
+    assert yaml.safe_load(Path("out/cells/002.yaml").read_text())["trainer"]["num_nodes"] == 1  # only looked at
+    planned("data.temperature=1,2", recipe=elsewhere)
+    cell = yaml.safe_load(Path("out/cells/002.yaml").read_text())
+    assert (cell["trainer"]["num_nodes"], cell["data"]["cache_dir"]) == (2, "tokens")
+    (sentence,) = refused(capfd, *COMMAND[:-2], *sets)
+    assert "it differs in stages" in sentence
+
+
 @pytest.mark.parametrize(
     ("flags", "words_of_it"),
     [

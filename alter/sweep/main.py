@@ -83,6 +83,10 @@ def _points(options: argparse.Namespace) -> list[dict[str, Any]]:
     if bool(options.set) == bool(options.points):
         raise AlterError("alter sweep: say what to vary, either by --set KEY=VALUES or by --points FILE.")
     if options.points:
+        if options.random is not None:
+            raise AlterError(
+                "alter sweep: --random draws from --set, and --points lists every point; give one of them."
+            )
         return read_points(options.points)
     sets = read_sets(options.set)
     if options.random is None:

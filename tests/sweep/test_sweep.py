@@ -213,6 +213,7 @@ def test_a_sweep_may_go_on_elsewhere_and_with_a_test_but_not_with_other_stages(p
         ((*RATES, "--local", "0"), "a number from 1"),
         ((*RATES, "--random", "0"), "one point at least"),
         ((*RATES, "--points", "points.yaml"), "either by --set"),
+        (("--points", "points.yaml", "--random", "2"), "--random draws from --set"),
     ],
 )
 def test_a_wrong_call_is_one_sentence_and_nothing_starts(project, capfd, flags, words_of_it):  # noqa: F811

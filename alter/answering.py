@@ -165,7 +165,7 @@ class Answerer:
         """
         if self.generation.num_beams > 1 or not StepDecoder.fits(self.model):
             return None
-        return StepDecoder(self.model, line_ends(self.tokenizer), watch)
+        return StepDecoder(self.model, answer_ends(self.tokenizer), watch)
 
     def join(
         self,
@@ -204,7 +204,7 @@ class Answerer:
                         self.model,
                         batch,
                         [limits[row] for row in rows],
-                        line_ends(self.tokenizer),
+                        answer_ends(self.tokenizer),
                         see,
                         **self.generation.options(),
                     )
@@ -264,11 +264,14 @@ class Answerer:
         return next(self.model.parameters()).device
 
 
-def line_ends(tokenizer: Any) -> list[int]:
-    """Tokens at which an answer of one line ends; the untouched backbone often does not end by itself."""
+def answer_ends(tokenizer: Any) -> list[int]:
+    """Tokens at which an answer ends: the one that every target ends with, which a backbone's configuration may not name, and a
+    line's end, since the untouched backbone often does not end by itself.
+    """
     pieces = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "\n\n"))
     # SentencePiece makes of a line's end the piece of a space, which stands within lines
-    return [piece[0] for piece in pieces if len(piece) == 1 and "\n" in tokenizer.decode(piece)]
+    lines = [piece[0] for piece in pieces if len(piece) == 1 and "\n" in tokenizer.decode(piece)]
+    return [tokenizer.eos_token_id, *lines]
 
 
 def _renumbered(watch: Watch, rows: Sequence[int]) -> Watch:

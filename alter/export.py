@@ -17,13 +17,14 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
-from alter.answering import line_ends
+from alter.answering import answer_ends
 from alter.card import model_card
 from alter.data import Task
 from alter.errors import AlterError, did_you_mean, first_line
 from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.backbone import QUANTISED, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import joined_experts, merged, one_adapter
+from alter.nn.decoding import end_tokens
 from alter.nn.files import WEIGHTS_FILE, read_config
 from alter.nn.hub import weight_files
 from alter.nn.model import MTAModel
@@ -219,10 +220,8 @@ class Exporter:
         tokenizer = load_tokenizer(where)
         tokenizer.chat_template = None if is_seq2seq else _chat_template(tokenizer, task)
         tokenizer.save_pretrained(out)
-        known = backbone.generation_config
-        ends = known.eos_token_id if known.eos_token_id is not None else tokenizer.eos_token_id
-        settings = known.to_dict() | {
-            "eos_token_id": sorted({*(ends if isinstance(ends, list) else [ends]), *line_ends(tokenizer)}),
+        settings = backbone.generation_config.to_dict() | {
+            "eos_token_id": sorted(end_tokens(backbone, answer_ends(tokenizer))),
             "pad_token_id": tokenizer.pad_token_id,
             "max_new_tokens": task.max_target_tokens,
             "max_length": None,

@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 import alter
-from alter.answering import line_ends
+from alter.answering import answer_ends
 from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.runs import CHOICES
@@ -77,7 +77,7 @@ def pieces_of_words():
     found = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -1.0), ("▁a", -2.0), ("69", -3.0)], 0))
     found.normalizer = normalizers.Replace(Regex(r"\s"), " ")
     found.pre_tokenizer, found.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=found, unk_token="<unk>", eos_token="69")
 
 
 def pieces_of_bytes():
@@ -85,10 +85,10 @@ def pieces_of_bytes():
     letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     found = Tokenizer(models.BPE({**letters, "ĊĊ": len(letters)}, [("Ċ", "Ċ")]))
     found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=found)
+    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="Z")
 
 
-@pytest.mark.parametrize(("tokenizer", "ends"), [(pieces_of_words(), []), (pieces_of_bytes(), ["Ċ", "ĊĊ"])])
-def test_an_answer_ends_at_a_lines_end_and_at_no_space(tokenizer, ends):
-    assert tokenizer.convert_ids_to_tokens(line_ends(tokenizer)) == ends
+@pytest.mark.parametrize(("tokenizer", "ends"), [(pieces_of_words(), ["69"]), (pieces_of_bytes(), ["Z", "Ċ", "ĊĊ"])])
+def test_an_answer_ends_as_targets_do_and_at_a_lines_end_and_at_no_space(tokenizer, ends):
+    assert tokenizer.convert_ids_to_tokens(answer_ends(tokenizer)) == ends
     assert tokenizer.decode(tokenizer("a 69").input_ids) == "a 69"

@@ -46,6 +46,13 @@ def test_what_does_not_fit_is_refused_in_one_sentence(model):
             call()
 
 
+def test_an_answer_ends_with_the_tokenizers_end_where_the_backbones_configuration_names_none(model):
+    expected = model.generate(TEXTS, task="echo")
+    backbone = model.model.backbone
+    backbone.config.eos_token_id = backbone.generation_config.eos_token_id = None
+    assert model.generate(TEXTS, task="echo") == expected
+
+
 def test_routing_tells_each_layers_gates(model):
     found = model.routing(INPUTS[:2], task=TASKS[:2], answers=["w30", "yes"])
     names = list(model.model.layers)

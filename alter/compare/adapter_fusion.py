@@ -259,7 +259,7 @@ def generate(model: Model, plan: Plan, prompts: Sequence[list[int]], longest: in
     """Decodes greedily, until the end of the sequence or a stop token."""
     config = model.generation_config
     end = config.eos_token_id if config.eos_token_id is not None else model.config.eos_token_id
-    ends = {*(end if isinstance(end, list) else [end]), *plan["stop_tokens"]}
+    ends = {*(end if isinstance(end, list) else [end]), *plan["stop_tokens"]} - {None}
     inputs = _inputs(model, plan, prompts, left=not plan["seq2seq"])
     output = model.generate(
         **inputs,

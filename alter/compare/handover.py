@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from alter.answering import MAX_BATCH_TOKENS, line_ends
+from alter.answering import MAX_BATCH_TOKENS, answer_ends
 from alter.data import MultiTaskDataModule, Task, encode_choices, eval_batches
 from alter.data.sampler import MixtureBatchSampler
 from alter.errors import AlterError
@@ -111,7 +111,7 @@ def _plan(recipe: Recipe, data: MultiTaskDataModule, tokenizer: Any) -> dict[str
         "accumulate_grad_batches": trainer.get("accumulate_grad_batches", 1),
         "validations": round(1 / interval) if isinstance(interval, float) else 1,
         "pad": tokenizer.pad_token_id,
-        "stop_tokens": line_ends(tokenizer),
+        "stop_tokens": answer_ends(tokenizer),
         "tasks": [
             {
                 "name": task.name,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import PreTrainedModel, StoppingCriteria
 
 from alter.errors import AlterError
 from alter.nn.model import MTAModel
@@ -65,7 +65,7 @@ def generate(
         for each prompt the answer's token ids, without the end-of-sequence token and padding.
     """
     model.set_examples(prompts)
-    config, ends = model.backbone.generation_config, end_tokens(model, stop_tokens)
+    config, ends = model.backbone.generation_config, end_tokens(model.backbone, stop_tokens)
     pad = config.pad_token_id if config.pad_token_id is not None else min(ends)
     settings = {"do_sample": False, "num_beams": 1, "pad_token_id": pad, "eos_token_id": sorted(ends), **options}
     rows = len(prompts["input_ids"])
@@ -84,11 +84,11 @@ def generate(
     return [_until(row[:limit], ends) for row, limit in zip(output[:, start:].tolist(), limits, strict=True)]
 
 
-def end_tokens(model: MTAModel, stop_tokens: Sequence[int]) -> set[int]:
-    """The tokens that end an answer: the backbone's own and ``stop_tokens``."""
-    config = model.backbone.generation_config
-    end = config.eos_token_id if config.eos_token_id is not None else model.backbone.config.eos_token_id
-    return {*(end if isinstance(end, list) else [end]), *stop_tokens}
+def end_tokens(backbone: PreTrainedModel, stop_tokens: Sequence[int]) -> set[int]:
+    """The tokens that end an answer: the backbone's own, where it names any, and ``stop_tokens``."""
+    config = backbone.generation_config
+    end = config.eos_token_id if config.eos_token_id is not None else backbone.config.eos_token_id
+    return {*(end if isinstance(end, list) else [end]), *stop_tokens} - {None}
 
 
 class _Watched(StoppingCriteria):

@@ -50,7 +50,7 @@ class StepDecoder:
         self, model: MTAModel, stop_tokens: Sequence[int], watch: Callable[[Hashable, list[int], bool], bool]
     ) -> None:
         self.model, self.watch = model, watch
-        self.ends = end_tokens(model, stop_tokens)
+        self.ends = end_tokens(model.backbone, stop_tokens)
         self.rows: list[_Row] = []
         self._cache = DynamicCache()
         device = next(model.parameters()).device

@@ -7,6 +7,7 @@ import glob
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -251,7 +252,7 @@ class Task:
         label = f"{where}: task '{mapping.get('name', '?')}'"
         problems = check(cls, {key: value for key, value in mapping.items() if key != "where"}, label, skip=("where",))
         source = mapping.get("source")
-        if isinstance(source, dict) and source.get("class_path") in ("Files", "alter.data.Files"):
+        if isinstance(source, dict) and _is_files(str(source.get("class_path"))):
             arguments = source.get("init_args") or {}
             if not isinstance(arguments, dict):
                 raise AlterError(
@@ -340,6 +341,12 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, roo
     if problems:
         raise AlterError(*problems)
     return tasks
+
+
+def _is_files(class_path: str) -> bool:
+    """Whether a source is ``Files``, by whichever of its names; nothing is imported, since a task may come from elsewhere."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(sys.modules.get(module or sources.__name__), name, None) is sources.Files
 
 
 def limit_problems(limit: Mapping[str, int], where: str) -> Iterator[str]:

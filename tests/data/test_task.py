@@ -42,9 +42,10 @@ def test_a_choices_recall_is_a_metric_of_its_task(tmp_path):
     assert make(tmp_path, metrics=["accuracy", "recall[no]"]).metrics == ["accuracy", "recall[no]"]
 
 
-def test_data_files_are_looked_for_under_the_root_first(tmp_path, monkeypatch):
-    content = task_dict(tmp_path)
-    content["source"]["init_args"] = {split: f"t.{split}.jsonl" for split in ("train", "validation", "test")}
+@pytest.mark.parametrize("class_path", ["Files", "alter.data.Files", "alter.data.sources.Files"])
+def test_data_files_are_looked_for_under_the_root_first(tmp_path, monkeypatch, class_path):
+    files = {split: f"t.{split}.jsonl" for split in ("train", "validation", "test")}
+    content = task_dict(tmp_path, source={"class_path": class_path, "init_args": files})
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "t.yaml").write_text(yaml.safe_dump(content))
     write_jsonl(tmp_path / "tasks" / "t.test.jsonl", rows(2))

@@ -152,7 +152,7 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     """
     arguments = [_find_config(a, previous) for a, previous in zip(arguments, [None, *arguments[:-1]], strict=True)]
     files = [Path(value) for flag, value in _flag_values(arguments) if flag == "--config"]
-    for folder in {Path(), *(file.parent for file in files)}:
+    for folder in dict.fromkeys([Path(), *(file.parent for file in files)]):  # modules are looked for in this order
         find_classes_in(folder)
     problems = _file_problems(files)
     parser = recipe_parser()

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from io import BytesIO, TextIOWrapper
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import alter
 from alter.callbacks.preemption import Preemption
 from alter.cli import main
 from alter.data.sampler import MixtureBatchSampler
+from alter.recipe import read_recipe
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.nn.tiny import tiny_model
 
@@ -80,6 +82,18 @@ def refused(capsys, *arguments):
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return [line for line in error.splitlines() if line.startswith("alter: ")]
+
+
+def test_modules_are_looked_for_beside_the_recipes_in_their_order(project, monkeypatch):
+    folders = [Path(f"over{i}") for i in range(8)]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "o.yaml").write_text("test: false\n")
+    looked = []
+    monkeypatch.setattr("alter.recipe.find_classes_in", looked.append)
+    files = [Path("recipe.yaml"), *(folder / "o.yaml" for folder in folders)]
+    read_recipe([part for file in files for part in ("--config", str(file))])
+    assert looked == [Path(), *folders]
 
 
 def test_a_validation_that_would_never_come_is_a_sentence(project, capsys):

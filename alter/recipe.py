@@ -259,7 +259,7 @@ def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Se
     # From the files themselves: jsonargparse takes a label such as "yes" for true. A recipe with mistakes still has its
     # tasks checked.
     for file in reversed(files):
-        data = _read_yaml(file).get("data")
+        data = read_content(file).get("data")
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
             return data["tasks"], file.parent
     return [], Path()
@@ -347,7 +347,12 @@ def _one_sentence(error: Exception, where: str) -> str:
 # -- checking one file -----------------------------------------------------------------------------------------------
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_content(file: Path) -> dict[str, Any]:
+    """What a recipe file or an overlay says.
+
+    Raises:
+        AlterError: it cannot be read, or is no mapping.
+    """
     content = read_yaml(file) or {}
     if not isinstance(content, dict):
         raise AlterError(
@@ -362,7 +367,7 @@ def check_file(file: Path) -> list[str]:
     Raises:
         AlterError: it is no recipe at all, so that nothing else can be said.
     """
-    return check_content(_read_yaml(file), str(file))
+    return check_content(read_content(file), str(file))
 
 
 def check_content(content: Mapping[str, Any], file: str) -> list[str]:

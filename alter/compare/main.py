@@ -27,6 +27,8 @@ def compare(arguments: Sequence[str]) -> None:
         AlterError: an argument or the recipe is wrong, or cells have failed.
     """
     options, flags = _parser().parse_known_args(arguments)
+    if options.processes < 1:
+        raise AlterError(f"--processes: {options.processes} is below 1; give how many cells run at once.")
     methods = _methods(options.methods.split(","))
     recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags)
     if recipe.config["stages"] != ["stage1", "stage2"]:

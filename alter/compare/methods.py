@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
+from alter.recipe import read_content
 from alter.schema import find_classes_in
-from alter.yaml_file import read_yaml
 
 Config = dict[str, Any]
 Runner = Literal["alter", "adapter_fusion"]
@@ -251,7 +251,7 @@ def find_method(name: str) -> tuple[str, Method]:
             f"--methods: '{name}' is neither a method nor a YAML file to lay over the recipe; the methods are "
             f"{', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
-    overlay = read_yaml(file) or {}
+    overlay = read_content(file)
     find_classes_in(file.parent)
 
     def plan(config: Config, budget: Budget) -> list[Training]:

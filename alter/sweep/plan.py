@@ -126,6 +126,10 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _monitor(config: Config) -> tuple[str, str]:
     """What the last stage's checkpoints are chosen by, and whether less or more of it is better."""
+    if not config["stages"]:
+        raise AlterError(
+            "stages: a sweep ranks by what the last one is validated by, and there is none; name stage1 or both."
+        )
     trainer: dict[str, Any] = {**config["trainer"], **config[config["stages"][-1]]["trainer"]}
     given = trainer.get("callbacks") or []
     for callback in given if isinstance(given, list) else [given]:

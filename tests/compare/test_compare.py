@@ -256,6 +256,8 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
     [
         (["--methods", "stge1"], "stage1"),
         (["--methods", "stage1,stage1"], "a second method named 'stage1'"),
+        (["--methods", "list.yaml"], "list.yaml: a recipe is a mapping of sections"),
+        (["--processes", "0"], "--processes: 0 is below 1"),
         (["--seeds", "0"], "--seeds"),
         (["--seeds", "x"], "--seeds"),
         (["--tune", "0,1"], "--tune"),
@@ -264,6 +266,7 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
     ],
 )
 def test_what_cannot_be_compared_is_refused(compared, capsys, arguments, said):
+    Path("list.yaml").write_text("- stage1\n")
     lines = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", *arguments)
     assert said in lines[0]
     assert not Path("out/compare.json").exists()

@@ -211,6 +211,7 @@ def test_a_sweep_may_go_on_elsewhere_and_with_a_test_but_not_with_other_stages(p
         ((), "say what to vary"),
         (("--set", "data.temprature=1,2"), "Did you mean 'temperature'?"),
         ((*RATES, "--local", "0"), "a number from 1"),
+        ((*RATES, "--stages", "[]"), "stages: a sweep ranks"),
         ((*RATES, "--random", "0"), "one point at least"),
         ((*RATES, "--points", "points.yaml"), "either by --set"),
         (("--points", "points.yaml", "--random", "2"), "--random draws from --set"),

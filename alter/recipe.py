@@ -17,15 +17,14 @@ from lightning import Trainer
 from alter import run_folder
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
-from alter.nn import Expert, Router, TrunkCache
+from alter.nn import TrunkCache
 from alter.nn.backbone import is_seq2seq, whole_name
 from alter.nn.decoding import Generation
-from alter.nn.model import check_shared_experts, check_task_experts
-from alter.precision import check_precision, choose_precision
+from alter.precision import choose_precision
+from alter.recipe_values import check_ranges, check_values
 from alter.schema import check, check_class, find_classes_in, import_name, template_base
 from alter.shipped import shipped_recipes
 from alter.stages import Stage1Module, Stage2Module, StageModule
-from alter.strategy import check_strategy
 from alter.yaml_file import dump, read_yaml
 
 STAGES: dict[str, type[StageModule]] = dict(zip(run_folder.STAGES, (Stage1Module, Stage2Module), strict=True))
@@ -178,10 +177,9 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     except AlterError as error:
         problems += error.messages
     if config is not None:
-        problems += _check_values(config)
-    if config is not None and not problems:  # of values that fit their types
-        for stage in STAGES:
-            problems += _check_adapters(config[stage].model.init_args, f"{stage}.model.init_args")
+        plain = config.as_dict()
+        problems += check_values(plain)
+        problems += [] if problems else check_ranges(plain)
     if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
     return _complete(parser, config, tasks, here)
@@ -210,21 +208,6 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here
     plain["precision"] = choose_precision(plain, here)
     # in the run, as whole as the paths of data: it is used from other folders too
     return Recipe(plain, tasks, dump({**plain, "backbone": whole_name(plain["backbone"])}))
-
-
-def check_config(config: Mapping[str, Any], parser: ArgumentParser, where: str) -> list[str]:
-    """What is wrong with the values of a complete recipe, of which some have been changed.
-
-    Args:
-        config: plain.
-        parser: of recipes.
-        where: what every sentence begins with.
-    """
-    try:
-        parsed = parser.parse_object(copy.deepcopy(dict(config)))
-    except Exception as error:
-        return [_one_sentence(error, where)]
-    return [f"{where}: {problem}" for problem in _check_values(parsed)]
 
 
 def _flag_values(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -263,44 +246,6 @@ def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Se
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
             return data["tasks"], file.parent
     return [], Path()
-
-
-def _check_values(config: Namespace) -> list[str]:
-    problems = [
-        f"stages: '{name}' is not a stage; it is one of {', '.join(STAGES)}.{did_you_mean(name, STAGES)}"
-        for name in config.stages
-        if name not in STAGES
-    ]
-    if not config.data.tasks:
-        problems.append("data.tasks: the recipe names no task; list task files under it.")
-    problems += check_precision(config.precision)
-    try:
-        Generation(**config.generation.as_dict())
-    except AlterError as error:
-        problems += error.messages
-    problems += check_strategy(config.trainer.strategy, config.precision)
-    for stage in STAGES:
-        problems += check(Trainer, config[stage].trainer, f"{stage}.trainer") if config[stage].trainer else []
-        if config[stage].model is None:
-            problems.append(f"{stage}.model: it is empty; write class_path and init_args under it, or leave it out.")
-    return problems
-
-
-def _check_adapters(given: Namespace, where: str) -> list[str]:
-    """What makes no sense in a stage's adapters; they are made when it begins, stage 2's perhaps hours later."""
-    try:
-        templates = [
-            import_name(given[key].class_path, where, base)(**given[key].as_dict().get("init_args", {}))
-            for key, base in (("expert", Expert), ("router", Router))
-            if given.get(key)
-        ]
-        if "num_shared" in given:
-            check_shared_experts(given.num_shared, given.keep, *templates)
-        elif "own" in given:
-            check_task_experts(given.own, given.num_experts, *templates)
-    except AlterError as error:
-        return [f"{where}.{message}" if message[0].islower() else f"{where}: {message}" for message in error.messages]
-    return []
 
 
 def _stage_flags(arguments: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import alter
 from alter.callbacks.preemption import Preemption
 from alter.cli import main
 from alter.data.sampler import MixtureBatchSampler
+from alter.errors import AlterError
 from alter.recipe import read_recipe
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.nn.tiny import tiny_model
@@ -481,6 +482,32 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
     defaults = ["predict", "--run", "run", "--input", "rows.jsonl"]
     sentence = refused(capsys, *defaults, *arguments)[0]
     assert any(part in sentence for part in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__temperature": 0}, "data.temperature: 0.0 is not above 0"),
+        ({"data__cap": 0}, "data.cap: 0 is below 1"),
+        ({"data__max_tokens": 0}, "data.max_tokens: 0 is below 1"),
+        ({"data__num_workers": -1}, "data.num_workers: -1 is below 0"),
+        ({"seed_everything": -1}, "seed_everything: -1 is no seed"),
+        ({"trunk_cache__max_gb": 0}, "trunk_cache.max_gb: 0.0 is not above 0; to keep nothing, write trunk_cache.enabled: false"),
+        ({"trainer__val_check_interval": 0}, "trainer.val_check_interval: 0 is not above 0"),
+        ({"stage2__trainer__accumulate_grad_batches": 0}, "stage2.trainer.accumulate_grad_batches: 0 is not above 0"),
+        ({"stage2__trainer__strategy": "fsdp"}, "stage2.trainer.strategy: fsdp is not the way"),
+        ({"stage2__model__init_args__warmup": 2}, "stage2.model.init_args.warmup: 2.0 is no share of the steps"),
+        ({"stage1__model__init_args__router_lr": -1}, "stage1.model.init_args.router_lr: -1.0 is below 0; give 0 to freeze"),
+        ({"stage1__model__init_args__skip_bad_batches": -1}, "stage1.model.init_args.skip_bad_batches: -1 is below 0"),
+        ({"stage2__model__init_args__optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": -1.0}}}, "stage2.model.init_args.optimizer.init_args.lr: -1.0 is below 0"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_its_range_is_told_before_anything_is_loaded(project, changes, message):
+    change(project, **changes)
+    with pytest.raises(AlterError) as error:
+        read_recipe(["--config", "recipe.yaml"])
+    (sentence,) = error.value.messages
+    assert sentence.startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -28,12 +28,18 @@ def mixture_rates(
     Raises:
         AlterError: the temperature or the cap is not above 0, or a task is empty.
     """
-    if not temperature > 0:
-        raise AlterError(f"data.temperature: {temperature} is not above 0; 1 is proportional, larger is more equal.")
-    if cap is not None and cap < 1:
-        raise AlterError(f"data.cap: {cap} is below 1; give a number of rows or leave it out.")
+    if problems := list(rate_problems(temperature, cap)):
+        raise AlterError(*problems)
     if not len(sizes) or min(sizes) < 1:
         raise AlterError("data.tasks: a task has no training rows; give every task some.")
     counted = np.minimum(np.asarray(sizes, dtype=float), np.inf if cap is None else cap)
     rates = counted ** (1 / temperature) * (1.0 if weights is None else np.asarray(weights, dtype=float))
     return rates / rates.sum()
+
+
+def rate_problems(temperature: float, cap: int | None) -> Iterator[str]:
+    """What is wrong with the two numbers of the rates."""
+    if not temperature > 0:
+        yield f"data.temperature: {temperature} is not above 0; 1 is proportional, larger is more equal."
+    if cap is not None and cap < 1:
+        yield f"data.cap: {cap} is below 1; give a number of rows or leave it out."

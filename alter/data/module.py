@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from alter.data.collate import Collator
 from alter.data.encode import encode_task
-from alter.data.mixture import mixture_rates
+from alter.data.mixture import mixture_rates, rate_problems
 from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches, share_out
 from alter.data.sources import SPLITS
 from alter.data.task import Task, limit_problems, load_tasks
@@ -70,20 +70,18 @@ class MultiTaskDataModule(LightningDataModule):
         limit: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        for key, value in {
+        settings = {
+            "temperature": temperature,
+            "cap": cap,
             "examples_per_epoch": examples_per_epoch,
             "max_tokens": max_tokens,
             "eval_max_tokens": eval_max_tokens,
-        }.items():
-            if value is not None and value < 1:
-                raise AlterError(f"data.{key}: {value} is below 1; give a positive number.")
-        if seed < 0:
-            raise AlterError(f"data.seed: {seed} is below 0; give a number from 0 on.")
-        if shots is not None and shots < 1:
-            raise AlterError(
-                f"data.shots: {shots} is below 1; give how many rows of a class to learn from, such as 16."
-            )
-        if problems := list(limit_problems(limit or {}, "data.limit")):
+            "num_workers": num_workers,
+            "seed": seed,
+            "shots": shots,
+            "limit": limit,
+        }
+        if problems := list(data_problems(settings)):
             raise AlterError(*problems)
         self.tasks: list[Task] = [
             _limited(task, limit or {}) for task in load_tasks(tasks or [], Path(root or "."), root)
@@ -276,6 +274,21 @@ class MultiTaskDataModule(LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def data_problems(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What is out of its range in a recipe's ``data``, or in the same arguments of the data module."""
+    yield from rate_problems(settings["temperature"], settings["cap"])
+    for key in ("examples_per_epoch", "max_tokens", "eval_max_tokens"):
+        if settings[key] is not None and settings[key] < 1:
+            yield f"data.{key}: {settings[key]} is below 1; give a positive number."
+    if settings["num_workers"] < 0:
+        yield f"data.num_workers: {settings['num_workers']} is below 0; give 0 for no process of their own, or more."
+    if settings["seed"] < 0:
+        yield f"data.seed: {settings['seed']} is below 0; give a number from 0 on."
+    if settings["shots"] is not None and settings["shots"] < 1:
+        yield f"data.shots: {settings['shots']} is below 1; give how many rows of a class to learn from, such as 16."
+    yield from limit_problems(settings["limit"] or {}, "data.limit")
 
 
 def _leave_group(worker: int) -> None:

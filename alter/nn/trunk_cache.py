@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from alter.errors import AlterError
 from alter.home import alter_home
 from alter.nn.trunk import Trunk
 from alter.nn.trunk_store import KEY_BYTES, TrunkStore
@@ -27,6 +28,9 @@ class TrunkCache:
         evict: whether states that this run has not used make room, longest unused first; otherwise a full cache takes
             no more.
         folder: by default ``trunk`` in ALTER's cache folder.
+
+    Raises:
+        AlterError: ``max_gb`` is not above 0.
     """
 
     def __init__(
@@ -37,6 +41,10 @@ class TrunkCache:
         evict: bool = True,
         folder: str | None = None,
     ) -> None:
+        if not max_gb > 0:  # states of other runs would make room for none
+            raise AlterError(
+                f"trunk_cache.max_gb: {max_gb} is not above 0; to keep nothing, write trunk_cache.enabled: false."
+            )
         self.enabled = enabled
         self.max_gb = max_gb
         self.dtype = dtype

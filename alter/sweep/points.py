@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 from alter.data import load_tasks
 from alter.errors import AlterError
-from alter.recipe import STAGES, check_config, check_content, recipe_parser
+from alter.recipe import STAGES, check_content
+from alter.recipe_values import check_ranges, check_values
 from alter.schema import import_name
 from alter.yaml_file import read_yaml
 
@@ -256,7 +256,7 @@ def _named(path: Any) -> Any:
 
 
 def check_points(config: Config, points: Sequence[Point], base: Path) -> list[Config]:
-    """Checks every value by itself and every combination, as the recipe's own.
+    """Checks every value by itself, and every point as a recipe is checked.
 
     Returns:
         the complete recipe of each point.
@@ -264,24 +264,28 @@ def check_points(config: Config, points: Sequence[Point], base: Path) -> list[Co
     Raises:
         AlterError: with every mistake.
     """
-    problems: list[str] = []
     wrong_key = [
         key for key in dict.fromkeys(key for point in points for key in point) if key.split(".")[0] in NOT_SWEPT
     ]
-    problems += [f"--set {key}: the sweep sets it for every point; leave it out." for key in wrong_key]
+    if wrong_key:
+        raise AlterError(*(f"--set {key}: the sweep sets it for every point; leave it out." for key in wrong_key))
+    checked: dict[str, list[str]] = {}  # by part, each of which many points have
+    problems: dict[str, str] = {}  # as they are told, by what is wrong, which many points have too
+    for i, point in enumerate(points):
+        told = []
+        for part in _parts(point):
+            name = json.dumps(part, sort_keys=True)
+            if name not in checked:
+                checked[name] = _told(_check_part, config, part)
+            told += checked[name]
+        problems |= {problem: problem for problem in told}
+        for problem in [] if told else _told(_check_whole, config, point, base):
+            problems.setdefault(problem, f"{_where(point)}: {problem}")
+        if points.index(point) != i:
+            twice = f"point {i + 1}: the same as point {points.index(point) + 1}; leave one out."
+            problems[twice] = twice
     if problems:
-        raise AlterError(*problems)
-    parser = recipe_parser()
-    for part in _parts(points):
-        where = "--set " + " ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in part.items())
-        problems += _told(_check_part, config, part, "--set") or _told(_check_whole, config, part, base, parser, where)
-    if not problems:
-        for i, point in enumerate(points):
-            problems += _told(_check_part, config, point, "--set")
-            if points.index(point) != i:
-                problems.append(f"point {i + 1}: the same as point {points.index(point) + 1}; leave one out.")
-    if problems:
-        raise AlterError(*dict.fromkeys(problems))
+        raise AlterError(*problems.values())
     return [lay_over(config, point, base) for point in points]
 
 
@@ -292,26 +296,19 @@ def _told(check: Callable[..., list[str]], *arguments: Any) -> list[str]:
         return list(error.messages)
 
 
-def _check_whole(config: Config, point: Point, base: Path, parser: ArgumentParser, where: str) -> list[str]:
-    return check_config(lay_over(config, point, base), parser, where)
+def _where(point: Point) -> str:
+    return "--set " + " ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in point.items())
 
 
-def _parts(points: Sequence[Point]) -> Iterator[Point]:
-    """Each value once by itself; an argument together with the class that the point gives it."""
-    seen = set()
-    for point in points:
-        for key, value in point.items():
-            owners = {
-                k: v for k, v in point.items() if key.startswith(k.removesuffix(".class_path") + ".") and k != key
-            }
-            part = {**owners, key: value}
-            if (name := json.dumps(part, sort_keys=True)) not in seen:
-                seen.add(name)
-                yield part
+def _parts(point: Point) -> Iterator[Point]:
+    """Each value by itself; an argument together with the class that the point gives it."""
+    for key, value in point.items():
+        owners = {k: v for k, v in point.items() if key.startswith(k.removesuffix(".class_path") + ".") and k != key}
+        yield {**owners, key: value}
 
 
-def _check_part(config: Config, point: Point, where: str) -> list[str]:
-    """Checks the parts of a recipe that a point touches."""
+def _check_part(config: Config, point: Point) -> list[str]:
+    """Checks the keys and values of those sections of a recipe that a point touches."""
     changed, places = _laid(config, point)
     content: Config = {}
     for place in places:
@@ -319,7 +316,13 @@ def _check_part(config: Config, point: Point, where: str) -> list[str]:
         _copy(changed, content, place[:depth])
     if "data" in content and isinstance(content["data"], dict):
         content["data"].setdefault("tasks", changed["data"]["tasks"])  # the one key that has to be there
-    return check_content(content, where)
+    return check_content(content, "--set")
+
+
+def _check_whole(config: Config, point: Point, base: Path) -> list[str]:
+    """Checks what a point's values mean together."""
+    whole = lay_over(config, point, base)
+    return check_values(whole) or check_ranges(whole)
 
 
 def _copy(source: Any, target: Config, place: Sequence[str]) -> None:

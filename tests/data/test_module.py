@@ -136,3 +136,16 @@ def test_a_later_stage_goes_on_with_the_next_epochs_draws(tmp_path, words):
     assert rows(data, 0) == third
     assert rows(data, 1) == fourth
     assert third != fourth
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.0}, "data.temperature: 0.0 is not above 0"),
+        ({"cap": 0}, "data.cap: 0 is below 1"),
+        ({"num_workers": -1}, "data.num_workers: -1 is below 0"),
+    ],
+)
+def test_by_itself_it_refuses_what_a_recipe_would(arguments, message):
+    with pytest.raises(AlterError, match=message):
+        MultiTaskDataModule(**arguments)

@@ -162,6 +162,23 @@ def test_values_that_do_not_go_together_are_told(config):
     check_points(config, points[:1], Path())
 
 
+def test_a_point_is_refused_where_a_recipe_of_its_values_would_be(config):
+    sets = ["stage2.model.keep=0.5,1.5", "data.temperature=1,2,0", "trainer.strategy=ddp,fsdp2", "precision=fp32,int8"]
+    with pytest.raises(AlterError) as error:
+        check_points(config, grid(read_sets(sets)), Path())
+    said = error.value.messages
+    for words_of_it in ("keep: 1.5 is no share", "data.temperature: 0 is not above 0", "int8 cannot be sharded"):
+        assert sum(words_of_it in line for line in said) == 1, (words_of_it, said)  # of many points the first
+    assert len(said) == 3
+    assert all(line.startswith("--set stage2.model.keep=") for line in said)
+
+
+def test_values_that_are_right_together_alone_need_not_be(config):
+    config["precision"] = "int8"
+    (found,) = check_points(config, [{"trainer.strategy": "fsdp2", "precision": "bf16"}], Path())
+    assert (found["trainer"]["strategy"], found["precision"]) == ("fsdp2", "bf16")
+
+
 @pytest.mark.parametrize(
     ("points", "words_of_it"),
     [([{"run": "x"}], "the sweep sets it"), ([{"data.temperature": 1}] * 2, "the same as point 1")],

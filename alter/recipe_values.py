@@ -1,0 +1,118 @@
+"""What makes no sense among the values of a recipe, said before anything is loaded; stage 2 begins perhaps hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning import Trainer
+
+from alter.data.module import data_problems
+from alter.errors import AlterError, did_you_mean
+from alter.nn import Expert, Router, TrunkCache
+from alter.nn.decoding import Generation
+from alter.nn.model import check_shared_experts, check_task_experts
+from alter.precision import check_precision
+from alter.run_folder import STAGES
+from alter.schema import check, import_name
+from alter.strategy import check_strategy
+
+Config = Mapping[str, Any]
+FACTORS = ("router_lr", "task_expert_lr", "backbone_lr")  # on a stage's learning rate
+DIVIDED_BY = ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches")  # by the trainer
+LARGEST_SEED = 2**32 - 1  # of numpy
+
+
+def check_values(config: Config) -> list[str]:
+    """What is wrong with a complete recipe's values.
+
+    Args:
+        config: plain; what is written in files may still be of another type than it ought to be.
+    """
+    problems = [
+        f"stages: '{name}' is not a stage; it is one of {', '.join(STAGES)}.{did_you_mean(str(name), STAGES)}"
+        for name in config["stages"]
+        if name not in STAGES
+    ]
+    if not config["data"]["tasks"]:
+        problems.append("data.tasks: the recipe names no task; list task files under it.")
+    problems += check_precision(config["precision"])
+    problems += check_strategy(config["trainer"]["strategy"], config["precision"])
+    for stage in STAGES:
+        trainer = config[stage]["trainer"]
+        problems += check(Trainer, trainer, f"{stage}.trainer") if trainer else []
+        problems += [f"{stage}.{problem}" for problem in check_strategy(trainer.get("strategy"), config["precision"])]
+        if config[stage]["model"] is None:
+            problems.append(f"{stage}.model: it is empty; write class_path and init_args under it, or leave it out.")
+    return problems
+
+
+def check_ranges(config: Config) -> list[str]:
+    """What is out of its range in a complete recipe whose values have their types.
+
+    Args:
+        config: plain.
+    """
+    problems = list(data_problems(config["data"]))
+    if not 0 <= config["seed_everything"] <= LARGEST_SEED:
+        problems.append(f"seed_everything: {config['seed_everything']} is no seed; give 0 to {LARGEST_SEED}.")
+    problems += _refused(Generation, **config["generation"])
+    problems += _refused(TrunkCache, **config["trunk_cache"])
+    problems += _check_trainer(config["trainer"], "trainer")
+    for stage in STAGES:
+        where = f"{stage}.model.init_args"
+        arguments = config[stage]["model"].get("init_args") or {}
+        problems += _check_trainer(config[stage]["trainer"], f"{stage}.trainer")
+        problems += [f"{where}.{problem}" for problem in _stage_problems(arguments)]
+        problems += [
+            f"{where}.{message}" if message[0].islower() else f"{where}: {message}"
+            for message in _refused(_check_adapters, arguments, where)
+        ]
+    return problems
+
+
+def _refused(make: Callable[..., Any], *given: Any, **arguments: Any) -> list[str]:
+    try:
+        make(*given, **arguments)
+    except AlterError as error:
+        return list(error.messages)
+    return []
+
+
+def _check_trainer(trainer: Config, where: str) -> list[str]:
+    return [
+        f"{where}.{key}: {trainer[key]} is not above 0; give a positive number, or leave it out."
+        for key in DIVIDED_BY
+        if isinstance(trainer.get(key), int | float) and trainer[key] <= 0
+    ]
+
+
+def _stage_problems(given: Config) -> Iterator[str]:
+    """Of the arguments of a stage's module."""
+    if not 0 <= given.get("warmup", 0) <= 1:
+        yield f"warmup: {given['warmup']} is no share of the steps; give 0 to 1, such as 0.05."
+    for key in FACTORS:
+        if given.get(key, 0) < 0:
+            yield f"{key}: {given[key]} is below 0; give 0 to freeze, or a factor on the learning rate."
+    if given.get("skip_bad_batches", 0) < 0:
+        yield f"skip_bad_batches: {given['skip_bad_batches']} is below 0; give 0 to leave none out, or how many."
+    optimizer = (given.get("optimizer") or {}).get("init_args") or {}
+    if isinstance(lr := optimizer.get("lr"), int | float) and lr < 0:
+        yield f"optimizer.init_args.lr: {lr} is below 0; give a positive learning rate."
+
+
+def _check_adapters(given: Config, where: str) -> None:
+    """Makes a stage's templates, of which its model will be asked the same.
+
+    Raises:
+        AlterError: they make no sense.
+    """
+    templates = [
+        import_name(given[key]["class_path"], where, base)(**(given[key].get("init_args") or {}))
+        for key, base in (("expert", Expert), ("router", Router))
+        if given.get(key)
+    ]
+    if {"num_shared", "keep"} <= given.keys():
+        check_shared_experts(given["num_shared"], given["keep"], *templates)
+    elif {"own", "num_experts"} <= given.keys():
+        check_task_experts(given["own"], given["num_experts"], *templates)

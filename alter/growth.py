@@ -27,6 +27,7 @@ from alter.results import render_table, run_results
 from alter.run import measure, quiet
 from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
+from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
 from alter.strategy import ONE_DEVICE
 from alter.training import release, say, train
 from alter.writing import write_json, write_text
@@ -300,7 +301,7 @@ def _require_consolidable(run: Path, content: Mapping[str, Any]) -> None:
 
 def _epochs(content: Mapping[str, Any]) -> int:
     """Of stage 1."""
-    return max(1, {**content["trainer"], **content["stage1"]["trainer"]}["max_epochs"] or 1)
+    return stage_epochs(stage_trainer(content, "stage1")) or 1
 
 
 def _drawn(run: Path, content: Mapping[str, Any], draws: int | None) -> dict[str, int | None]:
@@ -329,7 +330,7 @@ def _arguments(
         "tasks": tasks,
         "precision": content["precision"],
         "start_from": str(run / "model"),
-        "trunk_cache": {"class_path": "alter.nn.TrunkCache", "init_args": content["trunk_cache"]},
+        "trunk_cache": trunk_cache(content),
         **own,
     }
     return {

@@ -24,6 +24,7 @@ from alter.precision import choose_precision
 from alter.recipe_values import check_ranges, check_values
 from alter.schema import check, check_class, find_classes_in, import_name, template_base
 from alter.shipped import shipped_recipes
+from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
 from alter.stages import Stage1Module, Stage2Module, StageModule
 from alter.yaml_file import dump, read_yaml
 
@@ -103,8 +104,7 @@ class Recipe:
     def epochs_before(self, stage: str) -> int:
         """Epochs of the mixture that the stages before this one draw, whole or in part."""
         before = list(STAGES)[: list(STAGES).index(stage)]
-        epochs = ({**self.config["trainer"], **self.config[name]["trainer"]}.get("max_epochs") or 1 for name in before)
-        return sum(max(1, number) for number in epochs)  # -1 says that max_steps or max_time ends it
+        return sum(stage_epochs(stage_trainer(self.config, name)) or 1 for name in before)
 
     def data_args(self, tokenizer: str, seq2seq: bool) -> dict[str, Any]:
         """Arguments for ``MultiTaskDataModule``."""
@@ -128,15 +128,20 @@ class Recipe:
             "backbone": backbone,
             "tasks": [task.name for task in self.tasks],
             "precision": self.config["precision"],
-            "trunk_cache": {"class_path": "alter.nn.TrunkCache", "init_args": self.config["trunk_cache"]},
+            "trunk_cache": trunk_cache(self.config),
         }
         if stage == "stage2":
             arguments["start_from"] = str(self.run / "stage1" / "model")
         return {
             "seed_everything": self.config["seed_everything"],
-            "trainer": {**self.config["trainer"], **self.config[stage]["trainer"]},
+            "trainer": stage_trainer(self.config, stage),
             "model": model,
         }
+
+
+def recipe_arguments(files: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """What ``alter fit`` would be given for recipe files and further flags, of a command that has options of its own."""
+    return [*(part for file in files for part in ("--config", file)), *flags]
 
 
 def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:

@@ -219,10 +219,10 @@ def submit(arguments: Sequence[str]) -> None:
         AlterError: an option or the recipe is wrong, the run folder holds another recipe, or SLURM refuses.
     """
     options, flags = parser().parse_known_args(arguments)
-    from alter.recipe import read_recipe
+    from alter.recipe import read_recipe, recipe_arguments
     from alter.yaml_file import dump
 
-    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags, here=False)
+    recipe = read_recipe(recipe_arguments(options.config, flags), here=False)
     _begun(recipe)
     job = read_options(options, recipe.config)
     recipe.config["trainer"] |= job.trainer(recipe.config)

@@ -19,6 +19,7 @@ from alter.nn.backbone import load_backbone, resolve_backbone
 from alter.nn.model import MTAModel
 from alter.nn.template import make_template
 from alter.recipe import Recipe
+from alter.stage_settings import stage_epochs, stage_trainer
 from alter.writing import write_json
 from alter.yaml_file import dump
 
@@ -174,15 +175,16 @@ def _template(arguments: Mapping[str, Any], name: str) -> Any:
 
 
 def _epochs(config: Config, stage: str) -> float:
-    trainer = {**config["trainer"], **config[stage]["trainer"]}
+    trainer = stage_trainer(config, stage)
+    epochs = stage_epochs(trainer)
     limit = trainer.get("limit_train_batches")
     limit = 1.0 if limit is None else limit
-    if trainer.get("max_epochs") is None or isinstance(limit, int) or trainer.get("max_steps") not in (None, -1):
+    if epochs is None or isinstance(limit, int) or trainer.get("max_steps") not in (None, -1):
         raise AlterError(
             f"{stage}.trainer: a comparison shares out the examples drawn, so give the length as max_epochs and, as a "
             "share such as 0.3, limit_train_batches."
         )
-    return trainer["max_epochs"] * limit
+    return epochs * limit
 
 
 def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> Path:

@@ -18,6 +18,7 @@ from alter.errors import AlterError
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards, select_layers
 from alter.recipe import Recipe
+from alter.stage_settings import stage_trainer
 from alter.writing import write_json
 
 INTERPRETER = "ALTER_ADAPTERS_PYTHON"
@@ -89,7 +90,7 @@ def write_files(folder: Path, recipe: Recipe, data: MultiTaskDataModule, tokeniz
 
 def _plan(recipe: Recipe, data: MultiTaskDataModule, tokenizer: Any) -> dict[str, Any]:
     config, arguments = recipe.config, recipe.config["stage1"]["model"]["init_args"]
-    trainer = {**config["trainer"], **config["stage1"]["trainer"]}
+    trainer = stage_trainer(config, "stage1")
     backbone = resolve_backbone(config["backbone"])
     blocks = select_layers(find_feed_forwards(load_backbone(backbone), arguments["ffn"]), arguments["layers"])
     interval = trainer.get("val_check_interval")

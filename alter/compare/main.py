@@ -14,7 +14,7 @@ from alter.compare.methods import METHODS, Method, find_method
 from alter.compare.summary import summarise
 from alter.compare.tables import markdown, page
 from alter.errors import AlterError
-from alter.recipe import read_recipe
+from alter.recipe import read_recipe, recipe_arguments
 from alter.writing import write_json
 
 DEFAULT = "untouched,full,shared,alone,peft_lora,peft_poly,stage1,one_stage,two_stage"
@@ -30,7 +30,7 @@ def compare(arguments: Sequence[str]) -> None:
     if options.processes < 1:
         raise AlterError(f"--processes: {options.processes} is below 1; give how many cells run at once.")
     methods = _methods(options.methods.split(","))
-    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags)
+    recipe = read_recipe(recipe_arguments(options.config, flags))
     if recipe.config["stages"] != ["stage1", "stage2"]:
         raise AlterError("stages: a comparison starts from a recipe with both stages; leave the key out.")
     folder = options.out or Path("runs/compare") / recipe.run.name

@@ -17,7 +17,7 @@ from alter.doctor import checks
 from alter.doctor.checks import Line
 from alter.errors import AlterError
 from alter.nn.backbone import load_tokenizer, resolve_backbone
-from alter.recipe import read_recipe
+from alter.recipe import read_recipe, recipe_arguments
 from alter.run import quiet
 from alter.terminal import width
 
@@ -33,7 +33,7 @@ def doctor(arguments: Sequence[str]) -> bool:
     options, flags = _parser().parse_known_args(arguments)
     quiet()
     good = True
-    for line in _lines([part for file in options.config for part in ("--config", file)] + flags, not options.no_trial):
+    for line in _lines(recipe_arguments(options.config, flags), not options.no_trial):
         good = good and line.good is not False
         print(_shown(line), flush=True)
     print("\nNo cross: alter fit will do." if good else "\nMend what has a cross, and look again.")

@@ -35,11 +35,11 @@ def sweep(arguments: Sequence[str]) -> None:
     if arguments[:1] and arguments[0] in ("status", "results", "retry"):
         return _started(arguments[0], arguments[1:])
     options, flags = parser().parse_known_args(arguments)
-    from alter.recipe import read_recipe
+    from alter.recipe import read_recipe, recipe_arguments
     from alter.sweep.plan import plan
 
     points = _points(options)
-    recipe = read_recipe([part for file in options.config for part in ("--config", file)] + flags, here=False)
+    recipe = read_recipe(recipe_arguments(options.config, flags), here=False)
     folder = options.out or Path("runs/sweep") / recipe.run.name
     base = Path(options.config[0]).parent
     planned = plan(folder, recipe, points, base, options.dry_run)

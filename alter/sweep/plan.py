@@ -11,6 +11,7 @@ from typing import Any
 from alter.errors import AlterError
 from alter.recipe import Recipe
 from alter.run_folder import compared, differences
+from alter.stage_settings import stage_trainer
 from alter.sweep.points import Config, Point, check_points
 from alter.writing import write_json, write_text
 from alter.yaml_file import dump
@@ -130,7 +131,7 @@ def _monitor(config: Config) -> tuple[str, str]:
         raise AlterError(
             "stages: a sweep ranks by what the last one is validated by, and there is none; name stage1 or both."
         )
-    trainer: dict[str, Any] = {**config["trainer"], **config[config["stages"][-1]]["trainer"]}
+    trainer = stage_trainer(config, config["stages"][-1])
     given = trainer.get("callbacks") or []
     for callback in given if isinstance(given, list) else [given]:
         if str(callback.get("class_path", "")).endswith("ModelCheckpoint"):

@@ -263,6 +263,7 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
         (["--tune", "0,1"], "--tune"),
         (["--stages", "[stage1]"], "stages"),
         (["--trainer.limit_train_batches", "3"], "limit_train_batches"),
+        (["--trainer.max_epochs", "-1"], "give the length as max_epochs"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(compared, capsys, arguments, said):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,9 +122,16 @@ def _trial(arguments: Sequence[str]) -> Iterator[Line]:
         import torch
 
         yield checks.fits(found["device_memory"], torch.cuda.mem_get_info()[0], "device")
-    parts = ", ".join(f"{step} {_duration(seconds)}" for step, seconds in found["seconds"].items())
-    total = sum(found["seconds"].values())
-    yield Line(True, "time", f"about {_duration(total)} on this machine as it is now ({parts})")
+    yield _time(found["seconds"])
+
+
+def _time(seconds: Mapping[str, float | None]) -> Line:
+    known = {step: number for step, number in seconds.items() if number is not None}
+    parts = ", ".join(f"{step} {_duration(number)}" for step, number in known.items())
+    if endless := " and ".join(step for step in seconds if step not in known):
+        rest = f"; the rest: {parts}" if known else ""
+        return Line(None, "time", f"not known, since neither trainer.max_epochs nor max_steps ends {endless}{rest}")
+    return Line(True, "time", f"about {_duration(sum(known.values()))} on this machine as it is now ({parts})")
 
 
 def _duration(seconds: float) -> str:

@@ -28,6 +28,7 @@ from alter.machine import peak_device_memory_bytes, peak_memory_bytes
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.recipe import Recipe, read_recipe
 from alter.run import quiet
+from alter.stage_settings import stage_epochs
 from alter.strategy import ONE_DEVICE
 from alter.training import StageCLI, release
 from alter.writing import write_json
@@ -117,13 +118,13 @@ class Estimate:
     Attributes:
         memory: bytes of the host at the peak.
         device_memory: bytes of the CUDA device at the peak, or None.
-        seconds: of each stage and of the test.
+        seconds: of each stage and of the test; None for a stage whose end neither max_epochs nor max_steps tells.
         trainable: parameters that train, by stage.
     """
 
     memory: int
     device_memory: int | None
-    seconds: dict[str, float]
+    seconds: dict[str, float | None]
     trainable: dict[str, int]
 
 
@@ -143,7 +144,8 @@ def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
         backbone = resolve_backbone(recipe.config["backbone"])
         data = Sample(**recipe.data_args(str(backbone), is_seq2seq(backbone)))
         data.setup()
-        seconds, trainable, mapped = {}, {}, 0
+        seconds: dict[str, float | None] = {}
+        trainable, mapped = {}, 0
         for stage in recipe.config["stages"]:
             seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder))
             mapped = max(mapped, kept)
@@ -153,8 +155,8 @@ def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
         return Estimate(peak_memory_bytes() + mapped, peak_device_memory_bytes(), seconds, trainable)
 
 
-def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -> tuple[float, int, int]:
-    """Seconds of the whole stage, its trainable parameters, and the bytes that its trunk cache will have mapped."""
+def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -> tuple[float | None, int, int]:
+    """Seconds of the whole stage where its end is known, its trainable parameters, and the bytes that its trunk cache will have mapped."""
     arguments = recipe.stage_args(stage, backbone)
     planned = arguments["trainer"]
     clock, started = Clock(), time.perf_counter()
@@ -166,13 +168,13 @@ def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -
     cli.trainer.fit(cli.model, data)
     cli.model.model.save_pretrained(run / stage / "model", backbone)
     fixed = time.perf_counter() - started - sum(clock.steps) - sum(clock.validation)
-    epochs = planned.get("max_epochs") or 1
     steps, checked = data.batches["train"], data.batches["validation"]
-    validations = _validations(planned, steps)
-    total = epochs * (steps * _typical(clock.steps) + validations * checked * _typical(clock.validation))
+    epochs = _epochs(planned, steps)
+    total = fixed + (epochs or 0) * steps * _typical(clock.steps)
+    total += _validations(planned, steps, epochs or 0) * checked * _typical(clock.validation)
     trunks = cli.model.model.body.cached.values()
-    mapped = data.drawn_tokens(epochs) * sum(trunk.store.row_bytes for trunk in trunks)
-    return fixed + total, cli.model.trainable_parameters(), mapped
+    mapped = data.drawn_tokens(math.ceil(epochs or 1)) * sum(trunk.store.row_bytes for trunk in trunks)
+    return None if epochs is None else total, cli.model.trainable_parameters(), mapped
 
 
 ONE_EPOCH = {
@@ -195,11 +197,22 @@ def _share(limit: int | float | None, batches: int) -> int:
     return min(batches, limit) if isinstance(limit, int) else max(1, math.floor(batches * limit))
 
 
-def _validations(planned: Mapping[str, Any], steps: int) -> float:
-    """Validations an epoch."""
+def _epochs(planned: Mapping[str, Any], batches: int) -> float | None:
+    """Epochs of so many batches each, whole or in part; None where nothing bounds them that can be counted."""
+    steps, together = planned.get("max_steps"), planned.get("accumulate_grad_batches") or 1
+    bounds: list[float] = [] if (epochs := stage_epochs(planned)) is None else [epochs]
+    if steps is not None and steps != -1:
+        whole, more = divmod(steps, math.ceil(batches / together))
+        bounds.append(whole + more * together / batches)
+    return min(bounds, default=None)
+
+
+def _validations(planned: Mapping[str, Any], steps: int, epochs: float) -> float:
+    """Validations in some epochs of so many steps."""
     interval = planned.get("val_check_interval") or 1.0
     often = steps / interval if isinstance(interval, int) else 1 / interval
-    return math.floor(often) / (planned.get("check_val_every_n_epoch") or 1)
+    whole, part = divmod(epochs, 1)
+    return (whole * math.floor(often) + math.floor(part * often)) / (planned.get("check_val_every_n_epoch") or 1)
 
 
 def _typical(seconds: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from alter.cli import main
 from alter.doctor import trial
 from alter.recipe import read_recipe
 from alter.stages.base import StageModule
@@ -18,6 +19,8 @@ SECONDS = 1000.0  # of a batch; what is not batches takes much less
         {"max_epochs": 1, "limit_train_batches": 0.5, "limit_val_batches": 1},
         {"max_epochs": 2, "val_check_interval": 0.5},
         {"max_epochs": 4, "check_val_every_n_epoch": 2},
+        {"max_epochs": -1, "max_steps": 11, "accumulate_grad_batches": 2, "val_check_interval": 0.5},
+        {"max_epochs": 2, "max_steps": 3},
     ],
     ids=str,
 )
@@ -43,3 +46,10 @@ def test_it_counts_the_batches_that_a_run_takes(project, monkeypatch, plan):  # 
     found = trial.trial(read_recipe(["--config", "recipe.yaml", "--test", "false", "--run", "other"]))
     batches = {stage: round(seconds / SECONDS) for stage, seconds in found.seconds.items()}
     assert batches == {"stage1": whole["Stage1Module"], "stage2": whole["Stage2Module"]}
+
+
+def test_it_knows_no_end_where_the_recipe_names_none(project, capsys):  # noqa: F811
+    change(project, trainer__max_epochs=-1, stage2__trainer={"max_epochs": 1})
+    main(["doctor", "--config", "recipe.yaml", "--test", "false"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not known, since neither trainer.max_epochs nor max_steps ends stage1; the rest: stage2" in said

@@ -137,6 +137,19 @@ def check_class(
 TRUSTED: set[str] = set()  # modules that the user has named on the command line
 
 
+def same_class(one: Any, other: Any) -> bool:
+    """Whether two ``class_path`` name the same class of ``alter.nn`` or of elsewhere, by its short or its long name."""
+    return bool(_named(one) == _named(other))
+
+
+def _named(path: Any) -> Any:
+    """The class that a path names; the path where there is none."""
+    try:
+        return import_name(path if "." in str(path) else f"alter.nn.{path}", "")
+    except AlterError:
+        return path
+
+
 def import_name(path: str, where: str, base: type | None = None) -> Any:
     """Imports what a dotted ``class_path`` names; a name without dots is looked for beside ``base``.
 

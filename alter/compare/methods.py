@@ -11,7 +11,7 @@ from typing import Any, Literal
 from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
 from alter.recipe import read_content
-from alter.schema import find_classes_in
+from alter.schema import find_classes_in, same_class
 
 Config = dict[str, Any]
 Runner = Literal["alter", "adapter_fusion"]
@@ -263,7 +263,7 @@ def find_method(name: str) -> tuple[str, Method]:
 def _laid_over(config: Config, overlay: Mapping[str, Any]) -> Config:
     for key, value in overlay.items():
         if isinstance(value, Mapping) and isinstance(config.get(key), Mapping):
-            other_class = "class_path" in value and value["class_path"] != config[key].get("class_path")
+            other_class = "class_path" in value and not same_class(value["class_path"], config[key].get("class_path"))
             config[key] = _laid_over({} if other_class else config[key], value)
         else:
             config[key] = value

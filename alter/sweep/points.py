@@ -18,7 +18,7 @@ from alter.data import load_tasks
 from alter.errors import AlterError
 from alter.recipe import STAGES, check_content
 from alter.recipe_values import check_ranges, check_values
-from alter.schema import import_name
+from alter.schema import same_class
 from alter.yaml_file import read_yaml
 
 Config = dict[str, Any]
@@ -236,20 +236,12 @@ def _set(node: Any, part: str, value: Any, key: str) -> None:
 
 def _set_class(node: Config, given: Config) -> None:
     """Changes the class; its arguments are then those that are given and the new class's defaults."""
-    same = "class_path" not in given or _named(given["class_path"]) is _named(node.get("class_path"))
+    same = "class_path" not in given or same_class(given["class_path"], node.get("class_path"))
     arguments = {**((node.get("init_args") or {}) if same else {}), **(given.get("init_args") or {})}
     others = {name: value for name, value in given.items() if name not in ("class_path", "init_args")}
     class_path = node["class_path"] if same and "class_path" in node else given["class_path"]
     node.clear()
     node |= {"class_path": class_path, "init_args": arguments, **others}
-
-
-def _named(path: Any) -> Any:
-    """The class that a path names, so that its short and long names are the same; the path where there is none."""
-    try:
-        return import_name(path if "." in str(path) else f"alter.nn.{path}", "")
-    except AlterError:
-        return path
 
 
 # -- checking ----------------------------------------------------------------------------------------------------------

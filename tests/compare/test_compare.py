@@ -16,7 +16,7 @@ import yaml
 from alter.cli import main
 from alter.compare.grid import Grid, Planner
 from alter.compare.grid import _plan as plan_cell
-from alter.compare.methods import METHODS
+from alter.compare.methods import METHODS, Budget, find_method
 from alter.recipe import read_recipe
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
@@ -212,6 +212,21 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, cells_here, capsys):
     change(compared, stage1__model__init_args__own=0.5)
     (line,) = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", *arguments)
     assert "other settings" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("LoRA", {"alpha": 8}), ("alter.nn.LoRA", {"alpha": 8}), ("alter.nn.Bottleneck", {})]
+)
+def test_an_overlay_keeps_the_arguments_of_the_same_class_by_whichever_name(tmp_path, name, kept):
+    expert = {"class_path": "alter.nn.LoRA", "init_args": {"rank": 4, "alpha": 8}}
+    config = {"stage1": {"model": {"init_args": {"expert": expert}}}}
+    overlay = {"stage1": {"model": {"init_args": {"expert": {"class_path": name, "init_args": {"rank": 2}}}}}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(overlay))
+    (run,) = find_method(str(tmp_path / "own.yaml"))[1].plan(config, Budget(1, 1, {}))
+    assert run.config["stage1"]["model"]["init_args"]["expert"] == {
+        "class_path": name,
+        "init_args": {"rank": 2, **kept},
+    }
 
 
 def test_an_overlay_names_a_class_beside_it(compared, cells_here, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     Args:
         flags: of a recipe, for shell completion; the verbs that take them parse them themselves.
     """
-    from alter.slurm import parser as submit_parser
+    from alter.submit import parser as submit_parser
     from alter.sweep.main import parser as sweep_parser
 
     own: dict[str, Any] = {"add_help": False, "parents": [flags] if flags else []}

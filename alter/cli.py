@@ -197,7 +197,7 @@ def _predict(options: argparse.Namespace) -> None:
 WITH_RECIPE = {  # verbs that read a recipe's flags themselves
     "compare": ("alter.compare.main", "compare"),
     "doctor": ("alter.doctor.main", "doctor"),
-    "submit": ("alter.slurm", "submit"),
+    "submit": ("alter.submit", "submit"),
     "sweep": ("alter.sweep.main", "sweep"),
 }
 VERBS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import StoppingCriteria
 
 from alter.errors import AlterError
 from alter.nn.model import MTAModel
@@ -84,8 +84,8 @@ def generate(
     return [_until(row[:limit], ends) for row, limit in zip(output[:, start:].tolist(), limits, strict=True)]
 
 
-def end_tokens(backbone: PreTrainedModel, stop_tokens: Sequence[int]) -> set[int]:
-    """The tokens that end an answer: the backbone's own, where it names any, and ``stop_tokens``."""
+def end_tokens(backbone: Any, stop_tokens: Sequence[int]) -> set[int]:
+    """The tokens that end an answer: those of a Hugging Face model itself, where it names any, and ``stop_tokens``."""
     config = backbone.generation_config
     end = config.eos_token_id if config.eos_token_id is not None else backbone.config.eos_token_id
     return {*(end if isinstance(end, list) else [end]), *stop_tokens} - {None}

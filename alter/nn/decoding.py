@@ -84,6 +84,7 @@ def generate(
     return [_until(row[:limit], ends) for row, limit in zip(output[:, start:].tolist(), limits, strict=True)]
 
 
+# Its class is not named here: accelerate comes with it, which a recipe's flags (of Generation) do without.
 def end_tokens(backbone: Any, stop_tokens: Sequence[int]) -> set[int]:
     """The tokens that end an answer: those of a Hugging Face model itself, where it names any, and ``stop_tokens``."""
     config = backbone.generation_config

@@ -33,6 +33,18 @@ def test_an_epoch_draws_what_it_says_and_validation_sees_every_example_once(tmp_
     assert Counter(t for batch in data.val_dataloader() for t in batch["task_ids"].tolist()) == {0: 6, 1: 6}
 
 
+def test_the_tokens_of_what_is_drawn_are_told(tmp_path, words):
+    data = make(tmp_path, words, examples_per_epoch=30, temperature=2)
+    loader, read = data.train_dataloader(), {}
+    for epochs in (1, 2, 8):  # draws of 10, 20, 80 of 40 rows and of 20, 40, 160 of 160
+        for epoch in range(epochs):
+            loader.batch_sampler.set_epoch(epoch)
+            read |= {pair: loader.dataset[pair] for pairs in loader.batch_sampler for pair in pairs}
+        validation = [row for task in ("small", "large") for row in data.examples(task, "validation")]
+        expected = sum(len(row["prompt_ids"]) + len(row["target_ids"]) for row in [*read.values(), *validation])
+        assert data.drawn_tokens(epochs) == pytest.approx(expected, rel=0 if epochs == 8 else 0.1)
+
+
 def test_the_summary_tells_sizes_and_rates(tmp_path, words):
     lines = make(tmp_path, words, temperature=1, examples_per_epoch=2000).summary().splitlines()
     assert lines[1].split()[:6] == ["small", "classification", "40", "6", "6", "20.0%"]

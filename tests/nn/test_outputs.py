@@ -10,6 +10,7 @@ from alter.nn.experts import Bottleneck, LoRA
 from alter.nn.outputs import Outputs
 from alter.nn.routers import Routing
 from tests.nn.test_experts import D, E, make
+from tests.nn.tiny import assert_alike
 
 ROUTING = Routing(torch.tensor([2, 0]))
 
@@ -36,10 +37,8 @@ def test_what_is_read_and_weighted_is_that_of_the_whole(bias, tokens, units, own
     parameters = [*experts.parameters(), *linear.parameters()]
     found = [[outputs.read(linear), outputs.weighted(weights)] for outputs in (kept, whole)]
     gradients = [torch.autograd.grad(read.square().sum() + mixed.square().sum(), parameters) for read, mixed in found]
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
-    for ours, plain in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
+    assert_alike(*found)
+    assert_alike(*gradients)
     torch.testing.assert_close(kept.whole(), whole.whole(), atol=1e-5, rtol=1e-5)
 
 
@@ -84,7 +83,7 @@ def test_a_quantised_last_map_is_not_read_through(monkeypatch):
     kept, whole, _ = outputs_of()
     monkeypatch.setattr("alter.nn.outputs.plain_weight", lambda linear: None)
     linear = nn.Linear((1 + E) * D, 2)
-    torch.testing.assert_close(kept.read(linear), whole.read(linear), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(kept.read(linear), whole.read(linear), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("other", [torch.randn(2, 40, D), None])

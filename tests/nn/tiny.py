@@ -62,3 +62,10 @@ def tiny_model(family, blocks=None):
         found.num_hidden_layers = found.num_decoder_layers = blocks
     model = (AutoModelForSeq2SeqLM if found.is_encoder_decoder else AutoModelForCausalLM).from_config(found)
     return model.eval()
+
+
+def assert_alike(found, expected, near=1e-5):
+    """Equal tensors, each in units of its largest number."""
+    for got, wanted in zip(found, expected, strict=True):
+        scale = wanted.detach().abs().max().clamp_min(1e-12)
+        torch.testing.assert_close(got / scale, wanted / scale, atol=near, rtol=0)

@@ -8,16 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from alter.cli import main
 from alter.compare.grid import Grid, Planner
 from alter.compare.grid import _plan as plan_cell
 from alter.compare.methods import METHODS, Budget, find_method
+from alter.data.draw import draw_shots
+from alter.home import alter_home
+from alter.nn.backbone import resolve_backbone
 from alter.recipe import read_recipe
+from alter.run_folder import stage_records
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
 
@@ -100,6 +108,67 @@ def test_ranks_are_chosen_to_use_the_parameter_budget_and_draws_the_tokens(compa
         if name not in ("untouched", "two_stage"):
             assert sum(run.config["data"]["examples_per_epoch"] for run in runs) == pytest.approx(135, abs=1)
     assert recipe.config["data"]["examples_per_epoch"] == 90  # the plans changed copies
+
+
+@pytest.fixture
+def plan(compared):
+    """The runs of a method on a recipe with two experts, rates, schedules and optimizers to tell apart."""
+    task = yaml.safe_load(Path("tasks/echo.yaml").read_text())
+    Path("tasks/echo.yaml").write_text(yaml.safe_dump({**task, "weight": 3.0}))
+    change(
+        compared,
+        data__temperature=1,
+        stage1__trainer={"max_epochs": 2},
+        stage1__model__init_args__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.25}},
+        stage1__model__init_args__schedule="constant",
+        stage2__model__init_args__optimizer={"class_path": "torch.optim.Adam", "init_args": {"lr": 0.5}},
+        stage2__model__init_args__schedule="linear",
+    )
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    budget = Planner(recipe).budget
+    return recipe.config, budget, lambda name: METHODS[name].plan(copy.deepcopy(recipe.config), budget)
+
+
+# Of 60 and 30 rows an epoch draws 90: two in stage 1, and half a one in stage 2.
+DRAWS = 225
+
+
+def test_one_stage_trains_all_parts_in_stage_2_at_the_rates_of_stage_1(plan):
+    config, budget, plan = plan
+    (run,) = plan("one_stage")
+    assert budget.draws == DRAWS
+    assert run.config["stages"] == ["stage1", "stage2"]
+    assert run.config["data"] == {**config["data"], "examples_per_epoch": DRAWS}
+    assert run.config["stage1"]["trainer"] == {"max_steps": 0}
+    trainer = {**run.config["trainer"], **run.config["stage2"]["trainer"]}
+    assert (trainer["max_epochs"], trainer["limit_train_batches"]) == (1, 1.0)
+    assert run.config["stage1"]["model"] == config["stage1"]["model"]
+    arguments, first, second = (
+        made["model"]["init_args"] for made in (run.config["stage2"], config["stage1"], config["stage2"])
+    )
+    assert (first["optimizer"]["class_path"], first["optimizer"]["init_args"]["lr"]) == ("torch.optim.SGD", 0.25)
+    assert arguments == {**second, "task_expert_lr": 1.0, "optimizer": first["optimizer"]}
+    assert (second["task_expert_lr"], arguments["schedule"]) == (0.0, "linear")
+    assert run.budget is None
+
+
+def test_alone_is_a_model_a_task_with_its_share_of_the_draws_and_of_the_parameters(plan):
+    config, budget, plan = plan
+    runs = plan("alone")
+    assert [run.name for run in runs] == ["echo", "sort"]
+    assert [[task["name"] for task in run.config["data"]["tasks"]] for run in runs] == [["echo"], ["sort"]]
+    # rates go with size and weight: 3 x 30 rows of echo, 60 of sort
+    assert [run.config["data"]["examples_per_epoch"] for run in runs] == [round(0.6 * DRAWS), round(0.4 * DRAWS)]
+    for run in runs:
+        assert run.budget == budget.parameters / 2
+        assert run.config["stages"] == ["stage1"]
+        assert "stage2" not in run.config
+        trainer = {**run.config["trainer"], **run.config["stage1"]["trainer"]}
+        assert (trainer["max_epochs"], trainer["limit_train_batches"]) == (1, 1.0)
+        arguments = run.config["stage1"]["model"]["init_args"]
+        assert arguments["router"] == {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
+        assert arguments["optimizer"] == config["stage1"]["model"]["init_args"]["optimizer"]
+        assert arguments["schedule"] == "linear"
 
 
 @pytest.mark.parametrize("name", [name for name in HERE if METHODS[name].trains])
@@ -227,6 +296,62 @@ def test_an_overlay_keeps_the_arguments_of_the_same_class_by_whichever_name(tmp_
         "class_path": name,
         "init_args": {"rank": 2, **kept},
     }
+
+
+def test_one_stage_learns_in_its_second_stage_alone(compared, cells_here):
+    found = compare("--methods", "one_stage", "--seeds", "1")["methods"]["one_stage"]
+    run = Path("out/cells/one_stage/seed13/run")
+    records = stage_records(run)
+    assert records["stage1"]["tokens"] == 0
+    assert records["stage2"]["tokens"] == found["tokens"] > 0
+    first, second = (load_file(run / stage / "model" / "adapters.safetensors") for stage in ("stage1", "stage2"))
+    moved = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    assert any(".experts.a." in name for name in moved)
+    assert any(".router." in name for name in moved)
+
+
+def test_every_cell_starts_from_the_states_that_the_first_has_stored(compared, cells_here, capsys):
+    told, stored = [], []
+    for methods in ("stage1", "stage1,one_stage,two_stage,alone,peft_lora,peft_poly"):
+        compare("--methods", methods, "--seeds", "1")
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trunk cache: ")]
+        told.append([re.search(r"(\d+) examples there|off", line)[1] for line in lines])
+        (store,) = (alter_home() / "trunk").iterdir()
+        stored.append([file.read_bytes() for file in sorted(store.glob("*.index"))])
+    assert told[0] == ["0"]
+    assert int(told[1][0]) > 50
+    assert told[1] == told[1][:1] * 8  # trainings: two stages, two stages, two tasks, and one each
+    assert stored[0] == stored[1]
+
+
+def test_each_seed_has_its_own_few_rows_and_the_table_their_mean_and_deviation(compared, cells_here):
+    found = compare("--methods", "untouched,stage1", "--seeds", "2", "--data.shots", "4")["methods"]
+    learned = []
+    for seed in (13, 21):
+        recipe = read_recipe(["--config", f"out/cells/stage1/seed{seed}/run.yaml"])
+        data = recipe.open_data(resolve_backbone("backbone"))
+        rows = [json.loads(line) for line in Path("sort.train.jsonl").read_text().splitlines()]
+        drawn = [rows[number - 1] for number in draw_shots(data.tasks[1], 4, seed).train]
+        assert Counter(row["label"] for row in drawn) == {"yes": 4, "no": 4}
+        learned.append(sorted(data.examples("sort", "train")["prompt"][:]))
+        assert learned[-1] == sorted(f"{row['text']} :" for row in drawn)
+        assert len(data.examples("echo", "train")) == 4
+        assert len(data.examples("sort", "test")) == 6
+    assert learned[0] != learned[1]
+    for method in found.values():
+        averages = []
+        for task in method["tasks"].values():
+            for metric in task.values():
+                assert metric["mean"] == pytest.approx(mean(metric["seeds"]))
+                assert metric["sd"] == pytest.approx(stdev(metric["seeds"]))
+            averages.append(next(iter(task.values()))["seeds"])
+        seeds = [mean(values) for values in zip(*averages, strict=True)]
+        assert method["average"] == pytest.approx({"mean": mean(seeds), "sd": stdev(seeds)})
+    for seed in (13, 21):  # what a cell has measured is what stands in the table
+        cell = json.loads(Path(f"out/cells/stage1/seed{seed}/test.json").read_text())["tasks"]
+        for task, metrics in cell.items():
+            for name, value in metrics.items():
+                assert found["stage1"]["tasks"][task][name]["seeds"][(13, 21).index(seed)] == value
 
 
 def test_an_overlay_names_a_class_beside_it(compared, cells_here, tmp_path, monkeypatch):

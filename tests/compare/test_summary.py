@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alter.compare.methods import METHODS
 from alter.compare.summary import Answers, summarise
 from alter.compare.tables import markdown, page
 from alter.data import Task
@@ -146,6 +145,44 @@ def test_the_validation_loss_is_that_of_all_seeds(cells):
         for start in ("| method | what", "| full | all")
     )
     assert full.split(" | ")[head.split(" | ").index("validation loss")] == "2.000"
+
+
+TEXT = re.compile(r'<text[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>')
+
+
+def read_heatmaps(svg, names):
+    """Each number of a picture, by the layer, the task and the expert that stand nearest to it."""
+    texts = [(float(x), float(y), text) for x, y, text in TEXT.findall(svg)]
+    layers = [(x, text) for x, _, text in texts if text.startswith("layers.")]
+    tasks = [(y, text) for _, y, text in texts if text in names]
+    experts = [(x, text) for x, _, text in texts if text.isdigit()]
+
+    def nearest(place, marks):
+        return min(marks, key=lambda mark: abs(mark[0] - place))[1]
+
+    numbers = [(x, y, text) for x, y, text in texts if re.fullmatch(r"\d\.\d\d", text)]
+    return {(nearest(x, layers), nearest(y, tasks), nearest(x, experts)): float(text) for x, y, text in numbers}
+
+
+def test_the_heatmaps_show_each_tasks_gate_on_each_expert_by_layer(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    routing = {
+        "experts": {"layers.3": [[0.91, 0.09], [0.24, 0.76]], "layers.12": [[0.62, 0.38], [0.55, 0.45]]},
+        "shared": {"layers.3": [[0.8, 0.15, 0.05], [0.1, 0.2, 0.7]]},
+    }
+    result["methods"]["two_stage"]["routing"] = routing
+    folded = page(result, "").partition("<h2>Routing</h2>")[2]
+    assert folded.count("<details") == 1
+    assert ">two_stage<" in folded
+    pictures = re.findall(r"<figure>(.*?)<figcaption>(\w+)</figcaption>", folded, re.DOTALL)
+    assert [kind for _, kind in pictures] == ["experts", "shared"]
+    for svg, kind in pictures:
+        assert read_heatmaps(svg, ["t1", "t2"]) == {
+            (layer, task, str(expert)): value
+            for layer, table in routing[kind].items()
+            for task, row in zip(["t1", "t2"], table, strict=True)
+            for expert, value in enumerate(row)
+        }
 
 
 def test_methods_that_train_other_numbers_of_parameters_are_named(cells):

@@ -1,5 +1,8 @@
 """Tokenised prompts of several tasks in shared batches."""
 
+import random
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -7,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import alter
 from alter.answering import answer_ends
+from alter.evaluate import answers
 from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.runs import CHOICES
@@ -28,6 +32,28 @@ def test_a_mixed_batch_is_answered_as_each_input_by_itself(model, monkeypatch): 
     model.generate(INPUTS, task=TASKS)
     assert sorted(seen[0]) == [0, 1, 2, 2, 3, 3]  # one batch
     assert model.generate(INPUTS[:1], task="echo", max_new_tokens=1) == ["w2"]
+
+
+@pytest.mark.parametrize("task", ["echo", "sort"])
+def test_evaluation_answers_prompts_of_like_length_together_in_the_rows_order(model, task, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("alter.answering.MAX_BATCH_TOKENS", 48)
+    seen = []
+    for name in ("generate", "best_choices", "own_choice_log_likelihoods"):
+        kept = getattr(alter.answering, name)
+
+        def watched(m, batch, *given, kept=kept):
+            seen.append(batch["attention_mask"].sum(1).tolist())
+            return kept(m, batch, *given)
+
+        monkeypatch.setattr(f"alter.answering.{name}", watched)
+    lengths = random.Random(0).choices(range(1, 14), k=40)
+    prompts = [[5 + (31 * row + place) % 400 for place in range(length)] for row, length in enumerate(lengths)]
+    data = SimpleNamespace(examples=lambda name, split: {"prompt_ids": prompts})
+    found = answers(model, data, task, "test")
+    assert len(seen) > 5
+    assert [length for batch in seen for length in batch] == sorted(lengths, reverse=True)
+    assert found == [model.answer(task, [prompt])[0].text for prompt in prompts]
+    assert len(set(found)) > 1
 
 
 def test_beams_of_tasks_with_other_limits_are_answered_as_each_alone(model):  # noqa: F811

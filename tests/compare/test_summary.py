@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alter.compare.methods import METHODS
 from alter.compare.summary import Answers, summarise
 from alter.compare.tables import markdown, page
 from alter.data import Task

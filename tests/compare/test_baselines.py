@@ -1,6 +1,7 @@
 """The baselines against the libraries' own use."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -71,16 +72,28 @@ def test_lora_is_the_librarys_own(family):
         torch.testing.assert_close(model(data).losses, losses, atol=1e-5, rtol=1e-4)
 
 
-def test_poly_mixes_each_rows_skills_by_its_task():
-    model = moved(BaselineModel(tiny_model("llama"), TASKS, "last:2", kind="poly", rank=2)).eval()
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_poly_mixes_each_rows_skills_by_its_task(family):
+    """``W + (sum_s w_s A_s)(sum_s w_s B_s) / rank``, w the sigmoids of the task's row over their sum."""
+    rank, plain = 2, tiny_model(family)
+    model = moved(BaselineModel(tiny_model(family), TASKS, "last:2", kind="poly", rank=rank)).eval()
+    values = {name.replace(".ffn", ""): value for name, value in model.backbone.named_parameters()}
+    skills = [name.removesuffix(".poly_lora_A.default") for name in values if name.endswith(".poly_lora_A.default")]
+    assert len(skills) == sum(len(layer.frozen.shapes) for layer in model.layers.values())
     data = batch(model)
     with torch.no_grad():
         mixed = model(data)
-        for row in range(3):
-            alone = {name: value[row : row + 1] for name, value in data.items()}
-            torch.testing.assert_close(model(alone).losses, mixed.losses[mixed.rows == row], atol=1e-5, rtol=1e-4)
-        other = model({**data, "task_ids": torch.tensor([1, 1, 1])}).losses
-    assert (other - mixed.losses).abs().max() > 1e-3
+        for row, task in enumerate(data["task_ids"].tolist()):
+            changed = copy.deepcopy(plain)
+            for name in skills:
+                a, b = (values[f"{name}.poly_lora_{part}.default"][0] for part in "AB")
+                sigmoids = [1 / (1 + math.exp(-z)) for z in values[f"{name}.poly_router.default.module_logits"][task]]
+                w = [value / sum(sigmoids) for value in sigmoids]
+                change = sum(w[s] * a[s] for s in range(3)) @ sum(w[s] * b[s] for s in range(3)) / rank
+                changed.get_submodule(name).weight += change.T
+            alone = {name: value[row : row + 1] for name, value in data.items() if name != "task_ids"}
+            expected = changed(**alone).loss
+            torch.testing.assert_close(mixed.losses[mixed.rows == row].mean(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "poly"])

@@ -450,6 +450,19 @@ def test_a_description_gates_alike_in_training_decoding_beams_and_scoring(family
 
 
 @EVERY
+@pytest.mark.parametrize("gate", [Description(), SharedGate()], ids=name)
+def test_two_stages_behind_a_description_compute_the_same_whatever_the_task_is(family, gate):
+    def for_each_task(model):
+        batch = train_batch(model)
+        return [logits(model, {**batch, "task_ids": torch.full_like(batch["task_ids"], task)}) for task in range(3)]
+
+    first, *others = for_each_task(make(family, router=Description(), shared=LoRA(rank=4), gate=gate))
+    assert all(torch.equal(first, other) for other in others)
+    first, *others = for_each_task(make(family, shared=LoRA(rank=4), gate=gate))  # a selector's are not
+    assert not any(torch.allclose(first, other, atol=1e-3) for other in others)
+
+
+@EVERY
 def test_a_description_does_not_read_the_targets(family):
     model = make(family, router=Description(), shared=LoRA(rank=4), gate=Description())
     batch = train_batch(model)

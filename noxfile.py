@@ -32,7 +32,13 @@ def coverage(session: nox.Session) -> None:
 def install_tests(session: nox.Session) -> dict[str, str]:
     """Makes the environment of the tests, and returns their variables."""
     session.install("-c", "constraints.txt", "-e", ".[medical,dev]")
-    return {"OMP_NUM_THREADS": "1", **llama_converter(session)}
+    return {"OMP_NUM_THREADS": "1", **llama_converter(session), **adapters_python()}
+
+
+def adapters_python() -> dict[str, str]:
+    """Where the environment of the session fusion is. Without it, the tests that train with the adapters library are skipped."""
+    python = Path(".nox/fusion/bin/python").absolute()
+    return {"ALTER_ADAPTERS_PYTHON": str(python)} if python.is_file() else {}
 
 
 def llama_converter(session: nox.Session) -> dict[str, str]:
@@ -108,8 +114,9 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def fusion(session: nox.Session) -> None:
-    """Make the environment of `alter compare --methods adapter_fusion`."""
+    """Make the environment of `alter compare --methods adapter_fusion`, and run that method's tests with it."""
     # Without constraints.txt: the adapters library pins a transformers older than ALTER's.
     session.install("torch", "adapters>=1.3,<2")
     session.run("python", "-c", "import adapters")
     session.log(f"For alter compare in another folder: export ALTER_ADAPTERS_PYTHON={session.bin}/python")
+    session.notify("tests", ["tests/compare/test_adapter_fusion.py"])

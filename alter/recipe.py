@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from alter.nn.backbone import is_seq2seq, whole_name
 from alter.nn.decoding import Generation
 from alter.precision import choose_precision
 from alter.recipe_values import check_ranges, check_values
-from alter.schema import check, check_class, find_classes_in, import_name, template_base
+from alter.schema import check, check_class, find_classes_in, import_name, same_class, template_base
 from alter.shipped import shipped_recipes
 from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
 from alter.stages import Stage1Module, Stage2Module, StageModule
@@ -182,12 +182,44 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     except AlterError as error:
         problems += error.messages
     if config is not None:
+        _restore_defaults(config, files, _flag_values(arguments))
         plain = config.as_dict()
         problems += check_values(plain)
         problems += [] if problems else check_ranges(plain)
     if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
     return _complete(parser, config, tasks, here)
+
+
+def _restore_defaults(config: Namespace, files: Sequence[Path], flags: Sequence[tuple[str, str]]) -> None:
+    """Gives an argument that nobody has named its class's own default.
+
+    The parser takes over what the class that stands there by default has under the same name: for an ``AdjacentSelector``
+    without arguments it would be the temperature of ``TaskSelector``.
+    """
+    for stage, parts in DEFAULTS.items():
+        for part, default in parts.items():
+            chosen = config.get(f"{stage}.model.init_args.{part}")
+            if not isinstance(chosen, Namespace) or same_class(chosen.class_path, default["class_path"]):
+                continue
+            named = {name for file in files for name in _arguments_of(read_content(file), stage, part)}
+            for flag, value in flags:
+                keys = flag.removeprefix("--").replace(".init_args", "").split(".")
+                if value.lstrip().startswith("{") and keys == [stage, "model", part][: len(keys)]:
+                    named.update(chosen.init_args.keys())  # one value for all of them: as the parser has read it
+                elif keys[:-1] == [stage, "model", part]:
+                    named.add(keys[-1])
+            inherited = inspect.signature(import_name(default["class_path"], stage)).parameters
+            for name, own in inspect.signature(import_name(chosen.class_path, stage)).parameters.items():
+                if name in inherited and name not in named and own.default is not own.empty:
+                    chosen.init_args[name] = own.default
+
+
+def _arguments_of(content: Any, stage: str, part: str) -> Iterable[str]:
+    """The names of the arguments that a recipe file gives a stage's expert or router."""
+    for key in (stage, "model", "init_args", part, "init_args"):
+        content = content.get(key) if isinstance(content, Mapping) else None
+    return content if isinstance(content, Mapping) else ()
 
 
 def _file_problems(files: Sequence[Path]) -> list[str]:

@@ -172,6 +172,28 @@ def test_of_small_data_a_share_of_the_batches_is_one_at_least_and_is_logged(proj
     assert not any("logging interval" in str(warning.message) for warning in recwarn)
 
 
+@pytest.mark.parametrize(
+    ("given", "flags", "temperature"),
+    [
+        ({}, [], 0.1),  # its own default, not TaskSelector's
+        ({"temperature": 0.7}, [], 0.7),
+        ({}, ["--stage1.model.router.temperature", "0.3"], 0.3),
+        ({}, ["--stage1.model.init_args.router.init_args.temperature", "1.0"], 1.0),
+        (
+            {},
+            ["--stage1.model.router", '{"class_path": "alter.nn.AdjacentSelector", "init_args": {"temperature": 1.0}}'],
+            1.0,
+        ),
+        ({"temperature": 1.0}, ["--stage1.model.router", "alter.nn.AdjacentSelector"], 1.0),
+    ],
+)
+def test_a_class_without_arguments_has_its_own_defaults(project, given, flags, temperature):
+    router = {"class_path": "alter.nn.AdjacentSelector", **({"init_args": given} if given else {})}
+    change(project, stage1__model__init_args__router=router)
+    config = read_recipe(["--config", "recipe.yaml", *flags]).config
+    assert config["stage1"]["model"]["init_args"]["router"]["init_args"]["temperature"] == temperature
+
+
 @pytest.mark.parametrize("settings", [{"limit_train_batches": 3}, {"accumulate_grad_batches": 4}])
 def test_every_stage_has_a_line_in_the_log(project, settings):
     given = {f"trainer__{key}": value for key, value in settings.items()}

@@ -76,6 +76,14 @@ def is_whole(file: Path) -> bool:
     return True
 
 
+def _step(file: Path) -> float:
+    """How far a checkpoint has come; what cannot be read comes first, to be told."""
+    try:
+        return float(torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("global_step", 0))
+    except Exception:  # as in is_whole
+        return float("inf")
+
+
 def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from: the furthest that is whole, those of weights alone left out; of equals the newest.
 
@@ -91,17 +99,15 @@ def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | No
     Raises:
         AlterError: there are some, and all are damaged.
     """
-    damaged, found = None, []
-    for file in (file for folder in folders for file in folder.glob("*.ckpt")):
+    damaged = None
+    files = [file for folder in folders for file in folder.glob("*.ckpt")]
+    # a sum is of a whole file, so that those behind the one that is taken are left alone
+    for file in sorted(files, key=lambda file: (_step(file), file.stat().st_mtime_ns), reverse=True):
         if not is_whole(file):
             say(f"{file}: damaged, it is not what was written.")
             damaged = file.parent
-            continue
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if "optimizer_states" in content:
-            found.append((content.get("global_step", 0), file.stat().st_mtime_ns, file))
-    if found:
-        return max(found)[-1]
+        elif "optimizer_states" in torch.load(file, map_location="cpu", weights_only=True, mmap=True):
+            return file
     if damaged:
         raise AlterError(
             f"{damaged}: every checkpoint is damaged; remove {damaged} to train this stage from its start."

@@ -384,31 +384,8 @@ def test_removal_with_consolidation_trains_stage_two_for_those_that_are_left(gro
     assert not list((grown / "run" / "added").glob("consolidated*"))  # nothing is left of the way there
 
 
-def test_consolidation_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypatch):
-    add = ["add-task", "--task", "new.yaml", "--draws", "40", "--consolidate", "--run"]
-    shutil.copytree("run", "other")
-    main([*add, "other"])
-    from alter.stages import ConsolidateModule
-
-    step = ConsolidateModule.training_step
-
-    def stopped(self, batch, index):
-        if self.global_step == 2:
-            raise KeyboardInterrupt
-        return step(self, batch, index)
-
-    monkeypatch.setattr(ConsolidateModule, "training_step", stopped)
-    with pytest.raises(SystemExit):
-        main([*add, "run"])
-    monkeypatch.setattr(ConsolidateModule, "training_step", step)
-    assert alter.load("run").tasks == ["echo", "sort", "new"]  # it had joined
-    main([*add, "run"])
-    one, other = (load_file(f"{run}/model/adapters.safetensors") for run in ("run", "other"))
-    assert same(one, other)
-
-
-def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkeypatch):
-    remove = ["remove-task", "--run", "run", "--task", "echo", "--consolidate"]
+def stopped_while_it_consolidates(monkeypatch, command):
+    """Runs a command that is stopped at the consolidation's third step."""
     from alter.stages import ConsolidateModule
 
     step = ConsolidateModule.training_step
@@ -421,7 +398,23 @@ def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkey
     with monkeypatch.context() as patch:
         patch.setattr(ConsolidateModule, "training_step", stopped)
         with pytest.raises(SystemExit):
-            main(remove)
+            main(command)
+
+
+def test_consolidation_that_was_stopped_goes_on_and_ends_the_same(grown, monkeypatch):
+    add = ["add-task", "--task", "new.yaml", "--draws", "40", "--consolidate", "--run"]
+    shutil.copytree("run", "other")
+    main([*add, "other"])
+    stopped_while_it_consolidates(monkeypatch, [*add, "run"])
+    assert alter.load("run").tasks == ["echo", "sort", "new"]  # it had joined
+    main([*add, "run"])
+    one, other = (load_file(f"{run}/model/adapters.safetensors") for run in ("run", "other"))
+    assert same(one, other)
+
+
+def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkeypatch):
+    remove = ["remove-task", "--run", "run", "--task", "echo", "--consolidate"]
+    stopped_while_it_consolidates(monkeypatch, remove)
     before = trained(grown / "run")
     assert alter.load("run").tasks == ["sort"]  # it had gone
     main(remove)
@@ -432,19 +425,7 @@ def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkey
 def test_a_consolidation_of_another_model_is_not_gone_on_with(grown, capsys, monkeypatch):
     """A task that left meanwhile and one of its name that came are not what it was begun with."""
     add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
-    from alter.stages import ConsolidateModule
-
-    step = ConsolidateModule.training_step
-
-    def stopped(self, batch, index):
-        if self.global_step == 2:
-            raise KeyboardInterrupt
-        return step(self, batch, index)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ConsolidateModule, "training_step", stopped)
-        with pytest.raises(SystemExit):
-            main([*add, "--consolidate"])
+    stopped_while_it_consolidates(monkeypatch, [*add, "--consolidate"])
     assert list((grown / "run" / "added").glob("consolidated-*"))
     name = next(name for name in alter.load("run").tasks if name not in ("sort", "echo"))
     main(["remove-task", "--run", "run", "--task", name])

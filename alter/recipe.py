@@ -14,35 +14,25 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from lightning import Trainer
 
-from alter import run_folder
 from alter.data import MultiTaskDataModule, Task, load_tasks
 from alter.errors import AlterError, did_you_mean
 from alter.nn import TrunkCache
 from alter.nn.backbone import is_seq2seq, whole_name
 from alter.nn.decoding import Generation
 from alter.precision import choose_precision
+from alter.recipe_file import DATA_SKIP, SET_BY_RUN, STAGES, TRAINER_SKIP, check_file, read_content
 from alter.recipe_values import check_ranges, check_values
-from alter.schema import check, check_class, find_classes_in, import_name, same_class, template_base
+from alter.schema import find_classes_in, import_name, same_class, template_base
 from alter.shipped import shipped_recipes
 from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
-from alter.stages import Stage1Module, Stage2Module, StageModule
-from alter.yaml_file import dump, read_yaml
+from alter.stages import StageModule
+from alter.yaml_file import dump
 
-STAGES: dict[str, type[StageModule]] = dict(zip(run_folder.STAGES, (Stage1Module, Stage2Module), strict=True))
 DEFAULTS = {  # named here too, so that their arguments are flags even where a recipe leaves the class out
     "stage1": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.TaskSelector"}},
     "stage2": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.SharedGate"}},
 }
-SET_BY_RUN = {
-    "backbone",
-    "tasks",
-    "precision",
-    "trunk_cache",
-    "start_from",
-}  # stage arguments that the recipe's own keys fill
 SECTIONS = ("trunk_cache", "generation", "data", "trainer", *STAGES)
-TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary"}
-DATA_SKIP = {"tokenizer", "seq2seq"}
 
 
 def recipe_parser() -> ArgumentParser:
@@ -324,73 +314,3 @@ def _one_sentence(error: Exception, where: str) -> str:
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     unknown = next((line for line in lines if "not accepted" in line or "nrecognized" in line), None)
     return f"{where}: {lines[0]} {unknown or lines[-1] if len(lines) > 1 else ''}".strip()
-
-
-# -- checking one file -----------------------------------------------------------------------------------------------
-
-
-def read_content(file: Path) -> dict[str, Any]:
-    """What a recipe file or an overlay says.
-
-    Raises:
-        AlterError: it cannot be read, or is no mapping.
-    """
-    content = read_yaml(file) or {}
-    if not isinstance(content, dict):
-        raise AlterError(
-            f"{file}: a recipe is a mapping of sections such as data and stage1, this is {type(content).__name__}."
-        )
-    return content
-
-
-def check_file(file: Path) -> list[str]:
-    """Finds all misspelt keys and misfit values of a recipe file.
-
-    Raises:
-        AlterError: it is no recipe at all, so that nothing else can be said.
-    """
-    return check_content(read_content(file), str(file))
-
-
-def check_content(content: Mapping[str, Any], file: str) -> list[str]:
-    """The same of what has been read."""
-    problems = list[str]()
-    plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
-    sections = {
-        "trunk_cache": (TrunkCache, set()),
-        "generation": (Generation, set()),
-        "data": (MultiTaskDataModule, DATA_SKIP),
-        "trainer": (Trainer, TRAINER_SKIP),
-    }
-    known = [*plain, *sections, *STAGES]
-    for key, value in content.items():
-        where = f"{file}: {key}"
-        if key not in known:
-            problems.append(
-                f"{file}: unknown key '{key}'; a recipe has {', '.join(known)}.{did_you_mean(str(key), known)}"
-            )
-        elif key in plain:
-            if not isinstance(value, plain[key]):
-                problems.append(f"{where}: expected {plain[key].__name__}, got {value!r}.")
-        elif not isinstance(value, Mapping):
-            problems.append(f"{where}: expected a mapping of settings, got {value!r}.")
-        elif key in STAGES:
-            problems += _check_stage(STAGES[key], value, where)
-        else:
-            cls, skipped = sections[key]
-            problems += check(cls, value, where, skip=skipped)
-    return problems
-
-
-def _check_stage(default: type[StageModule], section: Mapping[str, Any], where: str) -> list[str]:
-    problems = [
-        f"{where}: unknown key '{key}'; a stage has model and trainer.{did_you_mean(str(key), ['model', 'trainer'])}"
-        for key in section
-        if key not in ("model", "trainer")
-    ]
-    if isinstance(trainer := section.get("trainer", {}), Mapping):
-        problems += check(Trainer, trainer, f"{where}.trainer", skip=TRAINER_SKIP)
-    model = section.get("model", {})
-    if not isinstance(model, Mapping):
-        return [*problems, f"{where}.model: expected class_path and init_args, got {model!r}."]
-    return problems + check_class(model, StageModule, f"{where}.model", default, SET_BY_RUN)

@@ -27,7 +27,8 @@ from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
 from alter.predict import Predictor
-from alter.recipe import STAGES, Recipe
+from alter.recipe import Recipe
+from alter.recipe_file import STAGES
 from alter.results import render_table, run_results
 from alter.run_folder import claim, is_first, record, records, replace_model, stage_records
 from alter.schema import refuse_foreign_sources

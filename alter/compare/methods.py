@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
-from alter.recipe import read_content
+from alter.recipe_file import read_content
 from alter.schema import find_classes_in, same_class
 
 Config = dict[str, Any]

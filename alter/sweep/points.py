@@ -16,7 +16,7 @@ import yaml
 
 from alter.data import load_tasks
 from alter.errors import AlterError
-from alter.recipe import STAGES, check_content
+from alter.recipe_file import STAGES, check_content
 from alter.recipe_values import check_ranges, check_values
 from alter.schema import same_class
 from alter.yaml_file import read_yaml

@@ -162,14 +162,15 @@ class MultiTaskDataModule(LightningDataModule):
         """Rows, truncated prompts, tokens and the longest example of each split."""
         return json.loads((self._folders[task] / "stats.json").read_text())
 
-    def drawn_tokens(self, epochs: int) -> int:
-        """Tokens of the distinct examples that training for some epochs and validation read, about."""
+    def drawn_tokens(self, epochs: int) -> tuple[int, int]:
+        """Tokens of the prompts and of the targets that training for some epochs and validation read, each once, about."""
         draws = self.rates * self.draws * max(epochs, 1)
-        total = 0.0
+        total = np.zeros(2)
         for task, drawn in zip(self.tasks, draws, strict=True):
-            stats = self.statistics(task.name)
-            total += min(1.0, drawn / stats["train"]["rows"]) * stats["train"]["tokens"] + stats["validation"]["tokens"]
-        return round(total)
+            train, validation = (_lengths(self.examples(task.name, split), True) for split in ("train", "validation"))
+            total += min(1.0, drawn / len(train)) * train.sum(0) + validation.sum(0)
+        prompts, targets = total.round().astype(int).tolist()
+        return prompts, targets
 
     @property
     def draws(self) -> int:

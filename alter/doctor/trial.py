@@ -172,8 +172,7 @@ def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -
     epochs = _epochs(planned, steps)
     total = fixed + (epochs or 0) * steps * _typical(clock.steps)
     total += _validations(planned, steps, epochs or 0) * checked * _typical(clock.validation)
-    trunks = cli.model.model.body.cached.values()
-    mapped = data.drawn_tokens(math.ceil(epochs or 1)) * sum(trunk.store.row_bytes for trunk in trunks)
+    mapped = cli.model.model.body.stored_bytes(*data.drawn_tokens(math.ceil(epochs or 1)))
     return None if epochs is None else total, cli.model.trainable_parameters(), mapped
 
 

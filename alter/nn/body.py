@@ -186,6 +186,11 @@ class Body:
             self.cached[name] = CachedTrunk(trunk, store, dtype)
         return self.cached
 
+    def stored_bytes(self, prompts: int, targets: int) -> int:
+        """How much the states of examples take on disk, of as many tokens of prompts and of targets."""
+        tokens = {"encoder": prompts, "decoder": targets} if self.is_seq2seq else {"decoder": prompts + targets}
+        return sum(tokens[name] * cached.store.row_bytes for name, cached in self.cached.items())
+
     def _sample(self, name: str) -> dict[str, Tensor]:
         ids = torch.arange(12, device=self.backbone.device).view(2, 6) % self.vocabulary
         sample = {"input_ids": ids}

@@ -165,8 +165,8 @@ class StageModule(LightningModule):
         size = ""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if drawn_tokens := getattr(data, "drawn_tokens", None):
-            tokens = drawn_tokens(self.trainer.max_epochs)
-            size = f"up to {tokens * sum(trunk.store.row_bytes for trunk in cached.values()) / 2**30:.2f} GB "
+            stored = self.model.body.stored_bytes(*drawn_tokens(self.trainer.max_epochs))
+            size = f"up to {stored / 2**30:.2f} GB "
         return (
             f"trunk cache: {stacks}, {size}in {self.trunk_cache.folder} (bound {self.trunk_cache.max_gb:g} GB), "
             f"{known:,} examples there"

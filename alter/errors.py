@@ -21,6 +21,10 @@ class AlterError(Exception):
         self.messages = messages
 
 
+class Diverged(AlterError):
+    """The loss of a training, or its gradient, is no number any more, mostly since the learning rate is too high."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ``" Did you mean 'x'?"`` for the nearest known name, or ``""`` when none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -21,6 +21,7 @@ INK = (0.145, 0.388, 0.922)
 SHARES = LinearSegmentedColormap.from_list("shares", [(*INK, 0.0), (*INK, 1.0)])
 STYLE: Any = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "alter",  # the same picture is the same file
     "text.parse_math": False,  # a label may hold dollar signs
     "font.size": 9,
     "font.family": "sans-serif",

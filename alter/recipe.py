@@ -192,17 +192,20 @@ def _restore_defaults(config: Namespace, files: Sequence[Path], flags: Sequence[
             chosen = config.get(f"{stage}.model.init_args.{part}")
             if not isinstance(chosen, Namespace) or same_class(chosen.class_path, default["class_path"]):
                 continue
+            arguments = chosen.get("init_args")
+            if arguments is None:  # it has none in common with the default
+                continue
             named = {name for file in files for name in _arguments_of(read_content(file), stage, part)}
             for flag, value in flags:
                 keys = flag.removeprefix("--").replace(".init_args", "").split(".")
                 if value.lstrip().startswith("{") and keys == [stage, "model", part][: len(keys)]:
-                    named.update(chosen.init_args.keys())  # one value for all of them: as the parser has read it
+                    named.update(arguments.keys())  # one value for all of them: as the parser has read it
                 elif keys[:-1] == [stage, "model", part]:
                     named.add(keys[-1])
             inherited = inspect.signature(import_name(default["class_path"], stage)).parameters
             for name, own in inspect.signature(import_name(chosen.class_path, stage)).parameters.items():
                 if name in inherited and name not in named and own.default is not own.empty:
-                    chosen.init_args[name] = own.default
+                    arguments[name] = own.default
 
 
 def _arguments_of(content: Any, stage: str, part: str) -> Iterable[str]:

@@ -13,9 +13,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import fmean
 
 from alter import pictures
+from alter.compare.summary import Answers, against
 from alter.compare.tables import markdown
+from alter.writing import write_json
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results" / "compare"
@@ -51,6 +54,33 @@ def copy_cells(source, target):
                 shutil.copy(done.parent / name, cell / name)
 
 
+def completed(file):
+    """A kept comparison, with what the `alter compare` of its day did not tell, from its kept cells."""
+    result = json.loads(file.read_text())
+    split, folder = result["split"], file.with_suffix("")
+    if not folder.is_dir():
+        return result
+    cells = {
+        name: {seed: cell_of(folder, name, seed, method) for seed in result["seeds"]}
+        for name, method in result["methods"].items()
+    }
+    answers, tasks = Answers(cells, result["primary_metrics"], split), list(result["primary_metrics"])
+    for key, other in (("vs_best_baseline", result["best_baseline"]), ("vs_two_stage", "two_stage")):
+        for name, difference in against(other, cells, answers, tasks).items():
+            result["methods"][name][key] = difference
+    for name, own in cells.items():
+        losses = [json.loads((cell / f"{split}.json").read_text()).get("validation_loss") for cell in own.values()]
+        result["methods"][name]["validation_loss"] = None if None in losses else fmean(losses)
+    write_json(file, result)
+    return result
+
+
+def cell_of(folder, name, seed, method):
+    """The folder of a kept cell."""
+    factor = method["learning_rate_factor"]
+    return folder / "cells" / name / (f"seed{seed}" if factor == 1 else f"seed{seed}-lr{factor:g}")
+
+
 def render():
     """Puts every kept comparison into the page that has a place for it."""
     pages = {page: page.read_text() for page in PAGES}
@@ -59,7 +89,7 @@ def render():
         page = next((page for page, text in pages.items() if marked.search(text)), None)
         if page is None:
             sys.exit(f"No page has a place for {file.name}: write a line <!-- {file.stem} --> and a line <!-- end -->.")
-        table = markdown(json.loads(file.read_text()))
+        table = markdown(completed(file))
         pages[page] = marked.sub(lambda m, t=table: f"{m[1]}{t}{m[2]}", pages[page])
     for page, text in pages.items():
         page.write_text(text)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from alter import __version__
 from alter.cells import only_one
 from alter.compare import handover
 from alter.compare.baselines import SETTINGS, BaselineModel
 from alter.data import Task
-from alter.errors import AlterError
+from alter.errors import AlterError, Diverged
 from alter.evaluate import answers
 from alter.inside import gates_by_task
 from alter.loading import answering_device, load, made_on
@@ -35,6 +38,7 @@ from alter.stopping import stoppable
 from alter.writing import write_json
 
 PLAN = "cell.json"
+CLOCK = "seconds.json"  # of a cell that is not complete
 TRAINED = "trained"  # in place of a split: no test row is answered
 
 Answered = list[tuple[Task, list[str], list[str]]]  # answers and targets
@@ -49,33 +53,61 @@ def run_cell(folder: Path, split: str) -> None:
             ``SPLIT.json`` with what was measured.
         split: whose rows to answer; ``trained`` is for training alone, so that trials of learning rates read no test rows.
     """
-    started = time.perf_counter()
     plan = json.loads((folder / PLAN).read_text())
     recipes = [read_recipe(["--config", str(folder / file)]) for file in plan["recipes"]]
-    if plan["runner"] == "adapter_fusion":
-        found, answered = handover.train_and_answer(recipes[0], "validation" if split == TRAINED else split)
-    else:
-        if plan["trains"]:
-            for recipe in recipes:
-                fit(recipe)
-        if not is_first():
-            return  # of a training's several processes
-        found, answered = _measure(recipes, plan, split)
-    seconds = found.pop("step_seconds")
-    found |= {
-        "tasks": {
-            task.name: {name: metric(name, said, targets, task.choices).value() for name in task.metrics}
-            for task, said, targets in answered
-        },
-        "tokens_per_second": found["tokens"] / seconds if seconds else None,
-        "seconds": time.perf_counter() - started,  # of the last start, where there were more
-        "hardware": hardware(),
-    }
-    if answered:
-        _write_answers(folder, split, answered)
-    write_json(folder / f"{split}.json", found)  # last: it says that the cell is complete
+    with _clocked(folder) as seconds_so_far:
+        try:
+            if plan["runner"] == "adapter_fusion":
+                found, answered = handover.train_and_answer(recipes[0], "validation" if split == TRAINED else split)
+            else:
+                for recipe in recipes if plan["trains"] else ():
+                    fit(recipe)
+                if not is_first():
+                    return  # of a training's several processes
+                found, answered = _measure(recipes, plan, split)
+        except Diverged as error:
+            if split != TRAINED or not is_first():
+                raise
+            # What a trial finds out: this rate will not do.
+            found, answered = {"validation_loss": None, "diverged": str(error), "tokens": 0, "step_seconds": 0.0}, []
+        seconds = found.pop("step_seconds")
+        found |= {
+            "tasks": {
+                task.name: {name: metric(name, said, targets, task.choices).value() for name in task.metrics}
+                for task, said, targets in answered
+            },
+            "tokens_per_second": found["tokens"] / seconds if seconds else None,
+            "seconds": seconds_so_far(),
+            "hardware": hardware(),
+            "commit": _commit(),
+        }
+        if answered:
+            _write_answers(folder, split, answered)
+        write_json(folder / f"{split}.json", found)  # last: it says that the cell is complete
+    (folder / CLOCK).unlink()
     for checkpoints in folder.glob("*/stage*/checkpoints"):
         shutil.rmtree(checkpoints)  # the models stay
+
+
+@contextmanager
+def _clocked(folder: Path) -> Iterator[Callable[[], float]]:
+    """Gives what tells the seconds so far: of this start, and of those before that were interrupted or have failed."""
+    file, started = folder / CLOCK, time.perf_counter()
+    before = json.loads(file.read_text()) if file.is_file() else 0.0
+    try:
+        yield lambda: before + time.perf_counter() - started
+    finally:
+        if is_first():
+            write_json(file, before + time.perf_counter() - started)
+
+
+def _commit() -> str:
+    """The commit of a checkout, else the version."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return f"version {__version__}"
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or f"version {__version__}"
 
 
 def _measure(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:
@@ -116,9 +148,10 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
         answered.append((task, answers(predictor, data, task.name, split), examples["target"][:]))
     if plan["trains"]:
         parts = predictor.model.part_parameters()
-        found["trainable_parameters"] += sum(
-            p.numel() for name, part in parts.items() if name != "backbone" for p in part if p.requires_grad
-        )
+        backbone_parameters = parts.pop("backbone")
+        trained = [p for part in parts.values() for p in part if p.requires_grad]
+        trained += backbone_parameters if predictor.model.has_own_backbone else []
+        found["trainable_parameters"] += sum(p.numel() for p in trained)
         if len(plan["recipes"]) == 1:
             found["routing"] = gates_by_task(predictor, data)
     return answered

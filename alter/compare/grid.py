@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from alter.compare.cell import PLAN, TRAINED
 from alter.compare.methods import Budget, Config, Method, Training
 from alter.errors import AlterError
 from alter.nn import Expert, Router
-from alter.nn.backbone import load_backbone, resolve_backbone
+from alter.nn.backbone import backbone_fingerprint, load_backbone, resolve_backbone
 from alter.nn.model import MTAModel
 from alter.nn.template import make_template
 from alter.recipe import Recipe
@@ -73,26 +74,37 @@ def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], 
     ]
     failed = _run_cells(grid, trials, TRAINED) if trials else []
     chosen = {name: _best_factor(grid, name, factors) for name, factors in tuned.items()}
-    cells = [_plan(grid, planner, name, seed, chosen[name]) for seed in grid.seeds for name in grid.methods]
+    # A method whose rates have not all been tried waits: another than it ends with would read the split.
+    cells = [
+        _plan(grid, planner, name, seed, factor)
+        for seed in grid.seeds
+        for name, factor in chosen.items()
+        if factor is not None
+    ]
     failed += _run_cells(grid, cells, grid.split)
     if failed:
-        raise AlterError(
-            f"{len(failed)} of {len(trials) + len(cells)} cells are not complete; the same command tries them again.",
-            *failed,
-        )
+        every = len(trials) + len(grid.seeds) * len(grid.methods)
+        missing = len(failed) + len(grid.seeds) * list(chosen.values()).count(None)
+        raise AlterError(f"{missing} of {every} cells are not complete; the same command tries them again.", *failed)
     done = [cell / f"{TRAINED}.json" for cell in trials] + [cell / f"{grid.split}.json" for cell in cells]
-    found = {name: {seed: grid.cell(name, seed, chosen[name]) for seed in grid.seeds} for name in grid.methods}
+    found = {
+        name: {seed: grid.cell(name, seed, factor) for seed in grid.seeds}
+        for name, factor in chosen.items()
+        if factor is not None
+    }
     return found, sum(json.loads(file.read_text())["seconds"] for file in done)
 
 
-def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float:
-    """The factor with the lowest validation loss."""
-    losses = {}
-    for factor in factors if len(factors) > 1 else ():
-        file = grid.cell(name, grid.seeds[0], factor) / f"{TRAINED}.json"
-        loss = json.loads(file.read_text())["validation_loss"] if file.is_file() else None
-        losses[factor] = float("inf") if loss is None else loss
-    return min(losses, key=losses.__getitem__) if losses else factors[0]
+def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float | None:
+    """The factor with the lowest validation loss; None where not all have been tried."""
+    if len(factors) == 1:
+        return factors[0]
+    files = {factor: grid.cell(name, grid.seeds[0], factor) / f"{TRAINED}.json" for factor in factors}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    losses = {factor: json.loads(file.read_text())["validation_loss"] for factor, file in files.items()}
+    diverged = {factor for factor, loss in losses.items() if loss is None or not math.isfinite(loss)}
+    return min(losses, key=lambda factor: math.inf if factor in diverged else losses[factor])
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -111,6 +123,7 @@ class Planner:
     def __init__(self, recipe: Recipe) -> None:
         config = recipe.config
         path = resolve_backbone(config["backbone"])
+        self.backbone = backbone_fingerprint(path)
         data = recipe.open_data(path)
         arguments = config["stage1"]["model"]["init_args"]
         tasks = [task.name for task in recipe.tasks]
@@ -203,7 +216,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         "recipes": [f"{run.name}.yaml" for run in runs],
         "trains": method.trains,
         "runner": runs[0].runner,
-        "settings": _digest([run.config for run in runs]),
+        "settings": _digest([{**run.config, "backbone": planner.backbone} for run in runs]),
     }
     file = folder / PLAN
     if file.is_file() and json.loads(file.read_text()) != plan:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from alter import __version__
 from alter.compare.grid import SEEDS, Grid, Planner, run_grid
 from alter.compare.methods import METHODS, Method, find_method
 from alter.compare.summary import summarise
-from alter.compare.tables import markdown, page
+from alter.compare.tables import markdown, page, with_heatmaps
 from alter.errors import AlterError
-from alter.recipe import read_recipe, recipe_arguments
-from alter.writing import write_json
+from alter.precision import AUTO, choose_precision
+from alter.recipe import Recipe, read_recipe, recipe_arguments
+from alter.writing import write_json, write_text
+from alter.yaml_file import dump, read_yaml
 
 DEFAULT = "untouched,full,shared,alone,peft_lora,peft_poly,stage1,one_stage,two_stage"
 
@@ -30,10 +30,11 @@ def compare(arguments: Sequence[str]) -> None:
     if options.processes < 1:
         raise AlterError(f"--processes: {options.processes} is below 1; give how many cells run at once.")
     methods = _methods(options.methods.split(","))
-    recipe = read_recipe(recipe_arguments(options.config, flags))
+    recipe = read_recipe(recipe_arguments(options.config, flags), here=False)
     if recipe.config["stages"] != ["stage1", "stage2"]:
         raise AlterError("stages: a comparison starts from a recipe with both stages; leave the key out.")
     folder = options.out or Path("runs/compare") / recipe.run.name
+    _settle(recipe, folder)
     grid = Grid(
         folder,
         recipe,
@@ -49,14 +50,29 @@ def compare(arguments: Sequence[str]) -> None:
     result |= {
         "parameter_budget": planner.budget.parameters,
         "command": shlex.join(["alter", "compare", *arguments]),
-        "commit": _commit(),
         "hours": round(seconds / 3600, 2),
     }
     write_json(folder / "compare.json", result)
     title = f"Comparison on {recipe.run.name}"
-    (folder / "compare.md").write_text(markdown(result), encoding="utf-8")
-    (folder / "compare.html").write_text(page(result, title), encoding="utf-8")
-    print(f"\n{markdown(result)}\nWritten to {folder}: compare.json, compare.md, compare.html")
+    text = markdown(result)
+    write_text(folder / "compare.md", with_heatmaps(text, result, folder))
+    write_text(folder / "compare.html", page(result, title))
+    print(f"\n{text}\nWritten to {folder}: compare.json, compare.md, compare.html")
+
+
+def _settle(recipe: Recipe, folder: Path) -> None:
+    """Fills in what a recipe may leave out and the methods change: empty arguments, and the precision that ``auto`` stands for.
+
+    A comparison that has begun keeps its precision, on whatever machine it goes on.
+    """
+    for stage in ("stage1", "stage2"):
+        for part in ("expert", "router"):
+            recipe.config[stage]["model"]["init_args"][part].setdefault("init_args", {})
+    kept = folder / "comparison.yaml"
+    begun = recipe.config["precision"] == AUTO and kept.is_file()
+    recipe.config["precision"] = read_yaml(kept)["precision"] if begun else choose_precision(recipe.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(kept, dump(recipe.config))
 
 
 def _methods(given: Sequence[str]) -> dict[str, Method]:
@@ -116,12 +132,3 @@ def _factors(given: str) -> list[float]:
     if not factors or min(factors) <= 0:
         raise AlterError(f"--tune: '{given}' is not a list of positive factors such as 0.5,1,2.")
     return factors
-
-
-def _commit() -> str:
-    """The commit of a checkout, else the version."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return f"version {__version__}"
-    found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or f"version {__version__}"

@@ -109,6 +109,21 @@ def _usual_scale(config: Config) -> None:
         arguments["alpha"] = None
 
 
+def _expert(name: str, router: str) -> Callable[[Config, Budget], list[Training]]:
+    """Stage 1 alone with another kind of low-rank expert, in the recipe's scale."""
+
+    def plan(config: Config, budget: Budget) -> list[Training]:
+        config = one_stage_of(config, budget.draws)
+        arguments = config["stage1"]["model"]["init_args"]
+        given = arguments["expert"]["init_args"]
+        alpha = given["alpha"] / given["rank"] if given.get("alpha") is not None else None  # of rank 1
+        arguments["expert"] = {"class_path": f"alter.nn.{name}", "init_args": {"rank": 1, "alpha": alpha}}
+        arguments["router"] = {"class_path": f"alter.nn.{router}", "init_args": {}}
+        return [Training(config, budget=budget.parameters)]
+
+    return plan
+
+
 def _router(name: str, **init_args: Any) -> Callable[[Config, Budget], list[Training]]:
     return _stage1(router={"class_path": f"alter.nn.{name}", "init_args": init_args})
 
@@ -213,20 +228,8 @@ METHODS: dict[str, Method] = {
     "mod_squad": Method("noisy top-2 a task, mutual-information loss", _router("ModSquad", k=2)),
     "polytropon": Method("a learned table of skills a task", _router("Polytropon")),
     "moelora": Method("a gate over task embeddings", _router("MOELoRA")),
-    "hydralora": Method(
-        "one A, many B, a gate at every token",
-        _stage1(
-            expert={"class_path": "alter.nn.HydraLoRA", "init_args": {"rank": 1}},
-            router={"class_path": "alter.nn.TokenGate", "init_args": {}},
-        ),
-    ),
-    "mtl_lora": Method(
-        "one A, a task's own transform, many B",
-        _stage1(
-            expert={"class_path": "alter.nn.MTLLoRA", "init_args": {"rank": 1}},
-            router={"class_path": "alter.nn.TaskSelector", "init_args": {}},
-        ),
-    ),
+    "hydralora": Method("one A, many B, a gate at every token", _expert("HydraLoRA", router="TokenGate")),
+    "mtl_lora": Method("one A, a task's own transform, many B", _expert("MTLLoRA", router="TaskSelector")),
     "description": Method("a gate that reads the prompt, no task name needed", _router("Description")),
 }
 

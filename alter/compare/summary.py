@@ -33,20 +33,20 @@ class Answers:
 
     Args:
         cells: complete.
-        tasks: of the mixture.
+        metrics: of each task, the first.
         split: whose rows were answered.
     """
 
-    def __init__(self, cells: Cells, tasks: Sequence[Task], split: str) -> None:
+    def __init__(self, cells: Cells, metrics: Mapping[str, str], split: str) -> None:
         self._values: dict[tuple[str, int, str], float] = {}
         self._draws: dict[tuple[str, int, str], np.ndarray] = {}
         for method, seeds in cells.items():
             for seed, folder in seeds.items():
                 found = json.loads((folder / f"{split}.json").read_text())["tasks"]
                 with np.load(folder / f"{split}.npz") as draws:
-                    for task in tasks:
-                        self._values[method, seed, task.name] = found[task.name][task.metrics[0]]
-                        self._draws[method, seed, task.name] = draws[task.name]
+                    for task, metric in metrics.items():
+                        self._values[method, seed, task] = found[task][metric]
+                        self._draws[method, seed, task] = draws[task]
 
     def value(self, method: str, seed: int, task: str) -> float:
         """The task's first metric on all rows."""
@@ -67,6 +67,14 @@ class Answers:
         return Difference(value, *interval_and_p(differences))
 
 
+def against(
+    other: str | None, cells: Cells, answers: Answers, tasks: Sequence[str]
+) -> dict[str, dict[str, float] | None]:
+    """What the average of every method is above another's; of none there is no difference."""
+    seeds = list(next(iter(cells.values())))
+    return {name: answers.difference(name, other, seeds, tasks)._asdict() if other in cells else None for name in cells}
+
+
 def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task], split: str) -> dict[str, Any]:
     """Returns what ``compare.json`` says of the methods.
 
@@ -76,22 +84,24 @@ def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task]
         tasks: of the mixture.
         split: whose rows were answered.
     """
-    answers = Answers(cells, tasks, split)
-    names = [task.name for task in tasks]
+    metrics = {task.name: task.metrics[0] for task in tasks}
+    answers, names = Answers(cells, metrics, split), list(metrics)
     seeds = list(next(iter(cells.values())))
     found = {
         method: {seed: json.loads((folder / f"{split}.json").read_text()) for seed, folder in own.items()}
         for method, own in cells.items()
     }
+    all_cells = [cell for own in found.values() for cell in own.values()]
     averages = {m: [fmean(answers.value(m, seed, name) for name in names) for seed in seeds] for m in cells}
     baselines = [name for name in cells if methods[name].baseline]
     best = max(baselines, key=lambda name: fmean(averages[name]), default=None)
+    above_best, above_two_stage = (against(other, cells, answers, names) for other in (best, "two_stage"))
     result: dict[str, Any] = {
         "split": split,
         "seeds": seeds,
-        "primary_metrics": {task.name: task.metrics[0] for task in tasks},
+        "primary_metrics": metrics,
         "best_baseline": best,
-        "hardware": "; ".join(dict.fromkeys(cell["hardware"] for own in found.values() for cell in own.values())),
+        **{key: "; ".join(dict.fromkeys(cell[key] for cell in all_cells)) for key in ("commit", "hardware")},
         "methods": {},
     }
     for name, own in found.items():
@@ -111,12 +121,11 @@ def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task]
             "tokens_per_second": _over_seeds(median, [own[seed]["tokens_per_second"] for seed in seeds]),
             "peak_memory_bytes": max(own[seed]["peak_memory_bytes"] for seed in seeds),
             "learning_rate_factor": _factor(cells[name][seeds[0]]),
-            "vs_best_baseline": (
-                answers.difference(name, best, seeds, names)._asdict() if best and name != best else None
-            ),
+            "vs_best_baseline": above_best[name],
+            "vs_two_stage": above_two_stage[name],
             "routing": any_seed["routing"],
         }
-    if "alone" in cells:
+    if "alone" in cells and len(cells) > 1:
         result["negative_transfer"] = {
             name: {task: answers.difference(name, "alone", seeds, [task])._asdict() for task in names}
             for name in cells

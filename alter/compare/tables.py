@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from alter import markup
 from alter.metrics import RESAMPLES
+from alter.writing import write_text
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -24,15 +26,17 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 TRANSFER = (
-    "Each task against the same task trained alone, in points (first metric x 100); in bold where the 95% interval leaves "
-    "out zero."
+    "Each task against the same task trained alone, in points (first metric x 100) with 95% intervals; in bold where these "
+    "leave out zero."
 )
 
 
 def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: each task's first metric x 100, the average, the difference from the best baseline."""
     metrics = result["primary_metrics"]
-    head = ["method", *(f"{task} ({metric})" for task, metric in metrics.items()), "average", "against best baseline"]
+    others = _others(result)
+    head = ["method", *(f"{task} ({metric})" for task, metric in metrics.items()), "average"]
+    head += [f"against {other}" for other in others.values()]
     best = max((m["average"]["mean"] for m in result["methods"].values()), default=0.0)
     rows = []
     for name, method in result["methods"].items():
@@ -43,10 +47,20 @@ def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
                 f"{name}{' (baseline)' if method['baseline'] else ''}",
                 *cells,
                 f"**{average}**" if method["average"]["mean"] == best else average,
-                _difference(method["vs_best_baseline"]),
+                *("" if name == other else _difference(method[key]) for key, other in others.items()),
             ]
         )
     return head, rows
+
+
+def _others(result: Mapping[str, Any]) -> dict[str, str]:
+    """Whom every method is set against, by the key of the difference."""
+    others = {"vs_best_baseline": result["best_baseline"], "vs_two_stage": "two_stage"}
+    return {
+        key: other
+        for key, other in others.items()
+        if any(key in method and method[key] for method in result["methods"].values())
+    }
 
 
 def cost_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -85,7 +99,7 @@ def transfer_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]
         cells = []
         for task in tasks:
             found = differences[task]
-            text = f"{100 * found['difference']:+.1f}"
+            text = _interval(found)
             cells.append(f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text)
         rows.append([name, *cells])
     return ["method", *tasks], rows
@@ -97,15 +111,14 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed"
     yield f"- Split: {result['split']}. Seeds: {', '.join(map(str, seeds))}; {spread}. All metrics x 100."
     if result["best_baseline"]:
+        yield f"- Best baseline: {result['best_baseline']}."
+    if _others(result):
         over = (
             "seeds and rows"
             if len(seeds) > 1
             else "rows alone, so that what another training seed would change is not in it"
         )
-        yield (
-            f"- Best baseline: {result['best_baseline']}. Differences of the average: 95% interval and two-sided p of a paired "
-            f"bootstrap over {over}."
-        )
+        yield f"- Differences of the average: 95% interval and two-sided p of a paired bootstrap over {over}."
     if "parameter_budget" in result:
         budget = result["parameter_budget"]
         trained = {name: method["trainable_parameters"] for name, method in result["methods"].items()}
@@ -124,13 +137,15 @@ def _spread(found: Mapping[str, Any]) -> str:
     return f"{100 * found['mean']:.1f}{sd}"
 
 
-def _difference(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return ""
-    low, high = 100 * found["low"], 100 * found["high"]
+def _difference(found: Mapping[str, float]) -> str:
     least = 2 / (RESAMPLES + 1)  # which is told where no draw crosses zero
     p = f"p ≤ {least:.3f}" if found["p"] <= least else f"p = {found['p']:.3f}"
-    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}], {p}"
+    return f"{_interval(found)}, {p}"
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    difference, low, high = (100 * found[key] for key in ("difference", "low", "high"))
+    return f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _number(value: float | None) -> str:
@@ -157,22 +172,38 @@ def page(result: Mapping[str, Any], title: str) -> str:
     if "negative_transfer" in result:
         parts += ["<h2>Against training alone</h2>", f"<p>{TRANSFER}</p>", markup.table(*transfer_table(result))]
     routed = {name: method["routing"] for name, method in result["methods"].items() if method["routing"]}
+    tasks = list(result["primary_metrics"])
     if routed:
-        parts.append(
-            "<h2>Routing</h2><p>Mean gate of each task (rows) on each expert (columns), by layer, on validation examples; "
-            "the first seed. Under “shared”, column 0 is the mixture of task experts.</p>"
-        )
+        parts.append(f"<h2>Routing</h2><p>{ROUTING}</p>")
         parts += [
-            markup.folded(name, _heatmaps(found, list(result["primary_metrics"]))) for name, found in routed.items()
+            markup.folded(name, "".join(markup.figure(svg, kind) for kind, svg in heatmaps(found, tasks)))
+            for name, found in routed.items()
         ]
     return markup.page(title, parts)
 
 
-def _heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> str:
+ROUTING = (
+    "Mean gate of each task (rows) on each expert (columns), by layer, on validation examples; the first seed. Under “shared”, "
+    "column 0 is the mixture of task experts."
+)
+
+
+def heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each kind of gate of a method, and its picture: an SVG of task by expert, for every layer."""
     from alter import pictures  # matplotlib takes a second
 
-    figures = []
     for kind, layers in routing.items():
         columns = [str(i) for i in range(len(next(iter(layers.values()))[0]))]
-        figures.append(markup.figure(pictures.svg(pictures.heatmaps(layers, tasks, columns)), kind))
-    return "".join(figures)
+        yield kind, pictures.svg(pictures.heatmaps(layers, tasks, columns))
+
+
+def with_heatmaps(text: str, result: Mapping[str, Any], folder: Path) -> str:
+    """The tables as Markdown with the routing's pictures, which are written to the folder that the Markdown is to stand in."""
+    lines = []
+    for name, method in result["methods"].items():
+        for kind, svg in heatmaps(method["routing"], list(result["primary_metrics"])):
+            file = Path("routing") / f"{name}.{kind}.svg"
+            (folder / file).parent.mkdir(exist_ok=True)
+            write_text(folder / file, svg)
+            lines += ["", f"![{name}: {kind}]({file.as_posix()})"]
+    return "\n".join([text, ROUTING, *lines, ""]) if lines else text

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from alter.errors import AlterError
+from alter.errors import AlterError, Diverged
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.body import IGNORED
 from alter.nn.model import MTAModel
@@ -208,7 +208,7 @@ class StageModule(LightningModule):
         """Logs the step's loss, over all and per task, and the gradient's norm: of all batches that it takes, on all processes.
 
         Raises:
-            AlterError: on every process, where more batches are bad than may be left out.
+            Diverged: on every process, where more batches are bad than may be left out.
         """
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).detach()
@@ -288,7 +288,7 @@ class StageModule(LightningModule):
         )
         self._bad = None
         if self.skipped > self.skip_bad_batches:
-            raise AlterError(
+            raise Diverged(
                 f"{told}; lower its optimizer.init_args.lr or set trainer.gradient_clip_val in the recipe, mend the data, or allow "
                 f"for some by skip_bad_batches (now {self.skip_bad_batches}), and run again: checkpoints written before this step are "
                 "kept."

@@ -18,10 +18,11 @@ import yaml
 from safetensors.torch import load_file
 
 from alter.cli import main
-from alter.compare.grid import Grid, Planner
+from alter.compare.grid import Grid, Planner, run_grid
 from alter.compare.grid import _plan as plan_cell
 from alter.compare.methods import METHODS, Budget, find_method
 from alter.data.draw import draw_shots
+from alter.errors import AlterError
 from alter.home import alter_home
 from alter.nn.backbone import resolve_backbone
 from alter.recipe import read_recipe
@@ -77,7 +78,8 @@ def test_every_method_runs_through_the_same_data_and_budget(compared, methods, c
             assert method["trainable_parameters"] == pytest.approx(budget, rel=0.25), name  # steps of one rank
     best = result["best_baseline"]
     assert METHODS[best].baseline
-    assert result["methods"][best]["vs_best_baseline"] is None
+    assert result["methods"][best]["vs_best_baseline"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
+    assert result["methods"]["two_stage"]["vs_two_stage"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
     assert set(result["methods"]["two_stage"]["vs_best_baseline"]) == {"difference", "low", "high", "p"}
     assert set(result["negative_transfer"]["two_stage"]) == {"echo", "sort"}
     routing = result["methods"]["two_stage"]["routing"]
@@ -90,7 +92,11 @@ def test_every_method_runs_through_the_same_data_and_budget(compared, methods, c
     page = Path("out/compare.html").read_text()
     assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#|data:)\w""", page)  # nothing is fetched
     assert all(name in page for name in methods)
-    assert Path("out/compare.md").read_text() in out
+    tables, _, pictures = Path("out/compare.md").read_text().partition("\nMean gate")
+    assert tables in out
+    files = re.findall(r"\]\((routing/.+\.svg)\)", pictures)
+    assert {"routing/two_stage.experts.svg", "routing/two_stage.shared.svg"} <= set(files)
+    assert all(Path("out", file).is_file() for file in files)
 
 
 def test_ranks_are_chosen_to_use_the_parameter_budget_and_draws_the_tokens(compared):
@@ -244,7 +250,7 @@ def test_methods_of_one_stage_end_as_the_recipe_does_and_keep_its_scale(compared
     recipe = read_recipe(["--config", "recipe.yaml"])
     planner = Planner(recipe)
     scales = {}
-    for name in ("shared", "alone", "stage1", "polytropon", "peft_lora"):
+    for name in ("shared", "alone", "stage1", "polytropon", "hydralora", "mtl_lora", "peft_lora"):
         (run, *_) = METHODS[name].plan(copy.deepcopy(recipe.config), planner.budget)
         planner.match(run)
         arguments = run.config["stage1"]["model"]["init_args"]
@@ -252,7 +258,8 @@ def test_methods_of_one_stage_end_as_the_recipe_does_and_keep_its_scale(compared
         if "expert" in arguments:
             expert = arguments["expert"]["init_args"]
             scales[name] = expert["alpha"] and expert["alpha"] / expert["rank"]
-    assert scales == {"shared": None, "alone": None, "stage1": 3, "polytropon": 3}
+    mixtures = {"stage1", "polytropon", "hydralora", "mtl_lora"}
+    assert scales == {name: 3 if name in mixtures else None for name in ("shared", "alone", *mixtures)}
 
 
 def test_a_comparison_goes_on_where_it_was_killed(compared, cells_here, capsys):
@@ -389,6 +396,69 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
     answered = [name for name, cell in cells.items() if (cell / "validation.json").is_file()]
     assert sorted(answered) == ["seed13", "seed21"]  # rates that were not chosen answer nothing
     assert sorted(p.name for p in Path("out/cells/untouched").iterdir()) == ["seed13", "seed21"]
+
+
+def test_a_rate_that_diverges_is_not_chosen(compared, cells_here):
+    change(compared, stage1__model__init_args__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}})
+    tune = ("--tune", "1e30,1", "--split", "validation")
+    result = compare("--methods", "stage1", "--seeds", "1", *tune)
+    assert result["methods"]["stage1"]["learning_rate_factor"] == 1
+    diverged = json.loads(Path("out/cells/stage1/seed13-lr1e+30/trained.json").read_text())
+    assert diverged["validation_loss"] is None
+    assert "is nan" in diverged["diverged"] or "is inf" in diverged["diverged"]
+    assert compare("--methods", "stage1", "--seeds", "1", *tune)["methods"] == result["methods"]
+
+
+def test_no_row_is_answered_before_all_rates_have_been_tried(compared, capsys, monkeypatch):
+    """Else the trial that failed might win later, and the split would be read for two rates."""
+
+    def run_cells(cells, command, name, processes):
+        losses = {"seed13": 0.5, "seed13-lr2": 0.4}
+        for cell in cells:
+            told.append((cell.name, command(cell)[-1]))
+            if cell.name not in failing:
+                (cell / f"{command(cell)[-1]}.json").write_text(
+                    json.dumps({"validation_loss": losses[cell.name], "seconds": 1})
+                )
+        return [f"{cell}: killed" for cell in cells if cell.name in failing]
+
+    monkeypatch.setattr("alter.compare.grid.run_cells", run_cells)
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    grid = Grid(compared / "out", recipe, {"stage1": METHODS["stage1"]}, [13], "test", (1.0, 2.0))
+    told, failing = [], {"seed13-lr2"}
+    with pytest.raises(AlterError, match="2 of 3 cells are not complete"):
+        run_grid(grid, Planner(recipe))
+    assert told == [("seed13", "trained"), ("seed13-lr2", "trained")]
+    told, failing = [], set()
+    run_grid(grid, Planner(recipe))
+    assert told == [("seed13-lr2", "trained"), ("seed13-lr2", "test")]
+
+
+def test_a_comparison_goes_on_in_its_precision_and_with_its_backbone_wherever_that_is(
+    compared, cells_here, monkeypatch
+):
+    change(compared, precision="auto")
+    monkeypatch.setattr("alter.precision.computes_bf16", lambda *given: True)
+    compare("--methods", "untouched", "--seeds", "1")
+    answered = Path("out/cells/untouched/seed13/test.jsonl").stat().st_mtime_ns
+    monkeypatch.setattr("alter.precision.computes_bf16", lambda *given: False)
+    Path("backbone").rename("moved")
+    compare("--methods", "untouched", "--seeds", "1", "--backbone", "moved")
+    assert Path("out/cells/untouched/seed13/test.jsonl").stat().st_mtime_ns == answered
+    assert yaml.safe_load(Path("out/comparison.yaml").read_text())["precision"] == "bf16"
+
+
+@pytest.mark.parametrize("name", ["shared", "alone", "stage1", "hydralora"])
+def test_experts_without_arguments_are_compared(compared, cells_here, name):
+    change(compared, stage1__model__init_args__expert={"class_path": "alter.nn.FFNCopy"})
+    assert compare("--methods", name, "--seeds", "1")["methods"][name]["trainable_parameters"] > 0
+
+
+def test_a_backbone_that_trains_is_counted(compared, cells_here):
+    change(compared, stage1__model__init_args__backbone_lr=0.1)
+    methods = compare("--methods", "stage1,full", "--seeds", "1")["methods"]
+    assert methods["stage1"]["trainable_parameters"] > methods["full"]["trainable_parameters"]
+    assert "except stage1, full" in Path("out/compare.md").read_text()
 
 
 @pytest.mark.parametrize(

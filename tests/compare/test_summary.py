@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alter.compare.methods import METHODS
 from alter.compare.summary import Answers, summarise
-from alter.compare.tables import markdown, page
+from alter.compare.tables import markdown, page, with_heatmaps
 from alter.data import Task
 from alter.metrics import RESAMPLES
 
@@ -40,6 +40,7 @@ def write(folder, right, seed=0, rows=(40, 25), **facts):
         "tokens_per_second": 2.0,
         "peak_memory_bytes": 2**30,
         "hardware": "a processor",
+        "commit": "abc",
     }
     (folder / "test.json").write_text(json.dumps(found | {"validation_loss": 1.0, "routing": {}} | facts))
     return folder
@@ -91,7 +92,8 @@ def test_the_interval_agrees_with_a_slow_hierarchical_bootstrap(tmp_path_factory
         name: {s: write(folder / name / str(s), own[s - 1], 100 * seed + 10 * i + s, (60, 60)) for s in (1, 2)}
         for i, (name, own) in enumerate(rates.items())
     }
-    found = Answers(cells, TASKS, "test").difference("two_stage", "full", [1, 2], ["t1", "t2"])
+    metrics = {task.name: task.metrics[0] for task in TASKS}
+    found = Answers(cells, metrics, "test").difference("two_stage", "full", [1, 2], ["t1", "t2"])
 
     def hits(name, s):
         rows = [json.loads(line) for line in (cells[name][s] / "test.jsonl").read_text().splitlines()]
@@ -132,7 +134,34 @@ def test_of_a_finite_number_of_draws_the_least_p_is_told_as_a_bound(cells):
     result["methods"]["stage1"]["vs_best_baseline"]["p"] = 4 / (RESAMPLES + 1)
     text = markdown(result)
     assert "bootstrap over seeds and rows" in text
-    assert re.findall(r"p [=≤] [0-9.]+", text)[-2:] == ["p ≤ 0.002", "p = 0.004"]
+    head, two_stage, stage1 = (
+        next(line for line in text.splitlines() if line.startswith(start))
+        for start in ("| method | t1", "| two_stage |", "| stage1 |")
+    )
+    best = head.split(" | ").index("against full")
+    assert [line.split(" | ")[best][-9:] for line in (two_stage, stage1)] == ["p ≤ 0.002", "p = 0.004"]
+
+
+def test_every_method_is_set_against_the_two_stages(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    methods = result["methods"]
+    for method in methods.values():
+        difference = method["average"]["mean"] - methods["two_stage"]["average"]["mean"]
+        assert method["vs_two_stage"]["difference"] == pytest.approx(difference)
+    best, other = methods[result["best_baseline"]]["vs_two_stage"], methods["two_stage"]["vs_best_baseline"]
+    assert (best["low"], best["high"]) == pytest.approx((-other["high"], -other["low"]))
+    assert " | against full | against two_stage |" in markdown(result)
+    without = {name: own for name, own in cells.items() if name != "two_stage"}
+    assert "against two_stage" not in markdown(summarise(without, METHODS, TASKS, "test"))
+
+
+def test_the_markdown_links_to_its_heatmaps(cells, tmp_path):
+    result = summarise(cells, METHODS, TASKS, "test")
+    text = markdown(result)
+    assert with_heatmaps(text, result, tmp_path) == text
+    result["methods"]["two_stage"]["routing"] = {"experts": {"layers.0": [[0.9, 0.1], [0.25, 0.75]]}}
+    (link,) = re.findall(r"!\[two_stage: experts\]\((.+)\)", with_heatmaps(text, result, tmp_path))
+    assert ">0.75</text>" in (tmp_path / link).read_text()
 
 
 def test_the_validation_loss_is_that_of_all_seeds(cells):

@@ -165,10 +165,18 @@ def batch(found, rows=8, length=64, targets=8, seed=0):
     return placed(made)
 
 
-def step(found, data):
-    """Forward and backward."""
-    found.zero_grad(set_to_none=True)
-    found(data).losses.mean().backward()
+def stepper(found):
+    """Gives what takes a whole training step of a batch: forward, backward, clipping and AdamW's step, as the recipes train."""
+    parameters = [p for p in found.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def step(data):
+        optimizer.zero_grad(set_to_none=True)
+        found(data).losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
 
 
 @torch.no_grad()

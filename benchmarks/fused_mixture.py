@@ -10,6 +10,7 @@ from alter.nn import Bottleneck, LoRA, SharedGate, TaskSelector, TokenGate
 
 EXPERTS = {"bottleneck": Bottleneck, "LoRA": LoRA}
 ROUTERS = {"hard": TaskSelector(hard=True), "token-level": TokenGate(), "soft": TaskSelector()}
+WORK = {"step": common.stepper, "forward": lambda found: lambda data: common.forward(found, data)}
 TARGETS = {"step": 1.10, "forward": 1.05}  # of hard and token-level routing
 
 
@@ -28,22 +29,23 @@ def measure_kind(name, backbone, kind, args):
         many = made(backbone, 8, expert, router, args)
         data = common.batch(many, args.batch, args.length)
         alone = {**data, "task_ids": data["task_ids"] * 0}
-        for what, run in (("step", common.step), ("forward", common.forward)):
+        for what, of in WORK.items():
             target = None if routing == "soft" else TARGETS[what]
             title = f"{called}, {kind}, {routing}: {what} of 8 experts over one"
-            rows.append(compared(title, run, (many, data), (one, alone), target, args))
+            rows.append(compared(title, of, (many, data), (one, alone), target, args))
     both = made(backbone, 8, expert, ROUTERS["soft"], args)
     both.add_shared(expert, 2, SharedGate(), keep=0.8)
     title = f"{called}, {kind}, soft: step of stage 2, with 2 shared experts, over stage 1's"
-    return [*rows, compared(title, common.step, (both, data), (many, data), None, args)]
+    return [*rows, compared(title, common.stepper, (both, data), (many, data), None, args)]
 
 
-def compared(title, run, ours, other, target, args):
-    """One row: two models, each with its batch, in turn."""
+def compared(title, of, ours, other, target, args):
+    """One row: what two models do, each with its batch, in turn."""
+    (run, data), (run_other, data_other) = (of(ours[0]), ours[1]), (of(other[0]), other[1])
     seconds = common.alternate(
         args.rounds,
-        ours=lambda: [run(*ours) for _ in range(args.repeat)],
-        other=lambda: [run(*other) for _ in range(args.repeat)],
+        ours=lambda: [run(data) for _ in range(args.repeat)],
+        other=lambda: [run_other(data_other) for _ in range(args.repeat)],
     )
     return common.row(title, common.ratios(seconds["ours"], seconds["other"]), target, at_most=True)
 

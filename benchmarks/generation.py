@@ -7,6 +7,7 @@ python benchmarks/generation.py --t5 FOLDER
 
 import common
 import torch
+from machine import COPY, peaks
 
 from alter.nn import LoRA, TaskSelector
 from alter.nn.decoding import generate
@@ -17,6 +18,7 @@ def measure(name, backbone, args):
     found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval().settle()
     bare = common.load_backbone(backbone, args.precision).to(common.DEVICE)
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
+    weights, copied = decoder_bytes(bare), peaks()[COPY]
     rows = []
     for batch in args.batch:
         prompts = common.prompts(batch, args.length, 8)
@@ -32,9 +34,21 @@ def measure(name, backbone, args):
         seconds = common.alternate(args.rounds, mixed=mixed, bare=plain)
         speed = common.ratios(seconds["bare"], seconds["mixed"])
         called = common.called(name, args.layers, args.precision)
-        told = f"{called}, batch of {batch}: tokens/s of mixed tasks over the bare backbone"
-        rows.append(common.row(told, speed, 0.9))
+        told = f"{called}, batch of {batch}"
+        rows.append(common.row(f"{told}: tokens/s of mixed tasks over the bare backbone", speed, 0.9))
+        moved = [args.new * weights / second / 1e9 / copied for second in seconds["mixed"]]
+        rows.append(common.row(f"{told}: weights read a second, over what a copy moves", moved, None))
     return rows
+
+
+def decoder_bytes(backbone):
+    """What a token reads: the weights of the decoder's blocks and of the head, which may be the embeddings."""
+    decoder = backbone.get_decoder()
+    embeddings = {id(p) for p in backbone.get_input_embeddings().parameters()}
+    read = [p for p in decoder.parameters() if id(p) not in embeddings] + list(
+        backbone.get_output_embeddings().parameters()
+    )
+    return sum(p.numel() * p.element_size() for p in read)
 
 
 def main():

@@ -7,7 +7,6 @@ Every point is a process of its own, so that its peak memory is its own.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,8 @@ def step_point(args, setting):
     if setting["shared"]:
         found.add_shared(LoRA(rank=setting["rank"]), setting["shared"], SharedGate())
     data = common.batch(found, 8, setting["length"])
-    seconds = common.alternate(args.rounds, step=lambda: common.step(found, data))["step"]
+    take = common.stepper(found)
+    seconds = common.alternate(args.rounds, step=lambda: take(data))["step"]
     return {"seconds": statistics.median(seconds), "low": min(seconds), "high": max(seconds)}
 
 
@@ -103,8 +103,9 @@ def main():
     if args.point:
         curve, value = args.point[0], int(args.point[1])
         found = rows_point(args, value) if curve == "rows" else step_point(args, {**BASE, curve: value})
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"curve": curve, "value": value, **found, "peak": peak}))
+        from alter.machine import peak_memory_bytes
+
+        print(json.dumps({"curve": curve, "value": value, **found, "peak": peak_memory_bytes()}))
         return
     points = []
     for curve, values in CURVES.items():

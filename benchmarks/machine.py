@@ -9,6 +9,8 @@ import time
 import common
 import torch
 
+COPY = "copy, GB/s read and written"
+
 
 def median_seconds(run, rounds=15):
     """Median over rounds, after one for warmth."""
@@ -32,7 +34,7 @@ def peaks():
         name = str(dtype).removeprefix("torch.")
         found[f"{name} matrix product, GFLOP/s"] = 2 * size**3 / median_seconds(lambda a=a, b=b: a @ b) / 1e9
     source, target = torch.zeros(2**26, device=common.DEVICE), torch.empty(2**26, device=common.DEVICE)
-    found["copy, GB/s read and written"] = 2 * 4 * 2**26 / median_seconds(lambda: target.copy_(source)) / 1e9
+    found[COPY] = 2 * 4 * 2**26 / median_seconds(lambda: target.copy_(source)) / 1e9
     return found
 
 

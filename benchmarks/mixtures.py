@@ -24,7 +24,9 @@ def mixture(backbone, root=None, name="customer_service", max_tokens=1024, **opt
 
 
 def batches(backbone, root, count, max_tokens, name="customer_service"):
-    """How many tasks there are, and the first training batches."""
+    """How many tasks there are, and training batches from all over an epoch, whose lengths and tasks take turns."""
     data = mixture(backbone, root, name, max_tokens)
-    loader = iter(data.train_dataloader())
-    return len(data.tasks), [next(loader) for _ in range(count)]
+    loader = data.train_dataloader()
+    epoch = list(loader.batch_sampler)
+    chosen = [epoch[(2 * i + 1) * len(epoch) // (2 * count)] for i in range(count)]
+    return len(data.tasks), [loader.collate_fn([loader.dataset[pair] for pair in pairs]) for pairs in chosen]

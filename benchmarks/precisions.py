@@ -12,11 +12,12 @@ import torch
 from trunk_cache import multiply_adds
 
 from alter.nn import LoRA, TaskSelector
+from alter.precision import computes_bf16
 
 
 def measure(layers, args, peaks):
     """Rows for one placement."""
-    seconds, memory, work = {}, {}, {}
+    memory, work, sides = {}, {}, {}
     for precision in args.precisions:
         found = common.model(
             args.smollm2, precision, args.experts, LoRA(rank=args.rank), TaskSelector(hard=True), layers
@@ -24,14 +25,16 @@ def measure(layers, args, peaks):
         data = common.batch(found, args.batch, args.length, args.length // 8)
         cut = found.backbone.config.num_hidden_layers - len(found.layers)
         work[precision] = 2 * multiply_adds(found, data, cut, args.rank, 1)[0]
-        if common.DEVICE == "cuda":
+        take, on_gpu = common.stepper(found), common.DEVICE == "cuda"
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        before -= sum(p.numel() * p.element_size() for p in found.parameters())  # what is left of the other precisions
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        steps = common.alternate(
-            args.rounds, step=lambda found=found, data=data: [common.step(found, data) for _ in range(args.repeat)]
-        )
-        seconds[precision] = [value / args.repeat for value in steps["step"]]
-        memory[precision] = torch.cuda.max_memory_allocated() / 2**30 if common.DEVICE == "cuda" else 0.0
-        del found
+        take(data)
+        memory[precision] = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0
+        sides[precision] = lambda take=take, data=data: [take(data) for _ in range(args.repeat)]
+    rounds = common.alternate(args.rounds, **sides)
+    seconds = {precision: [value / args.repeat for value in values] for precision, values in rounds.items()}
     rows = []
     for precision, values in seconds.items():
         name = f"SmolLM2-135M {layers} {precision}"
@@ -51,11 +54,12 @@ def measure(layers, args, peaks):
 def main():
     """Every placement."""
     parser = common.options(__doc__)
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    fast = ["fp32", "bf16"] if computes_bf16() else ["fp32"]
+    parser.add_argument("--precisions", nargs="+", default=fast)
     parser.add_argument("--layers", nargs="+", default=["last:4", "last:12"])
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64 if common.DEVICE == "cuda" else 8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=3, help="steps a round")
     args = parser.parse_args()

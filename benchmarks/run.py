@@ -36,7 +36,7 @@ RUNS = {  # what a row's "benchmark" says: the program and its arguments
     "growth": ["growth"],
 }
 NOT_ON = {
-    "cpu": {"fused_mixture compiled", "precisions"},
+    "cpu": {"fused_mixture compiled"},
     "gpu": {"mixed_generation bf16", "growth"},  # there all is measured in bf16
 }
 NEED_DATA = {"peers biomedical"}

@@ -10,7 +10,7 @@ import tempfile
 
 import common
 import torch
-from mixtures import batches
+from mixtures import batches, known
 
 from alter.nn import LoRA, TaskSelector, TrunkCache
 
@@ -50,10 +50,11 @@ def measure(layers, mixture, args):
     with tempfile.TemporaryDirectory() as folder:
         assert cached.body.cache_trunks(TrunkCache(folder=folder), "benchmark")
         cut = cached.body.cached["decoder"].trunk.cut
+        take_plain, take_cached = common.stepper(plain), common.stepper(cached)
         seconds = common.alternate(
             args.rounds,
-            plain=lambda: [common.step(plain, b) for b in data],
-            cached=lambda: [common.step(cached, b) for b in data],  # the first, untimed, round fills the cache
+            plain=lambda: [take_plain(b) for b in data],
+            cached=lambda: [take_cached(b) for b in data],  # the first, untimed, round fills the cache
         )
         worst = max((plain(b).losses - cached(b).losses).detach().abs().max().item() for b in data[:3])
     name = f"SmolLM2-135M {layers} {args.precision}, {mixture}, {args.routing} routing"
@@ -78,12 +79,13 @@ def main():
     parser.add_argument("--mixtures", nargs="+", default=["medical", "customer_service", "biomedical"])
     parser.add_argument("--routing", choices=["soft", "hard"], default="hard")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=3, help="batches a round")
+    parser.add_argument("--steps", type=int, default=6, help="batches a round, from all over the epoch")
     parser.add_argument("--max_tokens", type=int, default=1024)
     args = parser.parse_args()
     torch.manual_seed(0)
+    mixtures = dict.fromkeys(known(args.data, mixture) for mixture in args.mixtures)
     common.save(
-        [r for mixture in args.mixtures for layers in args.layers for r in measure(layers, mixture, args)], args.out
+        [row for mixture in mixtures for layers in args.layers for row in measure(layers, mixture, args)], args.out
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ from alter.nn import (
 from alter.nn import choices as scoring
 from alter.nn.choices import best_choices, choice_log_likelihoods, own_choice_log_likelihoods
 from alter.nn.decoding import generate
-from tests.nn.tiny import FAMILIES, tiny_model
+from tests.nn.test_experts import one_expert, one_mixture
+from tests.nn.tiny import FAMILIES, assert_alike, tiny_model
 
 TASKS = ["a", "b", "c"]
 ROUTERS = [TaskSelector(), TaskSelector(hard=True), TaskGate(), TokenGate()]
@@ -366,32 +368,36 @@ def test_experts_stay_as_they_are_under_a_gate_that_starts_anywhere():
     assert all(torch.equal(p, b) for p, b in zip(model.part_parameters()["experts"], before, strict=True))
 
 
-@PAIR
+@pytest.mark.parametrize("family", [*TWO, "t5-ungated"])
 @pytest.mark.parametrize("task_expert", EXPERTS, ids=name)
 @pytest.mark.parametrize("shared", EXPERTS, ids=name)
-def test_stage_two_computes_its_equation(family, task_expert, shared):
+def test_stage_two_computes_its_equation_forward_and_backward(family, task_expert, shared):
+    """``F(x) + a_0 e + sum_k a_k S_k(x)``, token by token, where e and S_k are what the experts add to F."""
     model = make(family, task_expert, TaskGate(), shared=shared)
-    layer = next(iter(model.layers.values()))
-    model.set_examples({"task_ids": torch.tensor([2, 0])})
-    x = torch.randn(2, 3, 32)
-    frozen = layer.ffn(x)
+    layer, tasks = next(iter(model.layers.values())), [2, 0]
+    model.set_examples({"task_ids": torch.tensor(tasks)})
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    roles = {role: layer.frozen.module(role) for role in layer.frozen.shapes}
+    block = SimpleNamespace(gated="gate" in roles, act=layer.frozen.activation, **roles)
+    router, gate = layer.router, layer.shared_router
 
-    def addition(expert, value):  # A_k(x), whichever way the expert returns it
-        return value - frozen.view(*frozen.shape[:2], *[1] * (value.dim() - 3), -1) if expert.contains_ffn else value
+    def expected(v, task):
+        first = block.act(block.gate(v)) * block.up(v) if block.gated else block.act(block.up(v))
+        frozen = block.down(first)
+        gates = (v @ router.weight[task] + router.bias[task]).exp()
+        outputs = [one_mixture(block, layer.experts, gates / gates.sum(), v, task)]
+        outputs += [one_expert(block, layer.shared, k, v, task) for k in range(2)]
+        units = gate.inner.weight @ torch.cat(outputs) + gate.inner.bias
+        away = units - units.mean()
+        a = (gate.outer.weight @ (away / (away.square().mean() + 1e-5).sqrt()).relu() + gate.outer.bias).exp()
+        whole = [layer.experts.contains_ffn, *[layer.shared.contains_ffn] * 2]
+        added = [y - frozen if held else y for y, held in zip(outputs, whole, strict=True)]
+        return frozen + sum(share * y for share, y in zip(a / a.sum(), added, strict=True))
 
-    gates = layer.router(x, layer.routing)
-    e = addition(layer.experts, layer.experts.mix(x, gates, layer.frozen, None, layer.routing))
-    shares = addition(layer.shared, layer.shared.each(x, layer.frozen, layer.routing))
-    seen = torch.cat(
-        [
-            layer.experts.mix(x, gates, layer.frozen, None, layer.routing)[:, :, None],
-            layer.shared.each(x, layer.frozen, layer.routing),
-        ],
-        2,
-    )
-    a = layer.shared_router(seen.flatten(-2), layer.routing)
-    expected = frozen + a[..., :1] * e + (a[..., 1:, None] * shares).sum(-2)
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    slow = torch.stack([torch.stack([expected(v, task) for v in row]) for row, task in zip(x, tasks, strict=True)])
+    wanted = [x, *(p for part in layer.parts().values() for p in part.parameters())]
+    found, slow = ((y, *torch.autograd.grad(y.square().sum(), wanted)) for y in (layer(x), slow))
+    assert_alike(found, slow, 1e-4)
 
 
 # -- what routers see, and their own losses -----------------------------------------------------------------------------

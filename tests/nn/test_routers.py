@@ -352,6 +352,16 @@ def test_noise_is_drawn_while_training_alone(router):
     assert not torch.equal(router(x, Routing(TASKS)), router(x, Routing(TASKS)))
 
 
+@pytest.mark.parametrize("kind", [TopK, ModSquad], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("noise", [0.3, 2.0])
+def test_noise_has_the_deviation_that_is_given(kind, noise):
+    router = build(kind(k=E, noise=noise), prior=torch.full((T, E), 1 / E)).train()
+    gates = router(torch.zeros(1, 20_000, D), Routing(TASKS[:1]))
+    differences = (gates.log() - gates.log()[..., :1])[0, :, 1:]  # of two logits' noise
+    assert differences.mean(0).abs().max() < 0.05 * noise
+    assert differences.std(0).tolist() == pytest.approx([2**0.5 * noise] * (E - 1), rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("router", "message"),
     [

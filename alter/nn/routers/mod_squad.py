@@ -18,8 +18,9 @@ class ModSquad(Router):
 
     P(e|t) the mean of p over the task's tokens that are no padding. A batch holds few tasks, so P(e|t) is a moving average
     over batches, ``momentum * before + (1 - momentum) * batch`` for tasks in the batch; gradients flow through the
-    batch's part, so that a batch moves the gates by ``(1 - momentum)`` of the weight. Starts near the prior. Source: Chen et
-    al., arXiv 2212.08066.
+    batch's part, so that a batch moves the gates by ``(1 - momentum)`` of the weight. On several processes each takes its own
+    batches' part, and under DDP all go on from the first one's average. Starts near the prior. Source: Chen et al.,
+    arXiv 2212.08066.
 
     Args:
         k: experts of a token.

@@ -12,7 +12,7 @@ from alter.nn.routers.base import Router, RouterShape, Routing
 class SharedGate(Router):
     """Stage 2's gate over ``[e; S_1..S_K]``: two linear layers with a ReLU between, read at every token.
 
-    ``a = softmax(V relu(norm(U [e; S_1..S_K])) + b)``; V starts at zero and b at the prior. The norm, that of a layer without
+    ``a = softmax(V relu(norm(U [e; S_1..S_K] + c)) + b)``; V starts at zero and b at the prior. The norm, that of a layer without
     weights, is ours: a feed-forward's outputs are a hundred times larger in some blocks than in others, where the gate
     closed for good within three steps. The authors' code reads the first position only, which is wrong under cached
     decoding, where a step sees no first position. Source: arXiv 2309.11042.

@@ -41,10 +41,15 @@ def adapters_python() -> dict[str, str]:
     return {"ALTER_ADAPTERS_PYTHON": str(python)} if python.is_file() else {}
 
 
+def pinned(package: str) -> str:
+    """The line of constraints.txt that pins a package."""
+    (line,) = [line for line in Path("constraints.txt").read_text().splitlines() if line.startswith(f"{package}==")]
+    return line
+
+
 def llama_converter(session: nox.Session) -> dict[str, str]:
     """Where llama.cpp's converter is: PyPI has it in one source package alone. Without it, its test is skipped."""
-    pinned = Path("constraints.txt").read_text().splitlines()
-    (wanted,) = [line for line in pinned if line.startswith("llama-cpp-python==")]
+    wanted = pinned("llama-cpp-python")
     folder = session.cache_dir.resolve() / wanted
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=session.cache_dir) as place:
@@ -114,9 +119,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def fusion(session: nox.Session) -> None:
-    """Make the environment of `alter compare --methods adapter_fusion`, and run that method's tests with it."""
-    # Without constraints.txt: the adapters library pins a transformers older than ALTER's.
-    session.install("torch", "adapters>=1.3,<2")
+    """Make the environment of `alter compare --methods adapter_fusion`, and run that method's tests with it, if not -- no-tests."""
+    # Without the rest of constraints.txt: the adapters library pins a transformers older than ALTER's.
+    session.install(pinned("torch"), "adapters>=1.3,<2")
     session.run("python", "-c", "import adapters")
     session.log(f"For alter compare in another folder: export ALTER_ADAPTERS_PYTHON={session.bin}/python")
-    session.notify("tests", ["tests/compare/test_adapter_fusion.py"])
+    if "no-tests" not in session.posargs:
+        session.notify("tests", ["tests/compare/test_adapter_fusion.py"])

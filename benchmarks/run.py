@@ -32,6 +32,7 @@ RUNS = {  # what a row's "benchmark" says: the program and its arguments
     "mixed_generation": ["mixed_generation"],
     "mixed_generation bf16": ["mixed_generation", "--precision", "bf16"],
     "serve": ["serve", "--requests", "32", "--minutes", "0"],  # ten minutes of load: docs/serving.md
+    "optimizer": ["optimizer"],
     "precisions": ["precisions"],
     "growth": ["growth"],
 }

@@ -17,7 +17,7 @@ li { overflow-wrap: anywhere; }
 .text { text-align: left; }
 .long td { white-space: pre-line; overflow-wrap: anywhere; vertical-align: top; text-align: left; min-width: 8rem; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-thead th { vertical-align: bottom; }
+thead th { vertical-align: bottom; white-space: normal; }
 figure { margin: 1rem 0; overflow-x: auto; } figcaption { font-size: .9rem; }
 pre { font-size: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; }

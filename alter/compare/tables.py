@@ -32,11 +32,11 @@ TRANSFER = (
 
 
 def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: each task's first metric x 100, the average, the difference from the best baseline."""
+    """Head and rows: the average x 100, the differences from the best baseline and from two stages, each task's first metric."""
     metrics = result["primary_metrics"]
     others = _others(result)
-    head = ["method", *(f"{task} ({metric})" for task, metric in metrics.items()), "average"]
-    head += [f"against {other}" for other in others.values()]
+    head = ["method", "average", *(f"against {other}" for other in others.values())]
+    head += [f"{task} ({metric})" for task, metric in metrics.items()]
     best = max((m["average"]["mean"] for m in result["methods"].values()), default=0.0)
     rows = []
     for name, method in result["methods"].items():
@@ -45,9 +45,9 @@ def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         rows.append(
             [
                 f"{name}{' (baseline)' if method['baseline'] else ''}",
-                *cells,
                 f"**{average}**" if method["average"]["mean"] == best else average,
                 *("" if name == other else _difference(method[key]) for key, other in others.items()),
+                *cells,
             ]
         )
     return head, rows

@@ -136,7 +136,7 @@ def test_of_a_finite_number_of_draws_the_least_p_is_told_as_a_bound(cells):
     assert "bootstrap over seeds and rows" in text
     head, two_stage, stage1 = (
         next(line for line in text.splitlines() if line.startswith(start))
-        for start in ("| method | t1", "| two_stage |", "| stage1 |")
+        for start in ("| method | average", "| two_stage |", "| stage1 |")
     )
     best = head.split(" | ").index("against full")
     assert [line.split(" | ")[best][-9:] for line in (two_stage, stage1)] == ["p ≤ 0.002", "p = 0.004"]
@@ -150,7 +150,7 @@ def test_every_method_is_set_against_the_two_stages(cells):
         assert method["vs_two_stage"]["difference"] == pytest.approx(difference)
     best, other = methods[result["best_baseline"]]["vs_two_stage"], methods["two_stage"]["vs_best_baseline"]
     assert (best["low"], best["high"]) == pytest.approx((-other["high"], -other["low"]))
-    assert " | against full | against two_stage |" in markdown(result)
+    assert "| method | average | against full | against two_stage | t1 (accuracy) |" in markdown(result)
     without = {name: own for name, own in cells.items() if name != "two_stage"}
     assert "against two_stage" not in markdown(summarise(without, METHODS, TASKS, "test"))
 

@@ -29,19 +29,19 @@ def measure_kind(name, backbone, kind, args):
         many = made(backbone, 8, expert, router, args)
         data = common.batch(many, args.batch, args.length)
         alone = {**data, "task_ids": data["task_ids"] * 0}
-        for what, of in WORK.items():
+        for what, work in WORK.items():
             target = None if routing == "soft" else TARGETS[what]
             title = f"{called}, {kind}, {routing}: {what} of 8 experts over one"
-            rows.append(compared(title, of, (many, data), (one, alone), target, args))
+            rows.append(compared(title, work, (many, data), (one, alone), target, args))
     both = made(backbone, 8, expert, ROUTERS["soft"], args)
     both.add_shared(expert, 2, SharedGate(), keep=0.8)
     title = f"{called}, {kind}, soft: step of stage 2, with 2 shared experts, over stage 1's"
     return [*rows, compared(title, common.stepper, (both, data), (many, data), None, args)]
 
 
-def compared(title, of, ours, other, target, args):
+def compared(title, work, ours, other, target, args):
     """One row: what two models do, each with its batch, in turn."""
-    (run, data), (run_other, data_other) = (of(ours[0]), ours[1]), (of(other[0]), other[1])
+    (run, data), (run_other, data_other) = (work(ours[0]), ours[1]), (work(other[0]), other[1])
     seconds = common.alternate(
         args.rounds,
         ours=lambda: [run(data) for _ in range(args.repeat)],

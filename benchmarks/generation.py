@@ -5,6 +5,8 @@ The model is as it is loaded to answer.
 python benchmarks/generation.py --t5 FOLDER
 """
 
+import re
+
 import common
 import torch
 from machine import COPY, peaks
@@ -31,23 +33,29 @@ def measure(name, backbone, args):
         def mixed(prompts=prompts):
             generate(found, prompts, **new)
 
-        seconds = common.alternate(args.rounds, mixed=mixed, bare=plain)
+        def first(prompts=prompts):
+            generate(found, prompts, max_new_tokens=1, min_new_tokens=1)
+
+        seconds = common.alternate(args.rounds, mixed=mixed, bare=plain, first=first)
         speed = common.ratios(seconds["bare"], seconds["mixed"])
         called = common.called(name, args.layers, args.precision)
         told = f"{called}, batch of {batch}"
         rows.append(common.row(f"{told}: tokens/s of mixed tasks over the bare backbone", speed, 0.9))
-        moved = [args.new * weights / second / 1e9 / copied for second in seconds["mixed"]]
-        rows.append(common.row(f"{told}: weights read a second, over what a copy moves", moved, None))
+        after = [whole - first for whole, first in zip(seconds["mixed"], seconds["first"], strict=True)]
+        moved = [(args.new - 1) * weights / second / 1e9 / copied for second in after]
+        rows.append(common.row(f"{told}: weights that decoding reads a second, over what a copy moves", moved, None))
     return rows
 
 
 def decoder_bytes(backbone):
-    """What a token reads: the weights of the decoder's blocks and of the head, which may be the embeddings."""
-    decoder = backbone.get_decoder()
-    embeddings = {id(p) for p in backbone.get_input_embeddings().parameters()}
-    read = [p for p in decoder.parameters() if id(p) not in embeddings] + list(
-        backbone.get_output_embeddings().parameters()
-    )
+    """What a token reads: the weights of the decoder's blocks and of the head, which may be the embeddings.
+
+    Keys and values of what an encoder has read are made once.
+    """
+    once = {id(p) for p in backbone.get_input_embeddings().parameters()}
+    once |= {id(p) for name, p in backbone.named_parameters() if re.search(r"EncDecAttention\.[kv]\.", name)}
+    read = [p for p in backbone.get_decoder().parameters() if id(p) not in once]
+    read += backbone.get_output_embeddings().parameters()
     return sum(p.numel() * p.element_size() for p in read)
 
 

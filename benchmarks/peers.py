@@ -66,7 +66,7 @@ def train_alter(args, cached):
 
 
 def train_by_command(args):
-    """One step by `alter fit`: its recipe, run folder, logs and checkpoints too."""
+    """One step by `alter fit`: its recipe and run folder too."""
     import clock
 
     from alter.cli import main as alter

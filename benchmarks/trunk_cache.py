@@ -3,7 +3,8 @@
     python benchmarks/trunk_cache.py --data ROOT
 
 Real batches of the mixtures (of the medical recipe, where no --data is given), a LoRA expert a task, the loss at labels
-alone on both sides. Beside the measured ratio stands the one that counted multiply-adds allow.
+alone on both sides. Beside the measured ratio stands the one that counted multiply-adds allow; clipping and AdamW's step are
+measured and not counted.
 """
 
 import tempfile

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_schedu
 from transformers.modeling_outputs import BaseModelOutput
 
 IGNORED = -100
+DIVERGED = 3  # the exit status where the loss is no number any more, as in alter.compare.handover
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass, as in alter.nn.choices
 
 Plan = dict[str, Any]
@@ -152,7 +153,10 @@ def train(model: Model, plan: Plan, batches: Sequence[Batch], validation: Sequen
         losses, rows, read = token_losses(model, plan, batch)
         loss = losses.mean() if plan["loss_average"] == "token" else _by_example(losses, rows, len(batch["prompts"]))
         if not torch.isfinite(loss):
-            raise SystemExit(f"The loss is {loss.item()} at batch {number} of {len(batches)}; lower the learning rate.")
+            print(
+                f"The loss is {loss.item()} at batch {number} of {len(batches)}; lower the learning rate.", flush=True
+            )
+            raise SystemExit(DIVERGED)
         penalty = model.get_fusion_regularization_loss()  # part of the method, on the fusion's value matrices
         ((loss if penalty is None else loss + penalty) / together).backward()
         if number % together == 0 or number == len(batches):

@@ -53,7 +53,7 @@ def run_cell(folder: Path, split: str) -> None:
             ``SPLIT.json`` with what was measured.
         split: whose rows to answer; ``trained`` is for training alone, so that trials of learning rates read no test rows.
     """
-    plan = json.loads((folder / PLAN).read_text())
+    plan, commit = json.loads((folder / PLAN).read_text()), _commit()
     recipes = [read_recipe(["--config", str(folder / file)]) for file in plan["recipes"]]
     with _clocked(folder) as seconds_so_far:
         try:
@@ -66,8 +66,10 @@ def run_cell(folder: Path, split: str) -> None:
                     return  # of a training's several processes
                 found, answered = _measure(recipes, plan, split)
         except Diverged as error:
-            if split != TRAINED or not is_first():
+            if split != TRAINED:
                 raise
+            if not is_first():
+                return  # an exit status of failure would end the first one
             # What a trial finds out: this rate will not do.
             found, answered = {"validation_loss": None, "diverged": str(error), "tokens": 0, "step_seconds": 0.0}, []
         seconds = found.pop("step_seconds")
@@ -79,7 +81,7 @@ def run_cell(folder: Path, split: str) -> None:
             "tokens_per_second": found["tokens"] / seconds if seconds else None,
             "seconds": seconds_so_far(),
             "hardware": hardware(),
-            "commit": _commit(),
+            "commit": commit,
         }
         if answered:
             _write_answers(folder, split, answered)
@@ -91,7 +93,7 @@ def run_cell(folder: Path, split: str) -> None:
 
 @contextmanager
 def _clocked(folder: Path) -> Iterator[Callable[[], float]]:
-    """Gives what tells the seconds so far: of this start, and of those before that were interrupted or have failed."""
+    """Gives what tells the seconds so far: of this start, and of those before that were interrupted or have failed, if not killed."""
     file, started = folder / CLOCK, time.perf_counter()
     before = json.loads(file.read_text()) if file.is_file() else 0.0
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -103,8 +104,7 @@ def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float | Non
     if not all(file.is_file() for file in files.values()):
         return None
     losses = {factor: json.loads(file.read_text())["validation_loss"] for factor, file in files.items()}
-    diverged = {factor for factor, loss in losses.items() if loss is None or not math.isfinite(loss)}
-    return min(losses, key=lambda factor: math.inf if factor in diverged else losses[factor])
+    return min(losses, key=lambda factor: math.inf if losses[factor] is None else losses[factor])
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -123,7 +123,6 @@ class Planner:
     def __init__(self, recipe: Recipe) -> None:
         config = recipe.config
         path = resolve_backbone(config["backbone"])
-        self.backbone = backbone_fingerprint(path)
         data = recipe.open_data(path)
         arguments = config["stage1"]["model"]["init_args"]
         tasks = [task.name for task in recipe.tasks]
@@ -216,7 +215,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         "recipes": [f"{run.name}.yaml" for run in runs],
         "trains": method.trains,
         "runner": runs[0].runner,
-        "settings": _digest([{**run.config, "backbone": planner.backbone} for run in runs]),
+        "settings": _digest([{**run.config, "backbone": fingerprint(run.config["backbone"])} for run in runs]),
     }
     file = folder / PLAN
     if file.is_file() and json.loads(file.read_text()) != plan:
@@ -238,6 +237,12 @@ def _digest(configs: Sequence[Config]) -> str:
         return [placeless(inner) for inner in value] if isinstance(value, list) else value
 
     return hashlib.sha256(json.dumps(placeless(list(configs)), sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def fingerprint(backbone: str) -> str:
+    """Of a backbone by its name."""
+    return backbone_fingerprint(resolve_backbone(backbone))
 
 
 def _scale(arguments: dict[str, Any], factor: float) -> None:

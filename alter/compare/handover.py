@@ -14,7 +14,7 @@ from typing import Any, cast
 from alter.answering import MAX_BATCH_TOKENS, answer_ends
 from alter.data import MultiTaskDataModule, Task, encode_choices, eval_batches
 from alter.data.sampler import MixtureBatchSampler
-from alter.errors import AlterError
+from alter.errors import AlterError, Diverged
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards, select_layers
 from alter.recipe import Recipe
@@ -23,6 +23,7 @@ from alter.writing import write_json
 
 INTERPRETER = "ALTER_ADAPTERS_PYTHON"
 SCRIPT = Path(__file__).with_name("adapter_fusion.py")
+DIVERGED = 3  # the script's exit status, as it is written there: it imports nothing of ALTER
 FUSION_LR = 0.1  # on the adapters' learning rate: the fusion's matrices are whole, as those of full fine-tuning are
 ADAPTERS, FUSION = 0, 1  # the epochs of the draws: the first half and the second
 
@@ -53,7 +54,8 @@ def train_and_answer(recipe: Recipe, split: str) -> tuple[dict[str, Any], list[t
         what was measured, and for each task its answers and targets.
 
     Raises:
-        SystemExit: the script has failed; what it said stands in the log.
+        Diverged: the loss is no number any more.
+        SystemExit: the script has failed otherwise; what it said stands in the log.
     """
     backbone = resolve_backbone(recipe.config["backbone"])
     data = recipe.open_data(backbone)
@@ -61,6 +63,10 @@ def train_and_answer(recipe: Recipe, split: str) -> tuple[dict[str, Any], list[t
     folder = recipe.run / "handover"
     write_files(folder, recipe, data, tokenizer, split)
     status = subprocess.run([find_interpreter(), "-I", str(SCRIPT), str(folder)]).returncode  # -I: not ALTER's modules
+    if status == DIVERGED:
+        raise Diverged(
+            f"{folder}: the loss is no number any more, as the line above says; lower optimizer.init_args.lr."
+        )
     if status:
         sys.exit(status)
     result = json.loads((folder / "result.json").read_text())

@@ -34,7 +34,9 @@ def compare(arguments: Sequence[str]) -> None:
     if recipe.config["stages"] != ["stage1", "stage2"]:
         raise AlterError("stages: a comparison starts from a recipe with both stages; leave the key out.")
     folder = options.out or Path("runs/compare") / recipe.run.name
-    _settle(recipe, folder)
+    kept = folder / "comparison.yaml"
+    _complete(recipe)
+    recipe.config["precision"] = _precision(recipe, kept)
     grid = Grid(
         folder,
         recipe,
@@ -45,6 +47,9 @@ def compare(arguments: Sequence[str]) -> None:
         options.processes,
     )
     planner = Planner(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not kept.is_file():  # what began it; another call's cells may be refused
+        write_text(kept, dump(recipe.config))
     cells, seconds = run_grid(grid, planner)
     result = summarise(cells, methods, recipe.tasks, options.split)
     result |= {
@@ -60,19 +65,17 @@ def compare(arguments: Sequence[str]) -> None:
     print(f"\n{text}\nWritten to {folder}: compare.json, compare.md, compare.html")
 
 
-def _settle(recipe: Recipe, folder: Path) -> None:
-    """Fills in what a recipe may leave out and the methods change: empty arguments, and the precision that ``auto`` stands for.
-
-    A comparison that has begun keeps its precision, on whatever machine it goes on.
-    """
+def _complete(recipe: Recipe) -> None:
+    """Gives classes without arguments an empty mapping of them, which the methods change."""
     for stage in ("stage1", "stage2"):
         for part in ("expert", "router"):
             recipe.config[stage]["model"]["init_args"][part].setdefault("init_args", {})
-    kept = folder / "comparison.yaml"
+
+
+def _precision(recipe: Recipe, kept: Path) -> str:
+    """What ``auto`` stands for: a comparison that has begun keeps its precision, on whatever machine it goes on."""
     begun = recipe.config["precision"] == AUTO and kept.is_file()
-    recipe.config["precision"] = read_yaml(kept)["precision"] if begun else choose_precision(recipe.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(kept, dump(recipe.config))
+    return str(read_yaml(kept)["precision"]) if begun else choose_precision(recipe.config)
 
 
 def _methods(given: Sequence[str]) -> dict[str, Method]:

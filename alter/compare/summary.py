@@ -70,9 +70,12 @@ class Answers:
 def against(
     other: str | None, cells: Cells, answers: Answers, tasks: Sequence[str]
 ) -> dict[str, dict[str, float] | None]:
-    """What the average of every method is above another's; of none there is no difference."""
+    """What the average of every method is above another's; None where there is no such other."""
     seeds = list(next(iter(cells.values())))
-    return {name: answers.difference(name, other, seeds, tasks)._asdict() if other in cells else None for name in cells}
+    return {
+        name: answers.difference(name, other, seeds, tasks)._asdict() if other and other in cells else None
+        for name in cells
+    }
 
 
 def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task], split: str) -> dict[str, Any]:

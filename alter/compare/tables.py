@@ -25,6 +25,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+ROUTING = (
+    "Mean gate of each task (rows) on each expert (columns), by layer, on validation examples; the first seed. Under “shared”, "
+    "column 0 is the mixture of task experts."
+)
 TRANSFER = (
     "Each task against the same task trained alone, in points (first metric x 100) with 95% intervals; in bold where these "
     "leave out zero."
@@ -54,13 +58,12 @@ def results_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def _others(result: Mapping[str, Any]) -> dict[str, str]:
-    """Whom every method is set against, by the key of the difference."""
+    """Whom the methods are set against, by the key of the difference."""
     others = {"vs_best_baseline": result["best_baseline"], "vs_two_stage": "two_stage"}
-    return {
-        key: other
-        for key, other in others.items()
-        if any(key in method and method[key] for method in result["methods"].values())
+    known = {
+        key for name, method in result["methods"].items() for key in others if name != others[key] and method.get(key)
     }
+    return {key: other for key, other in others.items() if key in known}
 
 
 def cost_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -180,12 +183,6 @@ def page(result: Mapping[str, Any], title: str) -> str:
             for name, found in routed.items()
         ]
     return markup.page(title, parts)
-
-
-ROUTING = (
-    "Mean gate of each task (rows) on each expert (columns), by layer, on validation examples; the first seed. Under “shared”, "
-    "column 0 is the mixture of task experts."
-)
 
 
 def heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -332,11 +332,11 @@ class StageModule(LightningModule):
             if (trainable := [p for p in parameters if p.requires_grad])
         ]
         optimizer = self.make_optimizer(groups)
-        fused = _can_be_fused(optimizer)
+        fused = _to_be_fused(optimizer)
         for group in optimizer.param_groups:
             group["lr"] *= rates[group["name"]]
             if fused:
-                group["fused"] = True
+                group["fused"] = True  # as an argument it would keep Lightning from clipping under autocast
         if (steps := self.trainer.estimated_stepping_batches) == math.inf:
             raise AlterError(
                 "trainer.max_epochs: the learning rate is planned over all steps, and nothing says how many there are; give "
@@ -382,12 +382,13 @@ def _per_example(losses: Tensor, rows: Tensor, batch: int) -> tuple[Tensor, Tens
     )
 
 
-def _can_be_fused(optimizer: Optimizer) -> bool:
+def _to_be_fused(optimizer: Optimizer) -> bool:
     """Whether torch has one pass over memory for an optimizer's step, and its author has said nothing else.
 
-    On a CPU its default is a loop, in which AdamW takes more than twice as long (`benchmarks/optimizer.py`).
+    On a CPU the default is a loop, in which AdamW takes more than twice as long (`benchmarks/optimizer.py`). The others are left
+    alone: some of torch's fused steps do not take weights that are cut over processes, or parameters without a gradient.
     """
     settings = optimizer.defaults
     kinds = {p.device.type for group in optimizer.param_groups for p in group["params"]}
-    open_ = "fused" in settings and settings["fused"] is None and settings.get("foreach") is None
-    return open_ and not settings.get("differentiable") and kinds <= {"cpu", "cuda"}
+    undecided = settings.get("fused") is None and settings.get("foreach") is None and not settings.get("differentiable")
+    return isinstance(optimizer, torch.optim.Adam) and undecided and kinds <= {"cpu", "cuda"}

@@ -145,6 +145,17 @@ def test_an_optimizer_that_the_script_does_not_know_is_refused(compared, capsys,
     assert "torch.optim" in line
 
 
+@needs_adapters
+def test_a_rate_at_which_it_diverges_is_not_taken(compared, cells_here):
+    tune = ("--tune", "1e20,1", "--split", "validation")
+    main(["compare", "--config", "recipe.yaml", "--out", "out", "--methods", "adapter_fusion", "--seeds", "1", *tune])
+    method = json.loads(Path("out/compare.json").read_text())["methods"]["adapter_fusion"]
+    assert method["learning_rate_factor"] == 1
+    assert (
+        json.loads(Path("out/cells/adapter_fusion/seed13-lr1e+20/trained.json").read_text())["validation_loss"] is None
+    )
+
+
 def test_the_bottleneck_meets_the_budget_or_is_small(planned):
     recipe, _, planner = planned
     width, blocks, tasks = 32, 2, 2

@@ -446,12 +446,30 @@ def test_a_comparison_goes_on_in_its_precision_and_with_its_backbone_wherever_th
     compare("--methods", "untouched", "--seeds", "1", "--backbone", "moved")
     assert Path("out/cells/untouched/seed13/test.jsonl").stat().st_mtime_ns == answered
     assert yaml.safe_load(Path("out/comparison.yaml").read_text())["precision"] == "bf16"
+    with pytest.raises(SystemExit):  # other settings
+        compare("--methods", "untouched", "--seeds", "1", "--backbone", "moved", "--precision", "fp32")
+    compare("--methods", "untouched", "--seeds", "1", "--backbone", "moved")  # which that has not spoilt
 
 
 @pytest.mark.parametrize("name", ["shared", "alone", "stage1", "hydralora"])
 def test_experts_without_arguments_are_compared(compared, cells_here, name):
     change(compared, stage1__model__init_args__expert={"class_path": "alter.nn.FFNCopy"})
     assert compare("--methods", name, "--seeds", "1")["methods"][name]["trainable_parameters"] > 0
+
+
+def test_the_hours_are_those_of_all_starts(compared, cells_here, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("alter.compare.cell.fit", lambda recipe: time.sleep(1) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compare("--methods", "stage1", "--seeds", "1")
+    cell = Path("out/cells/stage1/seed13")
+    before = json.loads((cell / "seconds.json").read_text())
+    assert before >= 1
+    started = time.perf_counter()
+    compare("--methods", "stage1", "--seeds", "1")
+    spent = json.loads((cell / "test.json").read_text())["seconds"] - before
+    assert 0 < spent < time.perf_counter() - started
+    assert not (cell / "seconds.json").exists()
 
 
 def test_a_backbone_that_trains_is_counted(compared, cells_here):

@@ -153,6 +153,9 @@ def test_every_method_is_set_against_the_two_stages(cells):
     assert "| method | average | against full | against two_stage | t1 (accuracy) |" in markdown(result)
     without = {name: own for name, own in cells.items() if name != "two_stage"}
     assert "against two_stage" not in markdown(summarise(without, METHODS, TASKS, "test"))
+    alone = markdown(summarise({"full": cells["full"]}, METHODS, TASKS, "test"))
+    assert "against" not in alone
+    assert "bootstrap" not in alone
 
 
 def test_the_markdown_links_to_its_heatmaps(cells, tmp_path):

@@ -25,14 +25,20 @@ def median_seconds(run, rounds=15):
     return statistics.median(found)
 
 
+def product(dtype):
+    """A large matrix product: its multiplications and additions, and what runs it."""
+    size = 8192 if common.DEVICE == "cuda" else 2048
+    a, b = (torch.randn(size, size).to(common.DEVICE, dtype) for _ in range(2))
+    return 2 * size**3, lambda: a @ b
+
+
 def peaks():
     """GFLOP/s of a large matrix product in fp32 and bf16, and GB/s of a copy."""
-    size = 8192 if common.DEVICE == "cuda" else 2048
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = (torch.randn(size, size).to(common.DEVICE, dtype) for _ in range(2))
+        work, run = product(dtype)
         name = str(dtype).removeprefix("torch.")
-        found[f"{name} matrix product, GFLOP/s"] = 2 * size**3 / median_seconds(lambda a=a, b=b: a @ b) / 1e9
+        found[f"{name} matrix product, GFLOP/s"] = work / median_seconds(run) / 1e9
     source, target = torch.zeros(2**26, device=common.DEVICE), torch.empty(2**26, device=common.DEVICE)
     found[COPY] = 2 * 4 * 2**26 / median_seconds(lambda: target.copy_(source)) / 1e9
     return found

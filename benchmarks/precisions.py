@@ -2,8 +2,8 @@
 
     python benchmarks/precisions.py --precisions fp32 bf16 int8
 
-The share counts the multiply-adds of the step's products, as trunk_cache.py does, against the fastest product of machine.py
-in the type that they are computed in; int8 weights are multiplied as bf16's are.
+The share counts the multiply-adds of the step's products, as trunk_cache.py does, against a large product in the type that they
+are computed in, which runs in turn with the steps; int8 weights are multiplied as bf16's are.
 """
 
 import common
@@ -15,7 +15,7 @@ from alter.nn import LoRA, TaskSelector
 from alter.precision import computes_bf16
 
 
-def measure(layers, args, peaks):
+def measure(layers, args):
     """Rows for one placement."""
     memory, work, sides = {}, {}, {}
     for precision in args.precisions:
@@ -33,17 +33,19 @@ def measure(layers, args, peaks):
         take(data)
         memory[precision] = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else 0.0
         sides[precision] = lambda take=take, data=data: [take(data) for _ in range(args.repeat)]
-    rounds = common.alternate(args.rounds, **sides)
-    seconds = {precision: [value / args.repeat for value in values] for precision, values in rounds.items()}
+    products = {name: machine.product(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    rounds = common.alternate(args.rounds, **sides, **{name: run for name, (_, run) in products.items()})
+    seconds = {precision: [value / args.repeat for value in rounds[precision]] for precision in args.precisions}
     rows = []
     for precision, values in seconds.items():
         name = f"SmolLM2-135M {layers} {precision}"
-        peak = 1e9 * peaks["float32" if precision == "fp32" else "bfloat16"]
+        kind = "float32" if precision == "fp32" else "bfloat16"
+        peaks = [products[kind][0] / second for second in rounds[kind]]
         tokens = args.batch * args.length / sorted(values)[len(values) // 2]
         print(
             f"{name}: {tokens:,.0f} tokens/s, {work[precision] / 1e12:.3f} TFLOP a step, {memory[precision]:.2f} GiB on the GPU"
         )
-        shares = [work[precision] / value / peak for value in values]
+        shares = [work[precision] / value / peak for value, peak in zip(values, peaks, strict=True)]
         share = common.row(f"{name}: share of the matrix product's peak", shares, None)
         rows.append({**share, "tokens_per_second": tokens, "peak_memory_gib": memory[precision]})
         if precision != "fp32" and "fp32" in seconds:
@@ -63,9 +65,7 @@ def main():
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=3, help="steps a round")
     args = parser.parse_args()
-    found = machine.peaks()
-    peaks = {name: found[f"{name} matrix product, GFLOP/s"] for name in ("float32", "bfloat16")}
-    common.save([row for layers in args.layers for row in measure(layers, args, peaks)], args.out)
+    common.save([row for layers in args.layers for row in measure(layers, args)], args.out)
 
 
 if __name__ == "__main__":

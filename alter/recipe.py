@@ -20,7 +20,7 @@ from alter.nn import TrunkCache
 from alter.nn.backbone import is_seq2seq, whole_name
 from alter.nn.decoding import Generation
 from alter.precision import choose_precision
-from alter.recipe_file import DATA_SKIP, SET_BY_RUN, STAGES, TRAINER_SKIP, check_file, read_content
+from alter.recipe_file import DATA_SKIP, SET_BY_RUN, STAGES, TRAINER_SKIP, check_content, read_content
 from alter.recipe_values import check_ranges, check_values
 from alter.schema import find_classes_in, import_name, same_class, template_base
 from alter.shipped import shipped_recipes
@@ -148,7 +148,7 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     files = [Path(value) for flag, value in _flag_values(arguments) if flag == "--config"]
     for folder in dict.fromkeys([Path(), *(file.parent for file in files)]):  # modules are looked for in this order
         find_classes_in(folder)
-    problems = _file_problems(files)
+    contents, problems = _read_files(files)
     parser = recipe_parser()
     config: Namespace | None = None
     tasks: list[Task] = []
@@ -168,11 +168,11 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
         )
     try:
         root = config.data.root if config is not None else None
-        tasks = load_tasks(*_task_entries(config, files, arguments), root)
+        tasks = load_tasks(*_task_entries(config, contents, arguments), root)
     except AlterError as error:
         problems += error.messages
     if config is not None:
-        _restore_defaults(config, files, _flag_values(arguments))
+        _restore_defaults(config, [content for _, content in contents], _flag_values(arguments))
         plain = config.as_dict()
         problems += check_values(plain)
         problems += [] if problems else check_ranges(plain)
@@ -181,7 +181,7 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
     return _complete(parser, config, tasks, here)
 
 
-def _restore_defaults(config: Namespace, files: Sequence[Path], flags: Sequence[tuple[str, str]]) -> None:
+def _restore_defaults(config: Namespace, contents: Iterable[Any], flags: Sequence[tuple[str, str]]) -> None:
     """Gives an argument that nobody has named its class's own default.
 
     The parser takes over what the class that stands there by default has under the same name: for an ``AdjacentSelector``
@@ -195,7 +195,7 @@ def _restore_defaults(config: Namespace, files: Sequence[Path], flags: Sequence[
             arguments = chosen.get("init_args")
             if arguments is None:  # it has none in common with the default
                 continue
-            named = {name for file in files for name in _arguments_of(read_content(file), stage, part)}
+            named = {name for content in contents for name in _arguments_of(content, stage, part)}
             for flag, value in flags:
                 keys = flag.removeprefix("--").replace(".init_args", "").split(".")
                 if value.lstrip().startswith("{") and keys == [stage, "model", part][: len(keys)]:
@@ -215,17 +215,20 @@ def _arguments_of(content: Any, stage: str, part: str) -> Iterable[str]:
     return content if isinstance(content, Mapping) else ()
 
 
-def _file_problems(files: Sequence[Path]) -> list[str]:
+def _read_files(files: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """What the recipe files say, in their order, and what is wrong with it."""
+    contents: list[tuple[Path, dict[str, Any]]] = []
     problems: list[str] = []
     unreadable: list[str] = []
     for file in files:
         try:
-            problems += check_file(file)
+            contents.append((file, read_content(file)))
+            problems += check_content(contents[-1][1], str(file))
         except AlterError as error:
             unreadable += error.messages
     if unreadable:  # the parser would read it all the same, and some files are made to keep it at that
         raise AlterError(*problems, *unreadable)
-    return problems
+    return contents, problems
 
 
 def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here: bool) -> Recipe:
@@ -265,14 +268,16 @@ def _find_config(argument: str, previous: str | None) -> str:
     raise AlterError(f"{name}: no such recipe; name a YAML file or a shipped recipe.{did_you_mean(name, known)}")
 
 
-def _task_entries(config: Namespace | None, files: Sequence[Path], arguments: Sequence[str]) -> tuple[list[Any], Path]:
+def _task_entries(
+    config: Namespace | None, contents: Sequence[tuple[Path, Mapping[str, Any]]], arguments: Sequence[str]
+) -> tuple[list[Any], Path]:
     """The tasks as they are listed, and the folder that their paths start from: that of the file that lists them."""
     if config is not None and any(argument.startswith("--data.tasks") for argument in arguments):
-        return list(config.data.tasks or []), files[0].parent if files else Path()
+        return list(config.data.tasks or []), contents[0][0].parent if contents else Path()
     # From the files themselves: jsonargparse takes a label such as "yes" for true. A recipe with mistakes still has its
     # tasks checked.
-    for file in reversed(files):
-        data = read_content(file).get("data")
+    for file, content in reversed(contents):
+        data = content.get("data")
         if isinstance(data, dict) and isinstance(data.get("tasks"), list):
             return data["tasks"], file.parent
     return [], Path()

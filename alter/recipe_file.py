@@ -37,17 +37,8 @@ def read_content(file: Path) -> dict[str, Any]:
     return content
 
 
-def check_file(file: Path) -> list[str]:
-    """Finds all misspelt keys and misfit values of a recipe file.
-
-    Raises:
-        AlterError: it is no recipe at all, so that nothing else can be said.
-    """
-    return check_content(read_content(file), str(file))
-
-
 def check_content(content: Mapping[str, Any], file: str) -> list[str]:
-    """The same of what has been read."""
+    """Finds all misspelt keys and misfit values of what a recipe file says."""
     problems = list[str]()
     plain = {"run": str, "stages": list, "test": bool, "seed_everything": int, "backbone": str, "precision": str}
     sections = {

@@ -3,6 +3,8 @@
 python benchmarks/fused_mixture.py --t5 FOLDER
 """
 
+from functools import partial
+
 import common
 import torch
 
@@ -32,20 +34,22 @@ def measure_kind(name, backbone, kind, args):
         for what, work in WORK.items():
             target = None if routing == "soft" else TARGETS[what]
             title = f"{called}, {kind}, {routing}: {what} of 8 experts over one"
-            rows.append(compared(title, work, (many, data), (one, alone), target, args))
+            rows.append(compared(title, partial(work(many), data), partial(work(one), alone), target, args))
     both = made(backbone, 8, expert, ROUTERS["soft"], args)
     both.add_shared(expert, 2, SharedGate(), keep=0.8)
     title = f"{called}, {kind}, soft: step of stage 2, with 2 shared experts, over stage 1's"
-    return [*rows, compared(title, common.stepper, (both, data), (many, data), None, args)]
+    return [
+        *rows,
+        compared(title, partial(common.stepper(both), data), partial(common.stepper(many), data), None, args),
+    ]
 
 
-def compared(title, work, ours, other, target, args):
-    """One row: what two models do, each with its batch, in turn."""
-    (run, data), (run_other, data_other) = (work(ours[0]), ours[1]), (work(other[0]), other[1])
+def compared(title, ours, other, target, args):
+    """One row: two sides in turn."""
     seconds = common.alternate(
         args.rounds,
-        ours=lambda: [run(data) for _ in range(args.repeat)],
-        other=lambda: [run_other(data_other) for _ in range(args.repeat)],
+        ours=lambda: [ours() for _ in range(args.repeat)],
+        other=lambda: [other() for _ in range(args.repeat)],
     )
     return common.row(title, common.ratios(seconds["ours"], seconds["other"]), target, at_most=True)
 

@@ -9,7 +9,7 @@ import re
 
 import common
 import torch
-from machine import COPY, peaks
+from machine import copied
 
 from alter.nn import LoRA, TaskSelector
 from alter.nn.decoding import generate
@@ -20,7 +20,7 @@ def measure(name, backbone, args):
     found = common.model(backbone, args.precision, 8, LoRA(rank=16), TaskSelector(), args.layers).eval().settle()
     bare = common.load_backbone(backbone, args.precision).to(common.DEVICE)
     new = {"max_new_tokens": args.new, "min_new_tokens": args.new}
-    weights, copied = decoder_bytes(bare), peaks()[COPY]
+    weights, most = decoder_bytes(bare), copied()
     rows = []
     for batch in args.batch:
         prompts = common.prompts(batch, args.length, 8)
@@ -42,7 +42,7 @@ def measure(name, backbone, args):
         told = f"{called}, batch of {batch}"
         rows.append(common.row(f"{told}: tokens/s of mixed tasks over the bare backbone", speed, 0.9))
         after = [whole - first for whole, first in zip(seconds["mixed"], seconds["first"], strict=True)]
-        moved = [(args.new - 1) * weights / second / 1e9 / copied for second in after]
+        moved = [(args.new - 1) * weights / second / 1e9 / most for second in after]
         rows.append(common.row(f"{told}: weights that decoding reads a second, over what a copy moves", moved, None))
     return rows
 

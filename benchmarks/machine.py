@@ -9,8 +9,6 @@ import time
 import common
 import torch
 
-COPY = "copy, GB/s read and written"
-
 
 def median_seconds(run, rounds=15):
     """Median over rounds, after one for warmth."""
@@ -39,9 +37,14 @@ def peaks():
         work, run = product(dtype)
         name = str(dtype).removeprefix("torch.")
         found[f"{name} matrix product, GFLOP/s"] = work / median_seconds(run) / 1e9
-    source, target = torch.zeros(2**26, device=common.DEVICE), torch.empty(2**26, device=common.DEVICE)
-    found[COPY] = 2 * 4 * 2**26 / median_seconds(lambda: target.copy_(source)) / 1e9
+    found["copy, GB/s read and written"] = copied()
     return found
+
+
+def copied():
+    """GB/s of a copy, read and written."""
+    source, target = torch.zeros(2**26, device=common.DEVICE), torch.empty(2**26, device=common.DEVICE)
+    return 2 * 4 * 2**26 / median_seconds(lambda: target.copy_(source)) / 1e9
 
 
 def main():

@@ -27,19 +27,12 @@ SIDES = ("alter", "alter_cached", COMMAND, "peft")
 
 def train_alter(args, cached):
     """Trains by the stage's module and Lightning's Trainer; returns when each step ended and the tokens of each."""
-    from lightning import Callback, Trainer
+    import clock
+    from lightning import Trainer
     from mixtures import mixture
 
     from alter.nn import LoRA, TaskSelector, TrunkCache
     from alter.stages import Stage1Module
-
-    ends, tokens = [], []
-
-    class Clock(Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, index):
-            wait()
-            ends.append(time.perf_counter())
-            tokens.append(int(batch["attention_mask"].sum()))
 
     data = mixture(args.smollm2, args.data, args.mixture, args.max_tokens)
     module = Stage1Module(
@@ -59,10 +52,10 @@ def train_alter(args, cached):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Clock()],
+        callbacks=[clock.Clock()],
     )
     trainer.fit(module, data)
-    return ends, tokens, module.trainable_parameters()
+    return clock.ends, clock.tokens, module.trainable_parameters()
 
 
 def train_by_command(args):
@@ -92,7 +85,7 @@ def train_by_command(args):
     flags = [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
     with contextlib.redirect_stdout(sys.stderr):
         alter(["fit", "--config", str(recipe), *flags])
-    return clock.ends, [0], 0
+    return clock.ends, clock.tokens, 0
 
 
 def write_examples(args, file):

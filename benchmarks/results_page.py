@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import fmean
 
 from alter import pictures
-from alter.compare.summary import Answers, against
+from alter.compare.cell import cell_folder
+from alter.compare.summary import Answers, against, over_seeds
 from alter.compare.tables import markdown
 from alter.writing import write_json
 
@@ -61,7 +62,7 @@ def completed(file):
     if not folder.is_dir():
         return result
     cells = {
-        name: {seed: cell_of(folder, name, seed, method) for seed in result["seeds"]}
+        name: {seed: cell_folder(folder, name, seed, method["learning_rate_factor"]) for seed in result["seeds"]}
         for name, method in result["methods"].items()
     }
     answers, tasks = Answers(cells, result["primary_metrics"], split), list(result["primary_metrics"])
@@ -70,15 +71,9 @@ def completed(file):
             result["methods"][name][key] = difference
     for name, own in cells.items():
         losses = [json.loads((cell / f"{split}.json").read_text()).get("validation_loss") for cell in own.values()]
-        result["methods"][name]["validation_loss"] = None if None in losses else fmean(losses)
+        result["methods"][name]["validation_loss"] = over_seeds(fmean, losses)
     write_json(file, result)
     return result
-
-
-def cell_of(folder, name, seed, method):
-    """The folder of a kept cell."""
-    factor = method["learning_rate_factor"]
-    return folder / "cells" / name / (f"seed{seed}" if factor == 1 else f"seed{seed}-lr{factor:g}")
 
 
 def render():

@@ -44,6 +44,11 @@ TRAINED = "trained"  # in place of a split: no test row is answered
 Answered = list[tuple[Task, list[str], list[str]]]  # answers and targets
 
 
+def cell_folder(folder: Path, method: str, seed: int, factor: float) -> Path:
+    """Of a comparison, the folder of one cell."""
+    return folder / "cells" / method / (f"seed{seed}" if factor == 1.0 else f"seed{seed}-lr{factor:g}")
+
+
 def run_cell(folder: Path, split: str) -> None:
     """Trains what a cell's plan names and is not trained yet, then answers the rows of the split.
 
@@ -57,21 +62,15 @@ def run_cell(folder: Path, split: str) -> None:
     recipes = [read_recipe(["--config", str(folder / file)]) for file in plan["recipes"]]
     with _clocked(folder) as seconds_so_far:
         try:
-            if plan["runner"] == "adapter_fusion":
-                found, answered = handover.train_and_answer(recipes[0], "validation" if split == TRAINED else split)
-            else:
-                for recipe in recipes if plan["trains"] else ():
-                    fit(recipe)
-                if not is_first():
-                    return  # of a training's several processes
-                found, answered = _measure(recipes, plan, split)
+            result = _train_and_measure(recipes, plan, split)
         except Diverged as error:
             if split != TRAINED:
                 raise
-            if not is_first():
-                return  # an exit status of failure would end the first one
             # What a trial finds out: this rate will not do.
-            found, answered = {"validation_loss": None, "diverged": str(error), "tokens": 0, "step_seconds": 0.0}, []
+            result = {"validation_loss": None, "diverged": str(error), "tokens": 0, "step_seconds": 0.0}, []
+        if not is_first():
+            return  # of a training's several processes; an exit status of failure would end the first one
+        found, answered = result
         seconds = found.pop("step_seconds")
         found |= {
             "tasks": {
@@ -110,6 +109,15 @@ def _commit() -> str:
         return f"version {__version__}"
     found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip() or f"version {__version__}"
+
+
+def _train_and_measure(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:
+    """What was measured, and the answers; nothing of both on a training's other processes."""
+    if plan["runner"] == "adapter_fusion":
+        return handover.train_and_answer(recipes[0], "validation" if split == TRAINED else split)
+    for recipe in recipes if plan["trains"] else ():
+        fit(recipe)
+    return _measure(recipes, plan, split) if is_first() else ({}, [])
 
 
 def _measure(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tuple[dict[str, Any], Answered]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alter.cells import run_cells
-from alter.compare.cell import PLAN, TRAINED
+from alter.compare.cell import PLAN, TRAINED, cell_folder
 from alter.compare.methods import Budget, Config, Method, Training
 from alter.errors import AlterError
 from alter.nn import Expert, Router
@@ -54,7 +54,7 @@ class Grid:
 
     def cell(self, method: str, seed: int, factor: float) -> Path:
         """The folder of one cell."""
-        return self.folder / "cells" / method / (f"seed{seed}" if factor == 1.0 else f"seed{seed}-lr{factor:g}")
+        return cell_folder(self.folder, method, seed, factor)
 
 
 def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], float]:
@@ -76,23 +76,15 @@ def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], 
     failed = _run_cells(grid, trials, TRAINED) if trials else []
     chosen = {name: _best_factor(grid, name, factors) for name, factors in tuned.items()}
     # A method whose rates have not all been tried waits: another than it ends with would read the split.
-    cells = [
-        _plan(grid, planner, name, seed, factor)
-        for seed in grid.seeds
-        for name, factor in chosen.items()
-        if factor is not None
-    ]
+    ready = {name: factor for name, factor in chosen.items() if factor is not None}
+    cells = [_plan(grid, planner, name, seed, factor) for seed in grid.seeds for name, factor in ready.items()]
     failed += _run_cells(grid, cells, grid.split)
     if failed:
         every = len(trials) + len(grid.seeds) * len(grid.methods)
-        missing = len(failed) + len(grid.seeds) * list(chosen.values()).count(None)
+        missing = len(failed) + len(grid.seeds) * (len(chosen) - len(ready))
         raise AlterError(f"{missing} of {every} cells are not complete; the same command tries them again.", *failed)
     done = [cell / f"{TRAINED}.json" for cell in trials] + [cell / f"{grid.split}.json" for cell in cells]
-    found = {
-        name: {seed: grid.cell(name, seed, factor) for seed in grid.seeds}
-        for name, factor in chosen.items()
-        if factor is not None
-    }
+    found = {name: {seed: grid.cell(name, seed, factor) for seed in grid.seeds} for name, factor in ready.items()}
     return found, sum(json.loads(file.read_text())["seconds"] for file in done)
 
 
@@ -215,7 +207,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         "recipes": [f"{run.name}.yaml" for run in runs],
         "trains": method.trains,
         "runner": runs[0].runner,
-        "settings": _digest([{**run.config, "backbone": fingerprint(run.config["backbone"])} for run in runs]),
+        "settings": _digest([{**run.config, "backbone": _fingerprint(run.config["backbone"])} for run in runs]),
     }
     file = folder / PLAN
     if file.is_file() and json.loads(file.read_text()) != plan:
@@ -240,7 +232,7 @@ def _digest(configs: Sequence[Config]) -> str:
 
 
 @functools.cache
-def fingerprint(backbone: str) -> str:
+def _fingerprint(backbone: str) -> str:
     """Of a backbone by its name."""
     return backbone_fingerprint(resolve_backbone(backbone))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from alter.compare.grid import SEEDS, Grid, Planner, run_grid
 from alter.compare.methods import METHODS, Method, find_method
 from alter.compare.summary import summarise
-from alter.compare.tables import markdown, page, with_heatmaps
+from alter.compare.tables import markdown, page, routing_pictures, with_heatmaps
 from alter.errors import AlterError
 from alter.precision import AUTO, choose_precision
 from alter.recipe import Recipe, read_recipe, recipe_arguments
@@ -59,9 +59,9 @@ def compare(arguments: Sequence[str]) -> None:
     }
     write_json(folder / "compare.json", result)
     title = f"Comparison on {recipe.run.name}"
-    text = markdown(result)
-    write_text(folder / "compare.md", with_heatmaps(text, result, folder))
-    write_text(folder / "compare.html", page(result, title))
+    text, drawn = markdown(result), routing_pictures(result)
+    write_text(folder / "compare.md", with_heatmaps(text, drawn, folder))
+    write_text(folder / "compare.html", page(result, title, drawn))
     print(f"\n{text}\nWritten to {folder}: compare.json, compare.md, compare.html")
 
 

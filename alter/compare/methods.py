@@ -113,13 +113,13 @@ def _expert(name: str, router: str) -> Callable[[Config, Budget], list[Training]
     """Stage 1 alone with another kind of low-rank expert, in the recipe's scale."""
 
     def plan(config: Config, budget: Budget) -> list[Training]:
-        config = one_stage_of(config, budget.draws)
-        arguments = config["stage1"]["model"]["init_args"]
-        given = arguments["expert"]["init_args"]
-        alpha = given["alpha"] / given["rank"] if given.get("alpha") is not None else None  # of rank 1
-        arguments["expert"] = {"class_path": f"alter.nn.{name}", "init_args": {"rank": 1, "alpha": alpha}}
-        arguments["router"] = {"class_path": f"alter.nn.{router}", "init_args": {}}
-        return [Training(config, budget=budget.parameters)]
+        given = config["stage1"]["model"]["init_args"]["expert"]["init_args"]
+        scaled = {"rank": given.get("rank", 1), "alpha": given.get("alpha")}
+        change = _stage1(
+            expert={"class_path": f"alter.nn.{name}", "init_args": scaled},
+            router={"class_path": f"alter.nn.{router}", "init_args": {}},
+        )
+        return change(config, budget)
 
     return plan
 

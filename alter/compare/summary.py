@@ -118,10 +118,10 @@ def summarise(cells: Cells, methods: Mapping[str, Method], tasks: Sequence[Task]
             },
             "average": {k: v for k, v in _spread(averages[name]).items() if k != "seeds"},
             "trainable_parameters": any_seed["trainable_parameters"],
-            "tokens": _over_seeds(fmean, [own[seed]["tokens"] for seed in seeds]),
-            "validation_loss": _over_seeds(fmean, [own[seed].get("validation_loss") for seed in seeds]),
+            "tokens": over_seeds(fmean, [own[seed]["tokens"] for seed in seeds]),
+            "validation_loss": over_seeds(fmean, [own[seed].get("validation_loss") for seed in seeds]),
             # a median, since the first cell to draw an example computes its trunk for all
-            "tokens_per_second": _over_seeds(median, [own[seed]["tokens_per_second"] for seed in seeds]),
+            "tokens_per_second": over_seeds(median, [own[seed]["tokens_per_second"] for seed in seeds]),
             "peak_memory_bytes": max(own[seed]["peak_memory_bytes"] for seed in seeds),
             "learning_rate_factor": _factor(cells[name][seeds[0]]),
             "vs_best_baseline": above_best[name],
@@ -141,7 +141,8 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None, "seeds": list(values)}
 
 
-def _over_seeds(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+def over_seeds(statistic: Callable[[list[float]], float], values: Sequence[float | None]) -> float | None:
+    """A statistic of what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return statistic(known) if known else None
 

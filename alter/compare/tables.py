@@ -163,8 +163,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # -- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def page(result: Mapping[str, Any], title: str) -> str:
-    """One self-contained HTML page: the tables and the routing heatmaps."""
+def page(result: Mapping[str, Any], title: str, drawn: Mapping[str, Mapping[str, str]]) -> str:
+    """One self-contained HTML page: the tables and the routing's pictures."""
     parts = [
         markup.bullets([note[2:] for note in notes(result)]),
         "<h2>Results</h2>",
@@ -174,31 +174,33 @@ def page(result: Mapping[str, Any], title: str) -> str:
     ]
     if "negative_transfer" in result:
         parts += ["<h2>Against training alone</h2>", f"<p>{TRANSFER}</p>", markup.table(*transfer_table(result))]
-    routed = {name: method["routing"] for name, method in result["methods"].items() if method["routing"]}
-    tasks = list(result["primary_metrics"])
-    if routed:
+    if drawn:
         parts.append(f"<h2>Routing</h2><p>{ROUTING}</p>")
         parts += [
-            markup.folded(name, "".join(markup.figure(svg, kind) for kind, svg in heatmaps(found, tasks)))
-            for name, found in routed.items()
+            markup.folded(name, "".join(markup.figure(svg, kind) for kind, svg in kinds.items()))
+            for name, kinds in drawn.items()
         ]
     return markup.page(title, parts)
 
 
-def heatmaps(routing: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Each kind of gate of a method, and its picture: an SVG of task by expert, for every layer."""
+def routing_pictures(result: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """By method and kind of gate the picture of its routing: an SVG of task by expert, for every layer."""
     from alter import pictures  # matplotlib takes a second
 
-    for kind, layers in routing.items():
-        columns = [str(i) for i in range(len(next(iter(layers.values()))[0]))]
-        yield kind, pictures.svg(pictures.heatmaps(layers, tasks, columns))
+    tasks = list(result["primary_metrics"])
+    drawn: dict[str, dict[str, str]] = {}
+    for name, method in result["methods"].items():
+        for kind, layers in method["routing"].items():
+            columns = [str(i) for i in range(len(next(iter(layers.values()))[0]))]
+            drawn.setdefault(name, {})[kind] = pictures.svg(pictures.heatmaps(layers, tasks, columns))
+    return drawn
 
 
-def with_heatmaps(text: str, result: Mapping[str, Any], folder: Path) -> str:
+def with_heatmaps(text: str, drawn: Mapping[str, Mapping[str, str]], folder: Path) -> str:
     """The tables as Markdown with the routing's pictures, which are written to the folder that the Markdown is to stand in."""
     lines = []
-    for name, method in result["methods"].items():
-        for kind, svg in heatmaps(method["routing"], list(result["primary_metrics"])):
+    for name, kinds in drawn.items():
+        for kind, svg in kinds.items():
             file = Path("routing") / f"{name}.{kind}.svg"
             (folder / file).parent.mkdir(exist_ok=True)
             write_text(folder / file, svg)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from alter.compare.methods import METHODS
 from alter.compare.summary import Answers, summarise
-from alter.compare.tables import markdown, page, with_heatmaps
+from alter.compare.tables import markdown, page, routing_pictures, with_heatmaps
 from alter.data import Task
 from alter.metrics import RESAMPLES
 
@@ -120,7 +120,7 @@ def test_the_tables_say_what_was_found(cells):
     assert f"**{100 * average['mean']:.1f} ± {100 * average['sd']:.1f}**" in text
     assert "Best baseline: full" in text
     assert "| untouched (baseline) |" in text
-    document = page(result, "A <title>")
+    document = page(result, "A <title>", routing_pictures(result))
     assert "A &lt;title&gt;" in document
     assert "<svg" in document
     assert ">0.75</text>" in document
@@ -161,9 +161,9 @@ def test_every_method_is_set_against_the_two_stages(cells):
 def test_the_markdown_links_to_its_heatmaps(cells, tmp_path):
     result = summarise(cells, METHODS, TASKS, "test")
     text = markdown(result)
-    assert with_heatmaps(text, result, tmp_path) == text
+    assert with_heatmaps(text, routing_pictures(result), tmp_path) == text
     result["methods"]["two_stage"]["routing"] = {"experts": {"layers.0": [[0.9, 0.1], [0.25, 0.75]]}}
-    (link,) = re.findall(r"!\[two_stage: experts\]\((.+)\)", with_heatmaps(text, result, tmp_path))
+    (link,) = re.findall(r"!\[two_stage: experts\]\((.+)\)", with_heatmaps(text, routing_pictures(result), tmp_path))
     assert ">0.75</text>" in (tmp_path / link).read_text()
 
 
@@ -204,7 +204,7 @@ def test_the_heatmaps_show_each_tasks_gate_on_each_expert_by_layer(cells):
         "shared": {"layers.3": [[0.8, 0.15, 0.05], [0.1, 0.2, 0.7]]},
     }
     result["methods"]["two_stage"]["routing"] = routing
-    folded = page(result, "").partition("<h2>Routing</h2>")[2]
+    folded = page(result, "", routing_pictures(result)).partition("<h2>Routing</h2>")[2]
     assert folded.count("<details") == 1
     assert ">two_stage<" in folded
     pictures = re.findall(r"<figure>(.*?)<figcaption>(\w+)</figcaption>", folded, re.DOTALL)

@@ -132,9 +132,8 @@ def test_an_adam_step_is_fused_and_the_same(tmp_path, name, precision):
         found[str(said)] = torch.cat([p.detach().flatten() for p in module.model.part_parameters()["experts"]])
     plain, *others = found.values()
     for other in others:
-        assert (
-            plain - other
-        ).abs().mean() < 1e-4  # a hundredth of a step; autocast makes more of rounding in single ones
+        # a hundredth of a step; autocast makes more of rounding in single ones
+        assert (plain - other).abs().mean() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["Adamax", "SGD", "Adagrad"])

@@ -169,7 +169,7 @@ class MixtureOfTaskAdapters(nn.Module):
         return y if all(part.contains_ffn for part in parts) else (1.0 - ffn_share) * ffn_output() + y
 
     def _mix_trained(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
-        gates = self.router(x, routing)
+        gates = self._gates(x, routing)
         ffn_share: Tensor | float
         if self.shared is None:
             y = self.experts.mix(x, gates, self.frozen, self.router.active, routing)
@@ -185,6 +185,14 @@ class MixtureOfTaskAdapters(nn.Module):
         if isinstance(ffn_share, float) and ffn_share == 1.0:
             return y
         return (1.0 - ffn_share) * ffn_output() + y
+
+    def _gates(self, x: Tensor, routing: Routing) -> Tensor:
+        if not (self.router.reads_task_alone and torch.is_inference_mode_enabled()):
+            return self.router(x, routing)
+        key = self.router, x.shape[0]
+        if key not in routing.known:
+            routing.known[key] = self.router(x, routing)
+        return routing.known[key]
 
     def _ffn_share(self, weights: Tensor, shared_contain: bool) -> Tensor | float:
         """How much of F(x) the weighted outputs already hold: a number where it is the same for all tokens."""

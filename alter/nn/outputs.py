@@ -73,7 +73,8 @@ class Outputs:
     def _made(self) -> Tensor:
         if self._ffn is not None:
             made = [kept.change.added(self._ffn.linear("down", kept.inner)) for kept in self._kept]
-            self._whole = torch.cat([output.view(-1, *output.shape[-3:]) for output in made])
+            made = [output.view(-1, *output.shape[-3:]) for output in made]
+            self._whole = torch.cat(made) if len(made) > 1 else made[0]
             self._ffn = None
         return cast(Tensor, self._whole)
 

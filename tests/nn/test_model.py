@@ -240,6 +240,21 @@ def test_cached_generation_equals_uncached_and_a_mixed_batch_equals_single_promp
         assert generate(model, alone, 6, num_beams=beams) == [answer]
 
 
+@PAIR
+@pytest.mark.parametrize(("router", "asked"), [(TaskSelector(), 1), (TaskGate(), 6)], ids=["task", "tokens"])
+def test_decoding_asks_a_router_once_for_what_the_task_alone_decides(family, router, asked):
+    model = make(family, LoRA(rank=4), router)
+    batch, calls = prompts(model), []
+    list(model.layers.values())[-1].router.register_forward_hook(lambda *_: calls.append(1))
+    first = generate(model, batch, 6, min_new_tokens=6)
+    assert len(calls) == asked
+    with torch.no_grad():
+        for parameter in (p for router in model.routers() for p in router.parameters()):
+            parameter.copy_(parameter.flip(0))  # what belonged to one task is another's
+    assert generate(model, {**batch, "task_ids": 2 - batch["task_ids"]}, 6, min_new_tokens=6) == first
+    assert generate(model, batch, 6, min_new_tokens=6) != first
+
+
 @pytest.mark.parametrize(
     ("family", "router", "gate", "expert"),
     cases(

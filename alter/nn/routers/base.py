@@ -30,6 +30,7 @@ class Routing:
         mask: the one of them that fits the hidden states, in what a layer hands its routers; None where all count.
         losses: collects the routers' own losses during a forward pass that trains; None at other times, such as the
             second forward pass of activation checkpointing.
+        known: gates that depend on the task alone, by router and rows, which every step of decoding would compute anew.
     """
 
     task_ids: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
@@ -41,6 +42,7 @@ class Routing:
     masks: dict[str, Tensor] = field(default_factory=dict)
     mask: Tensor | None = None
     losses: list[Tensor] | None = None
+    known: dict[tuple[nn.Module, int], Tensor] = field(default_factory=dict)
 
     def announce(self, task_ids: Tensor, prompt: Tensor) -> None:
         """Says whom the next calls are about, of all of whose tokens the output matters; forgets the last ones.
@@ -50,7 +52,7 @@ class Routing:
             prompt: [batch, prompt_size], or [1, prompt_size] where no router reads it.
         """
         self.task_ids, self.prompt, self.only_task = task_ids, prompt, None
-        self.positions, self.masks = None, {}
+        self.positions, self.masks, self.known = None, {}, {}
 
     def seen_at(self, place: str) -> Self:
         """The same with the mask of ``place``, a key of ``masks``."""
@@ -74,7 +76,7 @@ class Routing:
             return None if values is None else values.repeat_interleave(count // len(values), 0)[index]
 
         tasks, prompt = self.rows(count)[index], self.prompt_rows(count)[index]
-        return replace(self, task_ids=tasks, prompt=prompt, first=own(self.first), mask=own(self.mask))
+        return replace(self, task_ids=tasks, prompt=prompt, first=own(self.first), mask=own(self.mask), known={})
 
     def add_loss(self, loss: Tensor) -> None:
         """Adds a router's own loss, a scalar, to the batch's.

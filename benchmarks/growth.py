@@ -62,8 +62,26 @@ def rows_point(args, rows):
     return {"seconds": seconds, "low": seconds, "high": seconds}
 
 
+def merged(points):
+    """One point of each place: the median of its passes, their lowest and highest rounds, the largest memory."""
+    places = {}
+    for point in points:
+        places.setdefault((point["curve"], point["value"]), []).append(point)
+    return [
+        {
+            "curve": curve,
+            "value": value,
+            "seconds": statistics.median(point["seconds"] for point in own),
+            "low": min(point["low"] for point in own),
+            "high": max(point["high"] for point in own),
+            "peak": max(point["peak"] for point in own),
+        }
+        for (curve, value), own in places.items()
+    ]
+
+
 def plot(points, file):
-    """One panel a curve: time on the left axis, memory on the right."""
+    """One panel a curve: time on the left axis, with its lowest and highest rounds behind it, memory on the right."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -75,6 +93,7 @@ def plot(points, file):
         own = [p for p in points if p["curve"] == name]
         x, seconds, peaks = [p["value"] for p in own], [p["seconds"] for p in own], [p["peak"] / 2**30 for p in own]
         panel.plot(x, seconds, "o-", color="tab:blue")
+        panel.fill_between(x, [p["low"] for p in own], [p["high"] for p in own], color="tab:blue", alpha=0.15)
         panel.set_xlabel(titles.get(name, name))
         panel.set_ylabel("seconds", color="tab:blue")
         memory = panel.twinx()
@@ -84,7 +103,7 @@ def plot(points, file):
         if name == "rows":
             panel.set(xscale="log", yscale="log")
             continue
-        panel.set(ylim=(0, 1.15 * max(seconds)))
+        panel.set(ylim=(0, 1.15 * max(p["high"] for p in own)))
         if name in ("tasks", "rank", "length"):
             panel.set_xscale("log", base=2)
         panel.set_xticks(x, labels=[f"{value}" for value in x])
@@ -95,7 +114,8 @@ def main():
     """All curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", default="smollm2-135m", help="name or folder of SmolLM2-135M")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of a point in a pass")
+    parser.add_argument("--passes", type=int, default=3, help="over all curves of steps")
     parser.add_argument("--out", type=Path, help="JSON file for the points")
     parser.add_argument("--plot", type=Path, help="SVG file")
     parser.add_argument("--point", nargs=2, metavar=("CURVE", "VALUE"), help="measure this one and print it")
@@ -108,17 +128,18 @@ def main():
         print(json.dumps({"curve": curve, "value": value, **found, "peak": peak_memory_bytes()}))
         return
     points = []
-    for curve, values in CURVES.items():
-        for value in values:
+    for number in range(args.passes):  # all curves in each, so that a machine whose speed moves bends none of them
+        for curve, value in [(curve, value) for curve, values in CURVES.items() for value in values]:
+            if curve == "rows" and number:
+                continue  # takes minutes
             command = [sys.executable, __file__, "--smollm2", args.smollm2, "--rounds", str(args.rounds)]
             done = subprocess.run([*command, "--point", curve, str(value)], capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{curve} {value} failed:\n{done.stderr[-3000:]}")
             points.append(json.loads(done.stdout.splitlines()[-1]))
-            print(
-                "{curve} {value}: {seconds:.3f} s, {0:.2f} GB".format(points[-1]["peak"] / 2**30, **points[-1]),
-                flush=True,
-            )
+            gigabytes = points[-1]["peak"] / 2**30
+            print(f"{curve} {value}: {points[-1]['seconds']:.3f} s, {gigabytes:.2f} GB", flush=True)
+    points = merged(points)
     if args.out:
         import common  # not before: a point's peak memory would have it
 

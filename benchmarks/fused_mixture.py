@@ -46,11 +46,7 @@ def measure_kind(name, backbone, kind, args):
 
 def compared(title, ours, other, target, args):
     """One row: two sides in turn."""
-    seconds = common.alternate(
-        args.rounds,
-        ours=lambda: [ours() for _ in range(args.repeat)],
-        other=lambda: [other() for _ in range(args.repeat)],
-    )
+    seconds = common.alternate(args.rounds, ours=ours, other=other)
     return common.row(title, common.ratios(seconds["ours"], seconds["other"]), target, at_most=True)
 
 
@@ -67,11 +63,13 @@ def made(backbone, experts, expert, router, args):
 def main():
     """Both backbones."""
     parser = common.options(__doc__)
+    parser.set_defaults(
+        rounds=15
+    )  # of one step: the ratios are near one, and a machine's speed moves between longer turns
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", default="last:4")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=3, help="steps a round")
     parser.add_argument("--compile", action="store_true", help="the blocks of both sides by torch.compile")
     parser.add_argument("--kinds", nargs="+", choices=EXPERTS, default=list(EXPERTS))
     args = parser.parse_args()

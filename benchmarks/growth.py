@@ -127,18 +127,18 @@ def main():
 
         print(json.dumps({"curve": curve, "value": value, **found, "peak": peak_memory_bytes()}))
         return
+    places = [(curve, value) for curve, values in CURVES.items() for value in values]
+    steps = [place for place in places if place[0] != "rows"]
     points = []
-    for number in range(args.passes):  # all curves in each, so that a machine whose speed moves bends none of them
-        for curve, value in [(curve, value) for curve, values in CURVES.items() for value in values]:
-            if curve == "rows" and number:
-                continue  # takes minutes
-            command = [sys.executable, __file__, "--smollm2", args.smollm2, "--rounds", str(args.rounds)]
-            done = subprocess.run([*command, "--point", curve, str(value)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(f"{curve} {value} failed:\n{done.stderr[-3000:]}")
-            points.append(json.loads(done.stdout.splitlines()[-1]))
-            gigabytes = points[-1]["peak"] / 2**30
-            print(f"{curve} {value}: {points[-1]['seconds']:.3f} s, {gigabytes:.2f} GB", flush=True)
+    # every pass over all of them, so that a machine whose speed moves bends no curve; rows take minutes
+    for curve, value in steps * (args.passes - 1) + places:
+        command = [sys.executable, __file__, "--smollm2", args.smollm2, "--rounds", str(args.rounds)]
+        done = subprocess.run([*command, "--point", curve, str(value)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{curve} {value} failed:\n{done.stderr[-3000:]}")
+        points.append(json.loads(done.stdout.splitlines()[-1]))
+        gigabytes = points[-1]["peak"] / 2**30
+        print(f"{curve} {value}: {points[-1]['seconds']:.3f} s, {gigabytes:.2f} GB", flush=True)
     points = merged(points)
     if args.out:
         import common  # not before: a point's peak memory would have it

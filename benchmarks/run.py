@@ -19,7 +19,7 @@ import torch
 
 HERE = Path(__file__).parent
 RUNS = {  # what a row's "benchmark" says: the program and its arguments
-    "fused_mixture": ["fused_mixture", "--repeat", "1", "--rounds", "15"],  # short turns: the ratios are near one
+    "fused_mixture": ["fused_mixture"],
     "fused_mixture compiled": ["fused_mixture", "--compile", "--batch", "64", "--length", "256"],
     "choices": ["choices"],
     "trunk_cache": ["trunk_cache"],

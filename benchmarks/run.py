@@ -61,7 +61,9 @@ def render(results, kind):
     rows = json.loads((results / f"{kind}.json").read_text())
     machines = json.loads((results / f"machines_{kind}.json").read_text())
     used = list(dict.fromkeys(row["hardware"] for row in rows))
-    where = f"Measured on {' and '.join(used)}" + ("; the JSON has each row's." if len(used) > 1 else ".")
+    targets = [row["holds"] for row in rows if row["target"] is not None]
+    held = f"{sum(targets)} of {len(targets)} rows with a target hold it. " if targets else ""
+    where = f"{held}Measured on {' and '.join(used)}" + ("; the JSON has each row's." if len(used) > 1 else ".")
     parts = {
         f"results {kind}": f"{table(rows)}\n\n{where}",
         f"machine {kind}": "\n".join(

@@ -34,10 +34,10 @@ def test_rows_are_replaced_by_benchmark_and_machines_by_hardware(run, monkeypatc
             "ratio": 1.0,
             "low": 1.0,
             "high": 1.0,
-            "target": None,
+            "target": 1.0,
             "bound": "at most",
         }
-        return [{**row, "holds": True, "hardware": hardware[0]}]
+        return [{**row, "holds": "bf16" in arguments, "hardware": hardware[0]}]
 
     monkeypatch.setattr(run, "measured", measured)
     monkeypatch.setattr(
@@ -54,7 +54,7 @@ def test_rows_are_replaced_by_benchmark_and_machines_by_hardware(run, monkeypatc
         ("mixed_generation bf16", "one"),
     ]
     page = run.PAGE.read_text()
-    assert "Measured on other and one" in page
+    assert "1 of 2 rows with a target hold it. Measured on other and one" in page
     assert page.count("copy, GB/s") == 2
     assert "before" not in page
 

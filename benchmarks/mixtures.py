@@ -24,9 +24,16 @@ def mixture(backbone, root=None, name="customer_service", max_tokens=1024, **opt
 
 
 def batches(backbone, root, count, max_tokens, name="customer_service"):
-    """How many tasks there are, and training batches from all over an epoch, whose lengths and tasks take turns."""
+    """How many tasks there are, and training batches that stand for an epoch: from its lowest share of labels to its highest."""
     data = mixture(backbone, root, name, max_tokens)
     loader = data.train_dataloader()
-    epoch = list(loader.batch_sampler)
+    targets = [data.examples(task.name, "train")["target_ids"] for task in data.tasks]
+    prompts = [data.examples(task.name, "train")["prompt_ids"] for task in data.tasks]
+
+    def label_share(pairs):
+        labels, others = (sum(len(rows[task][row]) for task, row in pairs) for rows in (targets, prompts))
+        return labels / (labels + others)
+
+    epoch = sorted(loader.batch_sampler, key=label_share)
     chosen = [epoch[(2 * i + 1) * len(epoch) // (2 * count)] for i in range(count)]
     return len(data.tasks), [loader.collate_fn([loader.dataset[pair] for pair in pairs]) for pairs in chosen]

@@ -30,7 +30,8 @@ class TrunkStore:
         folder: of this store; its parent holds the stores of other backbones and cuts, which share the bound.
         width: of the tensors.
         dtype: of the tensors, float32 or bfloat16.
-        max_bytes: of all stores in the parent folder together.
+        max_bytes: of all stores in the parent folder together; processes that begin a segment at the same moment may each
+            exceed it by that segment.
         evict: whether segments that this process has not used make room, longest unused first; otherwise, and when all
             are in use, nothing more is stored.
     """

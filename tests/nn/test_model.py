@@ -1,5 +1,6 @@
 """MTAModel on every family: the properties that hold whatever the experts and routers."""
 
+import copy
 import json
 import random
 from types import SimpleNamespace
@@ -383,6 +384,30 @@ def test_experts_stay_as_they_are_under_a_gate_that_starts_anywhere():
     assert all(torch.equal(p, b) for p, b in zip(model.part_parameters()["experts"], before, strict=True))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_the_last_feed_forward_are_made_at_labels_alone(family):
+    model = make(family)
+    batch = train_batch(model)
+    down = [*model.layers.values()][-1].frozen.module("down")
+    rows = {"head": 0, "down": 0}
+
+    def count(module, place):
+        def add(_, inputs):
+            rows[place] += inputs[0].shape[:-1].numel()
+
+        return module.register_forward_pre_hook(add)
+
+    count(model.backbone.get_output_embeddings(), "head")
+    count(down, "down")
+    model(batch).losses.mean().backward()
+    each = (batch["labels"] != -100).sum(1)  # of six or fewer of a causal model's eight tokens
+    assert rows == {"head": int(each.sum()), "down": len(each) * int(each.max())}
+
+
+def gradients_of(output, wanted):
+    return output, *torch.autograd.grad(output.square().sum(), wanted)
+
+
 @pytest.mark.parametrize("family", [*TWO, "t5-ungated"])
 @pytest.mark.parametrize("task_expert", EXPERTS, ids=name)
 @pytest.mark.parametrize("shared", EXPERTS, ids=name)
@@ -392,6 +417,8 @@ def test_stage_two_computes_its_equation_forward_and_backward(family, task_exper
     layer, tasks = next(iter(model.layers.values())), [2, 0]
     model.set_examples({"task_ids": torch.tensor(tasks)})
     x = torch.randn(2, 3, 32, requires_grad=True)
+    found = gradients_of(layer(x), [x, *(p for part in layer.parts().values() for p in part.parameters())])
+    layer, x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()  # for the reference
     roles = {role: layer.frozen.module(role) for role in layer.frozen.shapes}
     block = SimpleNamespace(gated="gate" in roles, act=layer.frozen.activation, **roles)
     router, gate = layer.router, layer.shared_router
@@ -410,9 +437,8 @@ def test_stage_two_computes_its_equation_forward_and_backward(family, task_exper
         return frozen + sum(share * y for share, y in zip(a / a.sum(), added, strict=True))
 
     slow = torch.stack([torch.stack([expected(v, task) for v in row]) for row, task in zip(x, tasks, strict=True)])
-    wanted = [x, *(p for part in layer.parts().values() for p in part.parameters())]
-    found, slow = ((y, *torch.autograd.grad(y.square().sum(), wanted)) for y in (layer(x), slow))
-    assert_alike(found, slow, 1e-4)
+    slow = gradients_of(slow, [x, *(p for part in layer.parts().values() for p in part.parameters())])
+    assert_alike([value.double() for value in found], slow, 2e-5)  # fp32 against fp64
 
 
 # -- what routers see, and their own losses -----------------------------------------------------------------------------

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from alter.nn import Description, LoRA, MTAModel, SharedGate, TaskSelector, TopK, TrunkCache
+from alter.nn.backbone import load_backbone
 from alter.nn.trunk import Trunk
 from tests.elsewhere import GPU, a_gpu
 from tests.nn.test_model import adapters, train_batch
-from tests.nn.tiny import FAMILIES, tiny_model
+from tests.nn.tiny import FAMILIES, assert_alike, tiny_model
 
 TASKS = ["a", "b", "c"]
 DECODER_ONLY = {"t5": [4, 5], "bart": [4, 5]}  # layers are counted over the encoder first
@@ -148,6 +149,52 @@ def test_what_else_the_states_depend_on_is_another_store(tmp_path):
     assert len(cached.store) == 0
     (cached,) = make("llama", "last:1").body.cache_trunks(TrunkCache(folder=tmp_path), "tiny").values()
     assert len(cached.store) == 4
+
+
+@pytest.mark.parametrize("family", DECODER_ONLY)
+def test_a_decoders_states_are_those_of_prompt_and_target_together(tmp_path, family):
+    plain, cached = (make(family, DECODER_ONLY[family], cache) for cache in (None, TrunkCache(folder=tmp_path)))
+    assert set(cached.body.cached) == {"encoder", "decoder"}
+    assert set(make(family, "last:1", TrunkCache(folder=tmp_path)).body.cached) == {"encoder"}  # whose output moves
+    batch = train_batch(plain)
+    batch["labels"][:] = batch["labels"][0]  # prompts alone tell the examples apart
+    expected = step(plain, batch)
+    for _ in range(2):
+        torch.testing.assert_close(step(cached, batch), expected, atol=1e-5, rtol=1e-5)
+    assert len(cached.body.cached["decoder"].store) == len(batch["labels"])
+
+
+@pytest.mark.slow
+def test_a_real_models_losses_and_gradients_from_states_of_other_batches(tmp_path, smollm2):
+    def made(cache):
+        torch.manual_seed(1)
+        model = MTAModel(load_backbone(smollm2), TASKS, "last:2")
+        model.add_experts(LoRA(rank=4), TaskSelector())
+        for parameter in adapters(model):
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        if cache:
+            assert model.body.cache_trunks(TrunkCache(folder=tmp_path), "smollm2")
+        return model
+
+    def batch(rows):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(100, 30000, (6, 24), generator=generator)
+        lengths = torch.tensor([24, 9, 16, 24, 12, 20])
+        mask = (torch.arange(24) < lengths[:, None]).long()
+        labels = ids.masked_fill((mask == 0) | (torch.arange(24) < 5), -100)
+        whole = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+        longest = int(lengths[rows].max())
+        return {**{name: value[rows, :longest] for name, value in whole.items()}, "task_ids": torch.tensor(rows) % 3}
+
+    plain, cached = made(cache=False), made(cache=True)
+    for rows in ([0, 1, 2], [3, 4, 5]):
+        step(cached, batch(rows))
+    (states,) = cached.body.cached.values()
+    for rows in ([1, 4], [2, 5], [0, 3]):
+        found, expected = step(cached, batch(rows)), step(plain, batch(rows))
+        torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+        assert_alike(found[1:], expected[1:])
+    assert len(states.store) == 6
 
 
 def off(model, tmp_path, **options):

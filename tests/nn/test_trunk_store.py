@@ -132,6 +132,20 @@ def test_it_stays_within_its_bound_and_evicts_what_was_longest_unused(tmp_path):
     assert len(make(tmp_path / "newer", bound)) * entry + total(tmp_path / "old") <= bound
 
 
+def test_what_was_read_last_stays_longest(tmp_path):
+    first, second = make(tmp_path / "first", 4000), make(tmp_path / "second", 4000)
+    put_all(first, 40)
+    put_all(second, 40)
+    for name, time in (("first", 1), ("second", 2)):
+        for path in (tmp_path / name).glob("*"):
+            os.utime(path, (time, time))
+    read = make(tmp_path / "first", 4000)
+    assert all(read.get(key(number)) is not None for number in range(40))
+    put_all(make(tmp_path / "new", 4000), 20)
+    assert len(make(tmp_path / "first", 4000)) == 40
+    assert len(make(tmp_path / "second", 4000)) < 40
+
+
 def put_all(store, count):
     for number in range(count):
         store.put(key(number), states(number))

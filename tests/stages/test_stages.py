@@ -99,6 +99,29 @@ def test_each_stage_trains_what_it_says_and_nothing_else(backbone, tmp_path, cap
     )  # fmt: skip
 
 
+def test_states_of_another_backbone_or_precision_are_not_read(tmp_path):
+    weights = tiny_model("llama")
+    for name in ("one", "other"):
+        weights.save_pretrained(tmp_path / name)
+        weights.model.layers[0].mlp.up_proj.weight.data += 1.0
+    cache = TrunkCache(folder=str(tmp_path / "trunk"), dtype="fp32")
+
+    def stored(name, precision="fp32"):
+        module = Stage1Module(
+            str(tmp_path / name), TASKS, precision, layers="last:1", expert=LoRA(rank=4), trunk_cache=cache
+        )
+        module.configure_model()
+        (found,) = module.model.body.cached.values()
+        before = len(found.store)
+        module.model(batches(False, 1)[0])
+        return before
+
+    assert stored("one") == 0
+    assert stored("one") == 4
+    assert stored("other") == 0
+    assert stored("one", "bf16") == 0
+
+
 def backbone_family(module):
     return "t5" if module.model.is_seq2seq else "llama"
 

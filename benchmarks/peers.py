@@ -284,11 +284,15 @@ def main():
             )
             for side, how in (("alter", "the"), (COMMAND, "`alter fit`'s"))
         ),
-        common.row(
-            f"{name}: peak memory over peft's",
-            common.ratios(values["alter"][peak], values["peft"][peak]),
-            1.0,
-            at_most=True,
+        *(
+            common.row(
+                f"{name}: peak memory{how} over peft's",
+                common.ratios(values[side][peak], values["peft"][peak]),
+                1.0,
+                at_most=True,
+            )
+            for side, how in (("alter", ""), ("alter_cached", " from cached trunks"))
+            if side in sides
         ),
     ]
     common.save(rows, args.out)

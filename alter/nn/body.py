@@ -85,9 +85,7 @@ class Body:
             inputs = {"input_ids": token}
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
         with replaced_forward(self.decoder, lambda *_, **__: output):
-            return self.backbone(**inputs, use_cache=False).logits.squeeze(
-                0
-            )  # indexing would copy in the backward pass
+            return self.backbone(**inputs, use_cache=False).logits.squeeze(0)
 
     def last_hidden_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The decoder's output for a training batch, padded on the right; trunks that are cached are not run.

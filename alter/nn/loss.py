@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -74,8 +75,9 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 states = states.detach().requires_grad_()
                 made = logits(states)
+            edge = get_gradient_edge(made)  # after the change in place autograd would copy what flows into a view
             chunk, upstream = _losses_and_gradients(made.detach().float(), wanted)
-            gradients += torch.autograd.grad(made, states, upstream.to(made.dtype))
+            gradients += torch.autograd.grad(edge, states, upstream.to(made.dtype))
             losses.append(chunk)
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)

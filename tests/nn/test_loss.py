@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alter.nn import MTAModel, loss
 from alter.nn.loss import token_losses
@@ -56,3 +57,22 @@ def test_the_head_by_itself_gives_the_models_own_logits(family):
             states = model.body.decode(**inputs).last_hidden_state
         found = model.body.logits(states.flatten(0, 1)).view_as(expected)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_backward_pass_makes_no_copy_of_the_logits(family):
+    model = MTAModel(tiny_model(family), ["a"], "last:1")
+    states, targets = torch.randn(7, 32, requires_grad=True), torch.arange(7)
+    made = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.numel() == 7 * model.body.vocabulary:
+                made.append(func.overloadpacket)
+            return found
+
+    with Seen():
+        token_losses(states, targets, model.body.logits, model.body.vocabulary).mean().backward()
+    assert torch.ops.aten.mm in made
+    assert not {torch.ops.aten.copy_, torch.ops.aten.clone, torch.ops.aten.new_zeros} & set(made)

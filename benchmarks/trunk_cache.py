@@ -8,6 +8,7 @@ measured and not counted.
 """
 
 import tempfile
+from functools import partial
 
 import common
 import torch
@@ -54,11 +55,13 @@ def measure(layers, mixture, args):
         assert cached.body.cache_trunks(TrunkCache(folder=folder), "benchmark")
         cut = cached.body.cached["decoder"].trunk.cut
         take_plain, take_cached = common.stepper(plain), common.stepper(cached)
-        seconds = common.alternate(
-            args.rounds,
-            plain=lambda: [take_plain(b) for b in data],
-            cached=lambda: [take_cached(b) for b in data],  # the first, untimed, round fills the cache
-        )
+        sides = {"plain": take_plain, "cached": take_cached}
+        turns = {f"{side} {i}": partial(take, b) for i, b in enumerate(data) for side, take in sides.items()}
+        times = common.alternate(args.rounds, **turns)  # step by step; the first, untimed, round fills the cache
+        seconds = {
+            side: [sum(steps) for steps in zip(*(times[f"{side} {i}"] for i in range(len(data))), strict=True)]
+            for side in sides
+        }
         worst = max((plain(b).losses - cached(b).losses).detach().abs().max().item() for b in data[:3])
     name = f"SmolLM2-135M {layers} {args.precision}, {mixture}, {args.routing} routing"
     active = 1 if args.routing == "hard" else count

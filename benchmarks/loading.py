@@ -46,6 +46,7 @@ def main():
     parser = common.options(__doc__)
     parser.add_argument("--layers", default="last:40%")
     parser.add_argument("--rank", type=int, default=16)
+    parser.set_defaults(rounds=25)  # of half a second each
     args = parser.parse_args()
     common.both_backbones(measure, args)
 

@@ -63,9 +63,8 @@ def made(backbone, experts, expert, router, args):
 def main():
     """Both backbones."""
     parser = common.options(__doc__)
-    parser.set_defaults(
-        rounds=15
-    )  # of one step: the ratios are near one, and a machine's speed moves between longer turns
+    # of one step: the ratios are near one, and a machine's speed moves between longer turns
+    parser.set_defaults(rounds=15)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", default="last:4")
     parser.add_argument("--batch", type=int, default=8)

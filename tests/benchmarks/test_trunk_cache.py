@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from alter.nn import LoRA, MTAModel, TaskSelector, TrunkCache
+from tests.nn.test_model import train_batch
+from tests.nn.tiny import tiny_model
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -24,19 +25,11 @@ def benchmark(monkeypatch):
 
 @pytest.mark.parametrize("adapted", [1, 2, 3])
 def test_the_multiply_adds_of_a_step_are_those_that_torch_counts(benchmark, tmp_path, adapted):
-    config = LlamaConfig(
-        vocab_size=211,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation="eager",
-    )
-    model = MTAModel(AutoModelForCausalLM.from_config(config), ["a", "b"], f"last:{adapted}")
+    backbone = tiny_model("llama")
+    backbone.set_attn_implementation("eager")  # whose products torch counts
+    model = MTAModel(backbone, ["a", "b"], f"last:{adapted}").train()
     model.add_experts(LoRA(rank=4), TaskSelector(hard=True))
-    data = benchmark.common.batch(model.train(), rows=3, length=24, targets=5)
-    data |= {"input_ids": data["input_ids"] % 211, "labels": data["labels"].where(data["labels"] < 0, 3)}
+    data = train_batch(model, tasks=(0, 1, 1, 0))
     whole, upper = benchmark.multiply_adds(model, data, 4 - adapted, rank=4, active=1)
 
     def counted(model):

@@ -404,7 +404,8 @@ def test_logits_and_the_last_feed_forward_are_made_at_labels_alone(family):
     assert rows == {"head": int(each.sum()), "down": len(each) * int(each.max())}
 
 
-def gradients_of(output, wanted):
+def with_gradients(output, x, layer):
+    wanted = [x, *(p for part in layer.parts().values() for p in part.parameters())]
     return output, *torch.autograd.grad(output.square().sum(), wanted)
 
 
@@ -417,7 +418,7 @@ def test_stage_two_computes_its_equation_forward_and_backward(family, task_exper
     layer, tasks = next(iter(model.layers.values())), [2, 0]
     model.set_examples({"task_ids": torch.tensor(tasks)})
     x = torch.randn(2, 3, 32, requires_grad=True)
-    found = gradients_of(layer(x), [x, *(p for part in layer.parts().values() for p in part.parameters())])
+    found = with_gradients(layer(x), x, layer)
     layer, x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()  # for the reference
     roles = {role: layer.frozen.module(role) for role in layer.frozen.shapes}
     block = SimpleNamespace(gated="gate" in roles, act=layer.frozen.activation, **roles)
@@ -437,8 +438,7 @@ def test_stage_two_computes_its_equation_forward_and_backward(family, task_exper
         return frozen + sum(share * y for share, y in zip(a / a.sum(), added, strict=True))
 
     slow = torch.stack([torch.stack([expected(v, task) for v in row]) for row, task in zip(x, tasks, strict=True)])
-    slow = gradients_of(slow, [x, *(p for part in layer.parts().values() for p in part.parameters())])
-    assert_alike([value.double() for value in found], slow, 2e-5)  # fp32 against fp64
+    assert_alike([value.double() for value in found], with_gradients(slow, x, layer), 2e-5)  # fp32 against fp64
 
 
 # -- what routers see, and their own losses -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from alter.data.task import Task, limit_problems, load_tasks
 from alter.errors import AlterError
 from alter.home import alter_home
 from alter.terminal import columns
+
+GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class MultiTaskDataModule(LightningDataModule):
@@ -264,7 +267,7 @@ class MultiTaskDataModule(LightningDataModule):
 
     def _loader(self, split: str, batches: Any) -> DataLoader[Any]:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
-        return DataLoader(
+        return _Loader(
             dataset,
             batch_sampler=batches,
             collate_fn=Collator(self._pad, self.seq2seq),
@@ -292,9 +295,23 @@ def data_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     yield from limit_problems(settings["limit"] or {}, "data.limit")
 
 
+class _Loader(DataLoader[Any]):
+    """Starts its workers where no signal ends them before they have left the group (see `_leave_group`)."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_group(worker: int) -> None:
     """What a terminal or a launcher sends to the whole group is for the process that reads from the workers, and then ends them."""
     os.setpgrp()
+    for number in signal.sigpending() & GROUP_SIGNALS:  # came while the worker was still of the group
+        signal.sigwait({number})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _limited(task: Task, limit: Mapping[str, int]) -> Task:

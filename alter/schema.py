@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -62,6 +63,9 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     if base is not None and isinstance(value, Mapping):
         return check_class(value, base, f"{where}.{key}")
     hint = _hints(cls).get(key, cls.__annotations__.get(key))
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(value) in options:
+        return []  # as most are; the parser, which knows every hint, takes longer
     try:
         parsed = _parser(cls, key).parse_object({key: value})[key]
         # The parser takes a number in quotation marks and an empty key for any type; the class would get them as they are.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -250,8 +251,13 @@ def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int, shots: in
     plain = {
         key: value for key, value in task.to_dict().items() if key not in ("where", "weight", "metrics", "license")
     }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [VERSION, plain, task.opened.fingerprint(), vocabulary, tokenizer.eos_token_id, seq2seq, seed]
+    parts = [VERSION, plain, task.opened.fingerprint(), _tokenization(tokenizer), tokenizer.eos_token_id, seq2seq, seed]
     parts += [] if shots is None else [f"{shots} shots"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@lru_cache(maxsize=1)  # most of the time of finding a task that is encoded; a mixture's tasks have one tokenizer
+def _tokenization(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(vocabulary.encode()).hexdigest()

@@ -5,6 +5,7 @@ import sys
 
 import datasets
 import pytest
+from transformers import AutoTokenizer
 
 from alter.data import Task, encode_choices
 from alter.data.encode import encode_prompt, encode_task
@@ -126,18 +127,21 @@ def test_mistakes_of_all_splits_are_told_at_once(tmp_path, tokenizer):
     ]
 
 
-def test_tokens_are_made_once_and_again_when_something_changed(tmp_path, tokenizer):
+def test_tokens_are_made_once_and_again_when_something_changed(tmp_path, tokenizer, words):
     task, cache = make(tmp_path), tmp_path / "cache"
     first = encode_task(task, tokenizer, False, cache, 13)
     stamp = (first / "stats.json").stat().st_mtime_ns
     assert encode_task(task, tokenizer, False, cache, 13) == first
     assert (first / "stats.json").stat().st_mtime_ns == stamp
+    other = AutoTokenizer.from_pretrained(words)
+    other.add_tokens("::")
     others = [
+        encode_task(task, other, False, cache, 13),
         encode_task(make(tmp_path, prompt="{{ text }} ::"), tokenizer, False, cache, 13),
         encode_task(make(tmp_path), tokenizer, True, cache, 13),
         encode_task(make(tmp_path, train=41), tokenizer, False, cache, 13),
     ]
-    assert len({first, *others}) == 4
+    assert len({first, *others}) == 5
 
 
 def test_a_limit_draws_rows_by_seed(tmp_path, tokenizer):
@@ -159,8 +163,6 @@ def test_the_rows_to_measure_on_are_those_of_every_seed(tmp_path, tokenizer):
 
 def _encode_in_process(arguments):
     task, words, cache = arguments
-    from transformers import AutoTokenizer
-
     return str(encode_task(task, AutoTokenizer.from_pretrained(words), False, cache, 13))
 
 

@@ -1,20 +1,13 @@
 """What the benchmarks' rows say of how they were measured."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture
-def common(monkeypatch):
+def common(program, monkeypatch):
     for variable in ("ALTER_BENCH_T5", "ALTER_TEST_DATA"):
         monkeypatch.delenv(variable, raising=False)
-    file = Path(__file__).parents[2] / "benchmarks" / "common.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_common", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return program("common")
 
 
 def test_a_row_tells_its_arguments_without_the_places_of_this_machine(common, tmp_path, monkeypatch):

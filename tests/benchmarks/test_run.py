@@ -1,20 +1,13 @@
 """What `nox -s bench` keeps and what it measures anew."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.delitem(sys.modules, "run", raising=False)
-    import run as module
-
+def run(program, monkeypatch, tmp_path):
+    module = program("run")
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "PAGE", tmp_path / "performance.md")
     module.PAGE.write_text("<!-- results cpu -->\nbefore\n<!-- end -->\n<!-- machine cpu -->\nbefore\n<!-- end -->\n")

@@ -1,9 +1,6 @@
 """What the trunk cache's benchmark counts, against what torch counts."""
 
 import copy
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,25 +9,15 @@ from alter.nn import LoRA, MTAModel, TaskSelector, TrunkCache
 from tests.nn.test_model import train_batch
 from tests.nn.tiny import tiny_model
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield importlib.import_module("trunk_cache")
-    for name in ("trunk_cache", "mixtures", "common"):
-        sys.modules.pop(name, None)
-
 
 @pytest.mark.parametrize("adapted", [1, 2, 3])
-def test_the_multiply_adds_of_a_step_are_those_that_torch_counts(benchmark, tmp_path, adapted):
+def test_the_multiply_adds_of_a_step_are_those_that_torch_counts(program, tmp_path, adapted):
     backbone = tiny_model("llama")
     backbone.set_attn_implementation("eager")  # whose products torch counts
     model = MTAModel(backbone, ["a", "b"], f"last:{adapted}").train()
     model.add_experts(LoRA(rank=4), TaskSelector(hard=True))
     data = train_batch(model, tasks=(0, 1, 1, 0))
-    whole, upper = benchmark.multiply_adds(model, data, 4 - adapted, rank=4, active=1)
+    whole, upper = program("trunk_cache").multiply_adds(model, data, 4 - adapted, rank=4, active=1)
 
     def counted(model):
         with FlopCounterMode(display=False) as counter:

@@ -63,7 +63,8 @@ def _check_value(cls: type, key: str, value: Any, where: str) -> list[str]:
     if base is not None and isinstance(value, Mapping):
         return check_class(value, base, f"{where}.{key}")
     hint = _hints(cls).get(key, cls.__annotations__.get(key))
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    whole = _hints(cls, include_extras=True).get(key)  # an Annotated may say more than the type
+    options = typing.get_args(whole) if typing.get_origin(whole) in (typing.Union, types.UnionType) else (whole,)
     if type(value) in options:
         return []  # as most are; the parser, which knows every hint, takes longer
     try:
@@ -95,8 +96,8 @@ def _parser(cls: type, key: str) -> ArgumentParser:
 
 
 @cache  # asked for each key of a class
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls.__init__)  # type: ignore[misc]  # it is the class's own
+def _hints(cls: type, include_extras: bool = False) -> dict[str, Any]:
+    return typing.get_type_hints(cls.__init__, include_extras=include_extras)  # type: ignore[misc]  # it is the class's own
 
 
 def template_base(cls: type, key: str) -> type | None:

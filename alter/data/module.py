@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -296,12 +297,17 @@ def data_problems(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 class _Loader(DataLoader[Any]):
-    """Starts its workers where no signal ends them before they have left the group (see `_leave_group`)."""
+    """Starts its workers where no signal ends them before they have left the group (see `_leave_group`).
 
-    def __iter__(self) -> Any:
+    A forked worker inherits what its parent holds back; what a fork server starts does not, and is not guarded so.
+    """
+
+    def _get_iterator(self) -> Any:  # and not __iter__, which may wait for workers that run
+        if multiprocessing.get_start_method() != "fork":
+            return super()._get_iterator()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
         try:
-            return super().__iter__()
+            return super()._get_iterator()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from alter.data.collate import Collator
 from alter.data.encode import encode_task
+from alter.data.loader import make_loader
 from alter.data.mixture import mixture_rates, rate_problems
 from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches, share_out
 from alter.data.sources import SPLITS
@@ -24,8 +22,6 @@ from alter.data.task import Task, limit_problems, load_tasks
 from alter.errors import AlterError
 from alter.home import alter_home
 from alter.terminal import columns
-
-GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class MultiTaskDataModule(LightningDataModule):
@@ -268,16 +264,7 @@ class MultiTaskDataModule(LightningDataModule):
 
     def _loader(self, split: str, batches: Any) -> DataLoader[Any]:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
-        return _Loader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=Collator(self._pad, self.seq2seq),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            # as Python did by itself up to 3.13: at once, and with the examples that are open here
-            multiprocessing_context="fork" if self.num_workers > 0 and sys.platform == "linux" else None,
-            worker_init_fn=_leave_group,
-        )
+        return make_loader(dataset, batches, Collator(self._pad, self.seq2seq), self.num_workers)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -296,27 +283,6 @@ def data_problems(settings: Mapping[str, Any]) -> Iterator[str]:
     if settings["shots"] is not None and settings["shots"] < 1:
         yield f"data.shots: {settings['shots']} is below 1; give how many rows of a class to learn from, such as 16."
     yield from limit_problems(settings["limit"] or {}, "data.limit")
-
-
-class _Loader(DataLoader[Any]):
-    """Forks its workers where no signal ends them before they have left the group (see `_leave_group`)."""
-
-    def _get_iterator(self) -> Any:  # and not __iter__, which may wait for workers that run
-        if self.multiprocessing_context is None:
-            return super()._get_iterator()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)  # a fork inherits it
-        try:
-            return super()._get_iterator()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_group(worker: int) -> None:
-    """What a terminal or a launcher sends to the whole group is for the process that reads from the workers, and then ends them."""
-    os.setpgrp()
-    for number in signal.sigpending() & GROUP_SIGNALS:  # came while the worker was still of the group
-        signal.sigwait({number})
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def _limited(task: Task, limit: Mapping[str, int]) -> Task:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from alter import machine
 from alter.loading import made_on
@@ -98,6 +99,7 @@ def ratios(over, under):
 
 def options(description):
     """The arguments of a benchmark, and what it shares with the others."""
+    disable_progress_bar()  # hundreds of models are loaded, and the rows would drown
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smollm2", default="smollm2-135m", help="name or folder of SmolLM2-135M")

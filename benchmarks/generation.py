@@ -66,6 +66,7 @@ def main():
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--length", type=int, default=48)
     parser.add_argument("--new", type=int, default=24, help="tokens to make")
+    parser.set_defaults(rounds=15)  # of a second or less each with the T5
     args = parser.parse_args()
     common.both_backbones(measure, args)
 

@@ -225,6 +225,7 @@ def main():
         import common
 
         parser = common.options(__doc__)
+        parser.set_defaults(rounds=11)  # a process's start varies by a fifth
     parser.add_argument("--layers", default="last:4")
     parser.add_argument(
         "--router", choices=("hard", "soft"), default="hard", help="ALTER's: a task's expert, or all mixed"

@@ -33,13 +33,12 @@ class Change(NamedTuple):
         Returns:
             as ``frozen``; [experts, batch, seq, out] of several experts.
         """
-        shape = frozen.shape[-3:-1]
         if self.apart:
             wide = frozen.flatten(-3, -2).expand(len(self.low), -1, -1)
-            return torch.baddbmm(wide, self.low.flatten(1, 2), self.outer).unflatten(1, shape)
+            return torch.baddbmm(wide, self.low.flatten(1, 2), self.outer).unflatten(1, frozen.shape[-3:-1])
         if self.outer.dim() == 3:
             return torch.baddbmm(frozen, self.low, self.outer)
-        return torch.addmm(frozen.flatten(0, 1), self.low.flatten(0, 1), self.outer).unflatten(0, shape)
+        return torch.addmm(frozen.flatten(0, 1), self.low.flatten(0, 1), self.outer).view(frozen.shape)
 
     def weighted(self, weights: Tensor) -> Change:
         """The sum over experts, each weighted at every token, as one wider change; weights are [batch, seq, experts or 1]."""

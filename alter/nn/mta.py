@@ -137,10 +137,13 @@ class MixtureOfTaskAdapters(nn.Module):
         Returns:
             [batch, seq, d].
         """
-        dtype = self.frozen.dtype
+        dtype, device = self.frozen.dtype, hidden_states.device.type
+        routing = self.routing.seen_at(place)
+        if dtype == torch.float32 and not torch.is_autocast_enabled(device):
+            return self._mix(hidden_states, ffn_output, routing)
         # Adapters are kept in fp32 whatever the backbone's precision, and compute in the backbone's.
-        with torch.autocast(hidden_states.device.type, dtype, enabled=dtype != torch.float32):
-            return self._mix(hidden_states, ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return self._mix(hidden_states, ffn_output, routing).to(hidden_states.dtype)
 
     def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
         task = routing.only_task

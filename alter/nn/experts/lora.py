@@ -31,8 +31,9 @@ class LoRA(LowRank):
             self.b[role] = nn.Parameter(torch.zeros(num_experts, self.rank, fan_out))
 
     def mixed_changes(self, hidden_states: Tensor, gates: Tensor, active: int | None, routing: Routing) -> Changes:
-        few = few_experts(hidden_states, gates * self.scale, active)
-        scaled = few.units(self.rank) if few else (gates * self.scale).repeat_interleave(self.rank, -1)
+        gates = gates if self.scale == 1 else gates * self.scale
+        few = few_experts(hidden_states, gates, active)
+        scaled = few.units(self.rank) if few else gates.repeat_interleave(self.rank, -1)
 
         def change(role: str, x: Tensor) -> Change:
             a, b = self.a[role], self.b[role]

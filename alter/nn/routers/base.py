@@ -56,7 +56,7 @@ class Routing:
 
     def seen_at(self, place: str) -> Self:
         """The same with the mask of ``place``, a key of ``masks``."""
-        return replace(self, mask=self.masks.get(place))
+        return replace(self, mask=self.masks[place]) if place in self.masks else self
 
     def rows(self, count: int) -> Tensor:
         """The task of each of ``count`` rows: beams or choices of one example stand next to each other.

@@ -43,7 +43,14 @@ class FrozenFeedForward:
         return self._linears[role]
 
     def linear(self, role: str, x: Tensor) -> Tensor:
-        """Applies the frozen linear map of this role, in the backbone's precision."""
+        """Applies the frozen linear map of this role, in the backbone's precision; to what is read (``reading``), once."""
+        if x is not self._input:
+            return self._applied(role, x)
+        if role not in self._read:
+            self._read[role] = self._applied(role, x)
+        return self._read[role]
+
+    def _applied(self, role: str, x: Tensor) -> Tensor:
         x = x.to(self.dtype).contiguous()  # Conv1D takes views
         if x.dim() <= 3:
             return self._linears[role](x)
@@ -52,26 +59,6 @@ class FrozenFeedForward:
     def bias(self, role: str) -> Tensor | None:
         """Returns the bias of the frozen linear map of this role, [out], where it has one."""
         return cast("Tensor | None", self._linears[role].bias)
-
-    def _first(self, role: str, x: Tensor) -> Tensor:
-        if x is not self._input:
-            return self.linear(role, x)
-        if role not in self._read:
-            self._read[role] = self.linear(role, x)
-        return self._read[role]
-
-    def inner(self, x: Tensor, changed: Callable[[str, Tensor, Tensor], Tensor]) -> Tensor:
-        """What enters the block's last map, where what each first map gives is changed.
-
-        Args:
-            x: [batch, seq, d].
-            changed: called with a role, ``x`` and what the frozen map gives, [batch, seq, h]; for several experts by
-                themselves it returns [experts, batch, seq, h].
-
-        Returns:
-            [batch, seq, h], or [experts, batch, seq, h].
-        """
-        return self._before_down(x, lambda role, x: changed(role, x, self._first(role, x)))
 
     def run(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
         """Computes the block's formula with another set of linear maps.
@@ -83,9 +70,10 @@ class FrozenFeedForward:
         Returns:
             ``down(act(gate(x)) * up(x))`` where the block is gated, else ``down(act(up(x)))``.
         """
-        return linear("down", self._before_down(x, linear))
+        return linear("down", self.inner(x, linear))
 
-    def _before_down(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+    def inner(self, x: Tensor, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """What enters the block's last map with another set of first maps, as for ``run``."""
         if "gate" in self._linears:
             return self.activation(linear("gate", x)) * linear("up", x)
         return self.activation(linear("up", x))

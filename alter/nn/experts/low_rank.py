@@ -70,7 +70,8 @@ class LowRank(Expert):
     def mix(
         self, hidden_states: Tensor, gates: Tensor, ffn: FrozenFeedForward, active: int | None, routing: Routing
     ) -> Tensor:
-        return self.mixed_outputs(hidden_states, gates, ffn, active, routing).whole().squeeze(-2)
+        changes = self.mixed_changes(hidden_states, gates, active, routing)
+        return ffn.run(hidden_states, _changed(ffn, changes))
 
     def each(self, hidden_states: Tensor, ffn: FrozenFeedForward, routing: Routing) -> Tensor:
         return self.own_outputs(hidden_states, ffn, routing).whole()
@@ -84,6 +85,11 @@ class LowRank(Expert):
         return _outputs(hidden_states, ffn, self.own_changes(routing))
 
 
+def _changed(ffn: FrozenFeedForward, changes: Changes) -> Callable[[str, Tensor], Tensor]:
+    """The block's linear maps with their changes; of several experts by themselves [experts, batch, seq, out]."""
+    return lambda role, x: changes(role, x).added(ffn.linear(role, x))
+
+
 def _outputs(hidden_states: Tensor, ffn: FrozenFeedForward, changes: Changes) -> Outputs:
-    inner = ffn.inner(hidden_states, lambda role, x, frozen: changes(role, x).added(frozen))
+    inner = ffn.inner(hidden_states, _changed(ffn, changes))
     return Outputs(kept=[Kept(inner, changes("down", inner))], ffn=ffn)

@@ -92,7 +92,17 @@ def test_another_input_is_not_taken_for_the_one_that_was_read(other):
     x = torch.randn(2, 40, D)
     other = x + 1 if other is None else other
     once = frozen.reading(x)
-    once.inner(x, lambda role, x, frozen: frozen)
-    assert torch.equal(
-        once.inner(other, lambda role, x, frozen: frozen), frozen.inner(other, lambda role, x, frozen: frozen)
-    )
+    once.inner(x, once.linear)
+    assert torch.equal(once.inner(other, once.linear), frozen.inner(other, frozen.linear))
+
+
+def test_what_is_read_is_multiplied_once_for_all_experts():
+    _, frozen, _ = make(LoRA(rank=3))
+    x = torch.randn(2, 40, D)
+    calls = []
+    frozen.module("up").register_forward_hook(lambda *_: calls.append(1))
+    once = frozen.reading(x)
+    assert torch.equal(once.linear("up", x), once.linear("up", x))
+    assert len(calls) == 1
+    frozen.linear("up", x)
+    assert len(calls) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -138,12 +139,12 @@ class MixtureOfTaskAdapters(nn.Module):
             [batch, seq, d].
         """
         dtype, device = self.frozen.dtype, hidden_states.device.type
-        routing = self.routing.seen_at(place)
-        if dtype == torch.float32 and not torch.is_autocast_enabled(device):
-            return self._mix(hidden_states, ffn_output, routing)
-        # Adapters are kept in fp32 whatever the backbone's precision, and compute in the backbone's.
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return self._mix(hidden_states, ffn_output, routing).to(hidden_states.dtype)
+        # Adapters are kept in fp32 whatever the backbone's precision, and compute in the backbone's. Where nothing is cast, a
+        # step of decoding goes without the context's own time.
+        casts = dtype != torch.float32
+        needed = casts or torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype, enabled=casts) if needed else nullcontext():
+            return self._mix(hidden_states, ffn_output, self.routing.seen_at(place)).to(hidden_states.dtype)
 
     def _mix(self, x: Tensor, ffn_output: Callable[[], Tensor], routing: Routing) -> Tensor:
         task = routing.only_task

@@ -121,6 +121,11 @@ class Planner:
         self.model = MTAModel(load_backbone(path), tasks, arguments.get("layers", "last:4"), arguments.get("ffn"))
         draws = round(data.draws * sum(_epochs(config, stage) for stage in config["stages"]))
         self.budget = Budget(draws, self.count(config), dict(zip(tasks, data.rates.tolist(), strict=True)))
+        self.backbone = {  # a name alone can stand for other weights elsewhere
+            "name": config["backbone"],
+            "parameters": sum(p.numel() for p in self.model.part_parameters()["backbone"]),
+            "fingerprint": backbone_fingerprint(path),
+        }
 
     def count(self, config: Config) -> int:
         """How many parameters a recipe trains."""

@@ -53,6 +53,7 @@ def compare(arguments: Sequence[str]) -> None:
     cells, seconds = run_grid(grid, planner)
     result = summarise(cells, methods, recipe.tasks, options.split)
     result |= {
+        "backbone": planner.backbone,
         "parameter_budget": planner.budget.parameters,
         "command": shlex.join(["alter", "compare", *arguments]),
         "hours": round(seconds / 3600, 2),

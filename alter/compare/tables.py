@@ -130,6 +130,11 @@ def notes(result: Mapping[str, Any]) -> Iterator[str]:
             f"- Parameter budget: {budget:,}, that of the recipe's two stages; every method that trains is within 10% of it"
             f"{', except ' if apart else ''}{', '.join(apart)}."
         )
+    if "backbone" in result:
+        backbone = result["backbone"]
+        yield (
+            f"- Backbone: {backbone['name']}, {backbone['parameters']:,} parameters, fingerprint {backbone['fingerprint'][:12]}."
+        )
     for key in ("command", "commit", "hardware", "hours"):
         if result.get(key):
             yield f"- {key.capitalize()}: {result[key]}"

@@ -24,7 +24,7 @@ from alter.compare.methods import METHODS, Budget, find_method
 from alter.data.draw import draw_shots
 from alter.errors import AlterError
 from alter.home import alter_home
-from alter.nn.backbone import resolve_backbone
+from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.recipe import read_recipe
 from alter.run_folder import stage_records
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -76,6 +76,9 @@ def test_every_method_runs_through_the_same_data_and_budget(compared, methods, c
         assert method["peak_memory_bytes"] > 10**8
         if name != "full":
             assert method["trainable_parameters"] == pytest.approx(budget, rel=0.25), name  # steps of one rank
+    backbone = result["backbone"]
+    assert backbone["fingerprint"] == backbone_fingerprint(resolve_backbone(backbone["name"]))
+    assert backbone["parameters"] == result["methods"]["full"]["trainable_parameters"]
     best = result["best_baseline"]
     assert METHODS[best].baseline
     assert result["methods"][best]["vs_best_baseline"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
@@ -267,17 +270,20 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, cells_here, capsys):
     command = [sys.executable, "-m", "alter", "compare", "--config", "recipe.yaml", "--out", "out", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        done = Path("out/cells/stage1/seed13/test.json")
+        done, begun = Path("out/cells/stage1/seed13/test.json"), Path("out/cells/two_stage/seed13")
         started = time.monotonic()
-        while not done.is_file():
+        while "stage1" not in stage_records(begun / "run"):  # a cell between its stages
             assert process.poll() is None
             assert time.monotonic() - started < 300
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
+    assert not (begun / "test.json").exists()
     assert not Path("out/compare.json").exists()
-    before = done.stat().st_mtime_ns
+    kept = [done, *(begun / "run" / "stage1" / "model").iterdir()]
+    before = [file.stat().st_mtime_ns for file in kept]
     result = compare(*arguments)
-    assert done.stat().st_mtime_ns == before
+    assert len(kept) > 1
+    assert [file.stat().st_mtime_ns for file in kept] == before  # stage 1 was not trained again
     assert "6 cells, 2 complete before" in capsys.readouterr().out
     again = compare(*arguments)
     assert again["methods"] == result["methods"]

@@ -128,6 +128,85 @@ def test_the_tables_say_what_was_found(cells):
     assert re.findall(r'href="[^#]', document) == []
 
 
+def read_tables(text):
+    """Every table of a Markdown or HTML text, by its head: the rows, by their first cell, with marks of bold left out."""
+    if "<table" in text:
+        grids = [
+            [
+                re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
+                for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+            ]
+            for table in re.findall(r"<table.*?</table>", text, re.DOTALL)
+        ]
+    else:
+        blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        grids = [
+            [line.strip("| ").split(" | ") for line in block.splitlines() if "---" not in line] for block in blocks
+        ]
+    return [{row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows} for head, *rows in grids]
+
+
+def in_points(found):
+    return f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+
+@pytest.mark.parametrize("render", [markdown, lambda result: page(result, "", {})], ids=["markdown", "html"])
+def test_the_transfer_table_holds_each_task_against_itself_alone(cells, render):
+    result = summarise(cells, METHODS, TASKS, "test")
+    result["negative_transfer"] = {  # above zero, below it, and on both sides
+        "full": {
+            "t1": {"difference": 0.2, "low": 0.1, "high": 0.3},
+            "t2": {"difference": -0.2, "low": -0.3, "high": -0.1},
+        },
+        "stage1": {
+            "t1": {"difference": 0.1, "low": -0.1, "high": 0.2},
+            "t2": {"difference": 0.4, "low": 0.3, "high": 0.5},
+        },
+    }
+    rendered = render(result)
+    *_, table = read_tables(rendered)
+    shown = {name: {task: re.sub(r"<.*?>|\*\*", "", cell) for task, cell in row.items()} for name, row in table.items()}
+    assert shown == {
+        name: {task: in_points(found) for task, found in own.items()}
+        for name, own in result["negative_transfer"].items()
+    }
+    bold = {(name, task) for name, row in table.items() for task, cell in row.items() if "**" in cell or "<b>" in cell}
+    assert bold == {("full", "t1"), ("full", "t2"), ("stage1", "t2")}
+    del result["negative_transfer"]
+    assert len(read_tables(render(result))) == 2
+
+
+@pytest.mark.parametrize("render", [markdown, lambda result: page(result, "", {})], ids=["markdown", "html"])
+def test_the_cost_table_holds_what_each_method_is_and_takes(cells, render):
+    facts = {
+        "trainable_parameters": 1234567,
+        "tokens": 8765,
+        "tokens_per_second": 4321.0,
+        "peak_memory_bytes": 3 * 2**30,
+    }
+    for folder in cells["full"].values():
+        file = folder / "test.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+    _, cost, _ = read_tables(render(summarise(cells, METHODS, TASKS, "test")))
+    assert list(cost) == list(cells)
+    assert cost["full"] == {
+        "what it is": METHODS["full"].about,
+        "trained parameters": "1,234,567",
+        "tokens seen": "8,765",
+        "validation loss": "1.000",
+        "tokens/s": "4,321",
+        "peak memory": "3.0 GiB",
+        "lr x": "1",
+    }
+    assert cost["alone"]["peak memory"] == "1.0 GiB"
+
+
+def test_the_backbone_is_told_by_its_weights(cells):
+    result = summarise(cells, METHODS, TASKS, "test")
+    result["backbone"] = {"name": "some-t5", "parameters": 76961152, "fingerprint": "0123456789abcdef" * 4}
+    assert "- Backbone: some-t5, 76,961,152 parameters, fingerprint 0123456789ab.\n" in markdown(result)
+
+
 def test_of_a_finite_number_of_draws_the_least_p_is_told_as_a_bound(cells):
     result = summarise(cells, METHODS, TASKS, "test")
     result["methods"]["two_stage"]["vs_best_baseline"]["p"] = 2 / (RESAMPLES + 1)

@@ -50,7 +50,7 @@ def choose_precision(config: Mapping[str, Any], here: bool = True) -> str:
     """
     if config["precision"] != AUTO:
         return str(config["precision"])
-    begun = Path(config["run"]) / "recipe.yaml"
+    begun = Path(config["run"]).expanduser() / "recipe.yaml"
     try:
         known = read_yaml(begun).get("precision") if begun.is_file() else None
     except (AlterError, AttributeError):

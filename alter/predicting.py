@@ -88,7 +88,9 @@ def _rows(name: str) -> Iterator[dict[str, Any]]:
             try:
                 yield from _objects(stream, name)
             except UnicodeDecodeError as error:
-                raise AlterError(f"{name}: not UTF-8 (byte {error.start}); write it as UTF-8.") from error
+                raise AlterError(
+                    f"{name}: not UTF-8 text; write it as UTF-8, or save a sheet as .xlsx or .csv."
+                ) from error
 
 
 def _objects(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:

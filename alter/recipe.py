@@ -89,7 +89,7 @@ class Recipe:
     @property
     def run(self) -> Path:
         """The run folder."""
-        return Path(self.config["run"])
+        return Path(self.config["run"]).expanduser()
 
     def epochs_before(self, stage: str) -> int:
         """Epochs of the mixture that the stages before this one draw, whole or in part."""
@@ -236,7 +236,7 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here
     plain = json.loads(parser.dump(config, skip_unset=False, skip_validation=True, format="json"))
     plain["data"]["tasks"] = [task.to_dict() for task in tasks]
     if plain["data"]["root"] is not None:  # whole, so that the run can be tested from another folder
-        plain["data"]["root"] = str(Path(plain["data"]["root"]).resolve())
+        plain["data"]["root"] = str(Path(plain["data"]["root"]).expanduser().resolve())
     plain.pop("config", None)
     plain["precision"] = choose_precision(plain, here)
     # in the run, as whole as the paths of data: it is used from other folders too

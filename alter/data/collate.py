@@ -66,4 +66,5 @@ class Collator:
 def _pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> Tensor:
     longest = max(map(len, rows))
     filled = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in zip(filled, rows, strict=True)])
+    whole = [[*f, *row] if left else [*row, *f] for f, row in zip(filled, rows, strict=True)]
+    return torch.tensor(whole, dtype=torch.long)

@@ -131,6 +131,7 @@ class _Encoder:
                 if len(prompt_ids) > self.task.max_prompt_tokens:
                     prompt, prompt_ids = shorten(self.task, row, self.tokenizer, self.seq2seq, place)
                     self.stats["truncated"] += 1
+                _require_some(prompt_ids, self.task, place)
             except AlterError as error:
                 self._add(error, place)
                 continue
@@ -186,6 +187,15 @@ def target_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int
     return [[*row, tokenizer.eos_token_id] for row in tokenizer(spaced, add_special_tokens=False).input_ids]
 
 
+def _require_some(ids: list[int], task: Task, place: str) -> None:
+    """Without a token there is no position to predict the answer from; some tokenizers put one in front of every text."""
+    if not ids:
+        raise AlterError(
+            f"{task.where}: task '{task.name}', {place}: the prompt is empty; remove the row, or write something beside the "
+            "field into the key 'prompt'."
+        )
+
+
 def encode_choices(task: Task, tokenizer: Any, seq2seq: bool) -> list[list[int]]:
     """Token ids of each choice, just as of a row's target."""
     return target_ids(list(task.choices or []), tokenizer, seq2seq)
@@ -195,10 +205,13 @@ def encode_prompt(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place:
     """Token ids of one row's prompt, shortened where it is too long.
 
     Raises:
-        AlterError: the row lacks a field, or cannot be shortened.
+        AlterError: the row lacks a field, is empty, or cannot be shortened.
     """
     ids = prompt_ids([task.render_prompt(row, place)], tokenizer, seq2seq)[0]
-    return ids if len(ids) <= task.max_prompt_tokens else shorten(task, row, tokenizer, seq2seq, place)[1]
+    if len(ids) > task.max_prompt_tokens:
+        ids = shorten(task, row, tokenizer, seq2seq, place)[1]
+    _require_some(ids, task, place)
+    return ids
 
 
 def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) -> tuple[str, list[int]]:

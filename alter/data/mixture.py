@@ -26,7 +26,7 @@ def mixture_rates(
         [tasks], summing to one.
 
     Raises:
-        AlterError: the temperature or the cap is not above 0, or a task is empty.
+        AlterError: the temperature or the cap is not above 0, or too near to it, or a task is empty.
     """
     if problems := list(rate_problems(temperature, cap)):
         raise AlterError(*problems)
@@ -34,6 +34,10 @@ def mixture_rates(
         raise AlterError("data.tasks: a task has no training rows; give every task some.")
     counted = np.minimum(np.asarray(sizes, dtype=float), np.inf if cap is None else cap)
     rates = counted ** (1 / temperature) * (1.0 if weights is None else np.asarray(weights, dtype=float))
+    if not (np.isfinite(rates).all() and 0 < rates.sum() < np.inf):
+        raise AlterError(
+            f"data.temperature: {temperature} is too near to 0 for tasks of these sizes; give a larger one."
+        )
     return rates / rates.sum()
 
 

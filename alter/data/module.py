@@ -97,7 +97,7 @@ class MultiTaskDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shots = shots
-        self.cache_dir = Path(cache_dir) if cache_dir else alter_home() / "tokens"
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else alter_home() / "tokens"
         self.first_epoch = 0
         self._resumed = (0, 0)  # epoch, batches taken of it
         self._folders: dict[str, Path] = {}

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import inspect
 import json
+import math
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -51,8 +52,8 @@ class Files(Source):
         test: a file, or the share of ``train`` to set aside.
         chat: column of a chat, a list of messages with ``role`` and ``content``: one of the user and one of the assistant, after at
             most one of the system. Each becomes a column with the role's name.
-        group: column, or several together, whose equal values stay in one split (a patient, a customer); by default only equal
-            rows do.
+        group: column, or several together, whose equal values stay in one split (a patient, a customer); by default, and where
+            these are empty, only equal rows do.
         seed: of the shares.
         folder: that relative paths start from; a task file's own folder.
         root: where they are looked for before; the recipe's ``data.root``.
@@ -70,12 +71,19 @@ class Files(Source):
         chat: str | None = None,
     ) -> None:
         self.splits = {"train": train, "validation": validation, "test": test}
+        self._shares = {split: share for split, share in self.splits.items() if not isinstance(share, str)}
+        if any(not 0 < share < 1 for share in self._shares.values()) or sum(self._shares.values()) >= 1:
+            told = " and ".join(f"{split} {share}" for split, share in self._shares.items())
+            raise AlterError(
+                f"{train}: the source sets aside {told} of its rows, and no more than a part of them can be; give shares such "
+                "as 0.1, or files. The most rows of a split are the task's key limit."
+            )
         self.chat = chat
         if group == []:
             raise AlterError(f"{train}: the source's group names no column; name one, or leave it out.")
         self.group = group[0] if isinstance(group, list) and len(group) == 1 else group
         self.seed = seed
-        self.places = [*([Path(root)] if root else []), Path(folder), Path()]
+        self.places = [*([Path(root).expanduser()] if root else []), Path(folder), Path()]
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of a split."""
@@ -105,28 +113,27 @@ class Files(Source):
         yield from read_file(path) if self.chat is None else read_chats(path, self.chat)
 
     def _drawn_split(self, row: Row) -> str:
-        shares = {n: share for n in ("validation", "test") if isinstance(share := self.splits[n], float)}
-        if not shares:
+        if not self._shares:
             return "train"
         point = stable_fraction(f"{self.seed}:{self._group_of(row)}")
-        for name, share in shares.items():
+        for name, share in self._shares.items():
             if point < share:
                 return name
             point -= share
         return "train"
 
     def _group_of(self, row: Row) -> Any:
-        if self.group is None:
-            return json.dumps(row, sort_keys=True, default=str)
-        for column in [self.group] if isinstance(self.group, str) else self.group:
+        columns = [self.group] if isinstance(self.group, str) else self.group or []
+        for column in columns:
             if column not in row:
                 raise AlterError(
                     f"{self.splits['train']}: there is no column '{column}' as the source's group says; "
                     f"its columns are {', '.join(row)}.{did_you_mean(column, row)}"
                 )
-        if isinstance(self.group, str):
-            return row[self.group]
-        return json.dumps([row[column] for column in self.group], sort_keys=True, default=str)
+        values = [row[column] for column in columns]
+        if all(value == "" or is_missing(value) for value in values):  # nobody's rows are not one patient's
+            return json.dumps(row, sort_keys=True, default=str)
+        return values[0] if isinstance(self.group, str) else json.dumps(values, sort_keys=True, default=str)
 
     def fingerprint(self) -> str:
         """Of the settings and of each file's size and time of change."""
@@ -211,6 +218,8 @@ def read_file(path: Path) -> Iterator[Row]:
     Raises:
         AlterError: the file is missing, of another kind, or damaged; says the line where there is one.
     """
+    if path.is_dir():
+        raise AlterError(f"{path}: a folder; name the files in it, such as {path}/*.")
     if not path.is_file():
         raise AlterError(f"{path}: no such file; correct the path.{_near(path)}")
     readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, **TABLES}
@@ -220,7 +229,18 @@ def read_file(path: Path) -> Iterator[Row]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise AlterError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8.") from error
+        raise AlterError(f"{path}{_first_not_utf8(path)}: not UTF-8; save the file as UTF-8.") from error
+
+
+def _first_not_utf8(path: Path) -> str:
+    """Where the text stops being UTF-8; a decoder counts from the beginning of its buffer, so this reads once more."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f", line {number}"
+    return ""
 
 
 def read_chats(path: Path, chat: str) -> Iterator[Row]:
@@ -260,7 +280,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         header = stream.readline()
         stream.seek(0)
-        reader = csv.DictReader(stream, delimiter=_separator(header), strict=True)
+        reader = csv.DictReader(stream, delimiter=_separator(header, path), strict=True)
         try:
             _require_names(reader.fieldnames or (), f"{path}, line 1")
             for row in reader:
@@ -279,9 +299,15 @@ def _require_names(names: Sequence[str], where: str) -> None:
         raise AlterError(f"{where}: every column needs a name of its own; write them into the first row.")
 
 
-def _separator(header: str) -> str:
-    """What stands between a header's names: what is most often there; a comma may stand in a name more easily than the others."""
-    return max(";\t|,", key=re.sub(r'"[^"]*"', "", header).count)
+def _separator(header: str, path: Path) -> str:
+    """What stands between a header's names: what is most often there; a comma may stand in a name more easily than the others.
+
+    In a TSV file it is the tab; of a single name, what the ending says.
+    """
+    names = re.sub(r'"[^"]*"', "", header)
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    found = max(";\t|,", key=names.count)
+    return usual if not names.count(found) or (usual == "\t" and "\t" in names) else found
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -352,6 +378,11 @@ def _read_excel(path: Path) -> Iterator[Row]:
 
 
 TABLES = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".xlsx": _read_excel}
+
+
+def is_missing(value: Any) -> bool:
+    """Whether it is what JSON, Parquet and pandas write where there is no value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def writable(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import glob
 import inspect
+import math
 import os
 import re
 import sys
@@ -107,8 +108,8 @@ class Task:
             yield f"{where}, key 'choices': give at least two choices, each once."
         if self.choices and self.truncate_target:
             yield f"{where}, key 'truncate_target': a choice is scored whole; remove the key and raise max_target_tokens."
-        if self.weight <= 0:
-            yield f"{where}, key 'weight': {self.weight} is not above 0; remove the task from the recipe instead."
+        if not 0 < self.weight < math.inf:
+            yield f"{where}, key 'weight': {self.weight} is no number above 0; to leave the task out, remove it from the recipe."
         for key in ("max_prompt_tokens", "max_target_tokens"):
             if getattr(self, key) < 1:
                 yield f"{where}, key '{key}': {getattr(self, key)} is below 1; give a positive number."
@@ -206,7 +207,7 @@ class Task:
 
     def _render(self, key: str, row: Fields, place: str) -> str:
         try:
-            return sources.writable(self._compiled[key].render({"row": row, **row}))
+            return sources.writable(self._compiled[key].render({**row, "row": row}))
         except UndefinedError as error:
             # "'x' is undefined", or of row['x']: "'dict object' has no attribute 'x'"
             name = (re.findall(r"'([^']*)'", str(error)) or [""])[-1]
@@ -261,7 +262,7 @@ class Task:
             if folder is not None:
                 arguments = {"folder": str(folder.resolve()), **arguments}
             if root is not None:
-                arguments = {**arguments, "root": str(Path(root).resolve())}
+                arguments = {**arguments, "root": str(Path(root).expanduser().resolve())}
             source["init_args"] = arguments
         if problems:
             raise AlterError(*problems)

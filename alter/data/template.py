@@ -6,6 +6,7 @@ Tasks come with downloaded models too, so a template is code of somebody else's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,8 +50,8 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
 
 
 def _text(value: Any) -> Any:
-    """What an output writes: of an empty cell of Parquet, or JSON's null, nothing, as of an empty cell of CSV."""
-    return "" if value is None else value
+    """What an output writes: of an empty cell of Parquet, or JSON's null or NaN, nothing, as of an empty cell of CSV."""
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def environment() -> _Environment:

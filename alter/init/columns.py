@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alter.data.sources import is_missing
+
 NO_ANSWER = "none"  # what is written where a row's mapping of answers has none
 TAG = re.compile(r"O|[BI]-.+")  # of a word: outside, at the beginning of a span, or inside one
 CODE = re.compile(r"(?=\S*\d)\S+")  # one word with a digit
@@ -131,7 +133,7 @@ def as_text(value: Any) -> str:
     """A value as a template writes it; of SQuAD's answers the first."""
     if _has_answers(value):
         value = next(iter(value["text"]), NO_ANSWER)
-    return "" if value is None else str(value).strip()
+    return "" if is_missing(value) else str(value).strip()
 
 
 def _has_answers(value: Any) -> bool:

@@ -27,7 +27,21 @@ PAIRS = (
 ALIKE = 2  # how many times as long the longer is, at the most
 TYPE_KEYS = ("type", "label", "slot", "entity", "tag", "category", "class")
 TEXT_KEYS = ("text", "value", "span", "mention", "word", "name", "entity")
-NO_VARIABLES = {"and", "else", "false", "if", "in", "is", "none", "not", "or", "self", "true"}  # words of Jinja
+NO_VARIABLES = {
+    "and",
+    "else",
+    "false",
+    "if",
+    "in",
+    "is",
+    "none",
+    "not",
+    "or",
+    "row",
+    "self",
+    "true",
+}  # words of templates
+PERSON = re.compile(r"(?i)patient|subject|person|mrn|customer|client|user|member|account")  # whose rows belong together
 MOST_CHOICES = 200
 LONGEST_CHOICE = 60  # characters
 MOST_FIELDS = 6
@@ -46,6 +60,7 @@ class TaskGuess:
         metrics: of an extraction; else the usual ones of the kind.
         rows: how many there are.
         group: column, or several together, whose equal values stay in one split.
+        ungrouped: rows without a value there.
         left_out: columns that are not used, with the reason.
         reason: why this target.
     """
@@ -58,6 +73,7 @@ class TaskGuess:
     choices: list[str] | None = None
     metrics: list[str] | None = None
     group: str | list[str] | None = None
+    ungrouped: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
     reason: str = ""
 
@@ -152,22 +168,20 @@ def guess_task(
     Raises:
         AlterError: the table has too little to learn from.
     """
-    if "row" in columns and (odd := next((name for name in columns if not _is_variable(name)), None)) is not None:
-        raise AlterError(f"{where}: rename the column 'row'; through this name templates reach the column '{odd}'.")
     sample = list(sample)
-    left_out, group, useful = dict[str, str](), None, list[Column]()
+    left_out, ids, useful = dict[str, str](), list[Column](), list[Column]()
     for column in columns.values():
         reason = None if column.name == answer else _useless(column, rows)
         if reason is None:
             useful.append(column)
         elif reason == "group":
-            group = group or column.name
+            ids.append(column)
             left_out[column.name] = "it is an id"
         else:
             left_out[column.name] = reason
     if len(useful) < 2:
         shown = ", ".join(f"{name} ({left_out[name]})" if name in left_out else name for name in columns)
-        separated = where.lower().endswith((".csv", ".tsv"))
+        separated = where.lower().endswith((".csv", ".tsv")) and len(columns) == 1
         hint = "a CSV file has commas, semicolons or tabs between its columns" if separated else "add what is missing"
         raise AlterError(
             f"{where}: one column to read and one to answer are needed, and only {len(useful)} of {len(columns)} can be used: "
@@ -200,7 +214,11 @@ def guess_task(
             left_out[column.name] = "a list" if column.lists else "a mapping" if column.mappings else "numbers"
     for column in inputs[MOST_FIELDS:]:
         left_out[column.name] = f"more than {MOST_FIELDS} columns to read"
-    found = TaskGuess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows, group=group)
+    group = min(ids, key=lambda column: (PERSON.search(column.name) is None, column.kinds), default=None)
+    found = TaskGuess("generation", inputs[:MOST_FIELDS], target, _answer(target), rows)
+    if group is not None:
+        found.group, found.ungrouped = group.name, rows - group.filled
+        left_out |= {other.name: "an id, and not all rows of one stay together" for other in ids if other is not group}
     found.left_out, found.reason = left_out, reason
     if group is None and all(column.filled == rows for column in found.inputs):
         names = [column.name for column in found.inputs]  # rows of one text may differ in what is left out

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import textwrap
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -104,10 +105,12 @@ def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
     """Files by task and split; ``x.train.csv`` and ``x.test.csv``, or ``x/train.csv``, are splits of a task x."""
     tasks: dict[str, dict[str, Path]] = {}
     for file in files:
-        words = [word for word in re.split(r"[^a-z0-9]+", file.stem.lower()) if word]
-        split = next((SPLIT_NAMES[word] for word in reversed(words) if word in SPLIT_NAMES), None)
-        rest = [word for word in words if word not in SPLIT_NAMES]
-        name = "_".join(rest) or re.sub(r"[^a-z0-9]+", "_", file.resolve().parent.name.lower()).strip("_")
+        words = _words(file.stem)
+        at = next(
+            (place for place in (-1, 0) if words and words[place] in SPLIT_NAMES), None
+        )  # intents_train, train_intents
+        split = None if at is None else SPLIT_NAMES[words.pop(at)]
+        name = "_".join(words or _words(file.resolve().parent.name))
         name = "auto_task" if name == AUTO else name  # which no task may be called
         parts = tasks.setdefault(name or "task", {})
         if (split or "train") in parts:
@@ -119,11 +122,22 @@ def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
     return tasks
 
 
+def _words(text: str) -> list[str]:
+    """The words of a file's name, in any script."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+
+
 def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
+    starts = {
+        split: next(read_file(file), {}) for split, file in files.items()
+    }  # what is no file is told as that first
     if "train" not in files:
-        raise AlterError(f"{next(iter(files.values()))}: there is no file of training rows beside it; add one.")
-    first = next(read_file(files["train"]), {})
-    chat = next((column for column, value in first.items() if is_chat(value)), None)
+        split, file = next(iter(files.items()))
+        raise AlterError(
+            f"{file}: by its name these are the {split} rows of a task '{name}', and there is no file of its training rows; add "
+            "one, or rename this."
+        )
+    chat = next((column for column, value in starts["train"].items() if is_chat(value)), None)
 
     def read(file: Path) -> Iterator[Row]:
         return read_file(file) if chat is None else read_chats(file, chat)
@@ -175,6 +189,8 @@ def _said(proposal: Proposal) -> list[str]:
     facts["rows"] = " / ".join(f"{proposal.rows[split]:,} {split}" for split in SPLITS) + f" ({origin})"
     if "group" in proposal.arguments:
         facts["together"] = f"rows of the same {_names(proposal.arguments['group'])} stay in one split"
+        if guess.ungrouped:
+            facts["together"] += f"; {guess.ungrouped:,} rows have none"
     facts |= {f"not {name}": reason for name, reason in guess.left_out.items()}
     lines = [f"{proposal.name}: {guess.kind}, from {', '.join(map(str, proposal.files.values()))}"]
     width = max(map(len, facts)) + 2
@@ -315,5 +331,7 @@ def _wrapped(key: str, values: Sequence[str]) -> str:
     text = f"{key}: {_inline(list(values))}"
     if len(text) <= WIDTH:
         return text
-    lines = textwrap.wrap(_inline(list(values))[1:-1], WIDTH, break_long_words=False, break_on_hyphens=False)
-    return f"{key}:\n  [\n" + "\n".join(f"    {line}" for line in lines) + "\n  ]"
+    lines = [""]
+    for item in (f"{_inline([value])[1:-1]}," for value in values):  # a value that is broken reads with one blank there
+        lines[-1:] = [f"{lines[-1]} {item}".strip()] if len(lines[-1]) + len(item) < WIDTH else [lines[-1], item]
+    return f"{key}:\n  [\n" + "\n".join(f"    {line}" for line in lines if line) + "\n  ]"

@@ -1,3 +1,5 @@
+import torch
+
 from alter.data import Collator
 
 EXAMPLES = [
@@ -14,6 +16,10 @@ def test_causal_training_batch():
         "labels": [[-100, -100, -100, 8, 1], [-100, 1, -100, -100, -100]],
         "task_ids": [2, 0],
     }
+
+
+def test_a_batch_of_nothing_is_still_of_tokens():
+    assert {value.dtype for value in Collator(0, seq2seq=False).prompts([[]], [0]).values()} == {torch.int64}
 
 
 def test_seq2seq_training_batch():

@@ -104,6 +104,10 @@ def test_a_long_target_is_cut_for_learning_and_stays_whole_for_the_metrics(tmp_p
             r"train row 2: the target is empty; mend or remove the row",
         ),
         ({"target": "{{ label if label == 'yes' else '' }}", "choices": None}, r"train row 2: the target is empty"),
+        (
+            {"prompt": "{{ text if label == 'yes' else '' }}"},
+            r"train row 2: the prompt is empty; remove the row, or write",
+        ),
         ({"test": 0}, r"the test split has no rows"),
         ({"train": 0}, r"the train split has no rows"),
     ],

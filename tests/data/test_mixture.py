@@ -39,6 +39,7 @@ def test_rates_are_a_distribution_that_keeps_the_order_of_the_sizes(sizes, tempe
     [
         (([1, 2], 0), "data.temperature"),
         (([1, 2], 1, 0), "data.cap"),
+        (([10, 20_000], 0.01), "data.temperature: 0.01 is too near to 0"),
         (([0, 2], 1), "no training rows"),
         (([], 1), "no training"),
     ],

@@ -127,6 +127,53 @@ def test_a_comma_in_a_name_does_not_outvote_a_semicolon(tmp_path):
     assert list(read_file(tmp_path / "x.csv")) == [{"text": "a, b", "label, coarse": "yes"}]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "row"),
+    [
+        ("x.csv", "text\nhello; world\n", {"text": "hello; world"}),
+        ("x.tsv", "text\na; b, c\n", {"text": "a; b, c"}),
+        ("x.tsv", "name, first, last\tlabel\nx\ty\n", {"name, first, last": "x", "label": "y"}),
+        ("x.tsv", "text,label\nx,y\n", {"text": "x", "label": "y"}),  # not a TSV, but for its name
+    ],
+)
+def test_the_ending_says_what_the_header_does_not(tmp_path, name, content, row):
+    (tmp_path / name).write_text(content)
+    assert list(read_file(tmp_path / name)) == [row]
+
+
+def test_the_line_that_is_not_utf8_is_named_in_a_large_file_too(tmp_path):
+    lines = [f"text {n},a" for n in range(20_000)]
+    lines[12_345] = "Ärger,b"
+    (tmp_path / "x.csv").write_bytes("\n".join(["text,label", *lines]).encode("latin-1"))
+    with pytest.raises(AlterError, match=r"x\.csv, line 12347: not UTF-8; save"):
+        list(read_file(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize(
+    "shares", [(40, 0.1), (0.1, 1.5), (0.9, 0.9), (0.5, 0.5), (0.0, 0.1), (-0.1, 0.1), (True, 0.1), (float("nan"), 0.1)]
+)
+def test_shares_that_leave_a_split_nothing_are_refused(tmp_path, shares):
+    with pytest.raises(
+        AlterError, match=r"x\.csv: the source sets aside validation .* and test .*; give shares such as 0\.1"
+    ):
+        Files("x.csv", *shares)
+
+
+@pytest.mark.parametrize("nothing", [None, "", float("nan")])
+def test_rows_without_a_group_are_not_one_group(tmp_path, nothing):
+    rows = [{"text": f"w{i}", "patient": nothing if i % 2 else i // 20, "ward": nothing} for i in range(800)]
+    file = str(write(tmp_path / "x.jsonl", rows))
+    for group in ("patient", ["patient", "ward"]):
+        splits = {
+            split: list(Files(file, 0.2, 0.2, group=group).rows(split)) for split in ("train", "validation", "test")
+        }
+        nobodys = {split: sum(int(row["text"][1:]) % 2 for row in own) for split, own in splits.items()}
+        assert nobodys["train"] == pytest.approx(240, abs=45)
+        assert nobodys["test"] == pytest.approx(80, abs=35)
+        patients = [{row["patient"] for row in own if int(row["text"][1:]) % 2 == 0} for own in splits.values()]
+        assert sum(map(len, patients)) == len(set.union(*patients)) == 40
+
+
 def test_json_lines_may_start_with_a_byte_order_mark_and_a_text_may_be_long(tmp_path):
     (tmp_path / "x.jsonl").write_text('\ufeff{"text": "a"}\n', encoding="utf-8")
     assert list(read_file(tmp_path / "x.jsonl")) == [{"text": "a"}]
@@ -157,6 +204,8 @@ def test_rows_of_a_drawn_split_keep_their_numbers_in_the_file(tmp_path):
         ("x.jsonl", b'{"a": 1}\n{"a": \n', r"x.jsonl, line 2: not JSON"),
         ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: not an object"),
         ("x.csv", b"a,b\n1,2\n1\n", r"line 3: not as many fields"),
+        ("x", None, r"/x: no such file"),
+        (".", None, r"a folder; name the files in it"),
         ("x.csv", b'a,b\n1,"2\n', r"x.csv, line \d: not valid CSV|not as many fields"),
         ("x.csv", b"a,b,a\n1,2,3\n", r"x.csv, line 1: every column needs a name of its own"),
         ("x.csv", b"a,,b\n1,2,3\n", r"x.csv, line 1: every column needs a name of its own"),

@@ -89,7 +89,7 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
         *(({"name": name}, r"key 'name': files are named by it") for name in ("", "a/b", "..", ".a", "a\\b", "a\0b")),
         ({"name": "auto"}, r"task 'auto', key 'name': a client of alter serve writes it where it names no task"),
         ({"choices": ["yes"]}, r"at least two choices"),
-        ({"weight": 0}, r"key 'weight'"),
+        *(({"weight": weight}, r"key 'weight'") for weight in (0, -1.0, float("inf"), float("nan"))),
         ({"max_target_tokens": 0}, r"key 'max_target_tokens'"),
         ({"source": {"class_path": "Flies"}}, r"'Flies' is not one of Files, Hub.*Did you mean 'Files'"),
         (
@@ -176,6 +176,13 @@ def test_an_unknown_template_variable_names_the_fields(tmp_path):
 def test_nothing_is_an_empty_text(tmp_path):
     task = make(tmp_path, prompt="{{ text }}{{ row['text'] | default('x') }}{% if text %}y{% endif %}:")
     assert task.render_prompt({"text": None}) == ":"
+    assert make(tmp_path, prompt="{{ text }}:").render_prompt({"text": float("nan")}) == ":"
+
+
+def test_a_column_named_row_is_reached_through_the_row(tmp_path):
+    task = make(tmp_path, prompt="{{ row['row'] }}: {{ row['the text'] }}")
+    assert task.fields == ["row", "the text"]
+    assert task.render_prompt({"row": "17", "the text": "hello"}) == "17: hello"
 
 
 @pytest.mark.parametrize("prompt", ["{{ Zuständige Gruppe }}", "{{ 2nd line }}"])

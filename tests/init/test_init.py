@@ -81,6 +81,73 @@ def test_rows_of_one_patient_stay_together_however_many_there_are(tmp_path, monk
     assert all(patients)
 
 
+def test_of_several_ids_the_patients_rows_stay_together_and_rows_of_nobody_are_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [  # a patient has five encounters of two rows; ten rows of each hundred name nobody
+        f"{n // 2},{n // 10 if n % 100 >= 10 else ''},{n % 40},note {n},{'yes' if n % 3 else 'no'}" for n in range(1200)
+    ]
+    Path("notes.csv").write_text("\n".join(["encounter_id,patient_id,shelf_id,note,admitted", *lines]) + "\n")
+    main(["init", "mine", "notes.csv"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "together rows of the same patient_id stay in one split; 120 rows have none" in out
+    assert "not encounter_id an id, and not all rows of one stay together" in out
+    task = Task.from_file(tmp_path / "mine" / "tasks" / "notes.yaml")
+    splits = [list(task.opened.rows(split)) for split in ("train", "validation", "test")]
+    patients = [{row["patient_id"] for row in rows} - {""} for rows in splits]
+    assert sum(map(len, patients)) == len(set.union(*patients)) == 108
+    assert all(sum(row["patient_id"] == "" for row in rows) >= 5 for rows in splits)
+
+
+def test_of_ids_that_name_no_person_the_one_of_fewest_values_decides(tmp_path, capsys):
+    rows = [{"visit_id": i // 2, "episode_id": i // 8, "text": text(), "label": "ab"[i % 2]} for i in range(400)]
+    main(["init", str(tmp_path / "mine"), str(write_csv(tmp_path / "x.csv", rows))])
+    assert "rows of the same episode_id stay in one split" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("blood_test_notes.csv", "blood_test_notes"),
+        ("train_intents.csv", "intents"),
+        ("Ärzte 2.csv", "ärzte_2"),
+        ("A\u0308rzte.csv", "ärzte"),  # as macOS writes it
+        ("内科.csv", "内科"),
+    ],
+)
+def test_a_task_is_named_after_its_file(tmp_path, name, task, capsys):
+    rows = [{"text": text(), "label": "ab"[i % 2]} for i in range(40)]
+    main(["init", str(tmp_path / "mine"), str(write_csv(tmp_path / name, rows))])
+    assert f"{task}: classification" in capsys.readouterr().out
+    assert Task.from_file(tmp_path / "mine" / "tasks" / f"{task}.yaml").name == task
+
+
+def test_a_folder_and_a_split_without_its_training_rows_are_told_as_that(tmp_path, capsys):
+    rows = [{"text": text(), "label": "ab"[i % 2]} for i in range(40)]
+    file = write_csv(tmp_path / "blood_test.csv", rows)
+    for name, sentence in ((tmp_path, "a folder; name the files in it"), (file, "the test rows of a task 'blood'")):
+        with pytest.raises(SystemExit):
+            main(["init", str(tmp_path / "mine"), str(name)])
+        assert sentence in capsys.readouterr().err
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.text("abc d'\"#:,{}[]\u00fc", min_size=1, max_size=40).map(str.strip).filter(bool),
+        min_size=2,
+        max_size=30,
+        unique=True,
+    )
+)
+def test_the_choices_written_are_the_labels_whatever_blanks_they_have(tmp_path_factory, labels):
+    folder = tmp_path_factory.mktemp("x")
+    rows = [{"text": text(), "label": f"{label}  {label}"} for label in labels * 20]
+    init(folder / "mine", [write_jsonl(folder / "x.jsonl", rows)], "backbone", "label")
+    task = Task.from_file(folder / "mine" / "tasks" / "x.yaml")
+    assert task.choices is None or sorted(task.choices) == sorted({row["label"] for row in rows})
+    assert task.choices is not None or max(len(row["label"]) for row in rows) > 60
+
+
 def test_every_kind_of_file_and_task_is_told_and_written(files, tmp_path, capsys):
     main(["init", "mine", *map(str, files)])
     out = capsys.readouterr().out
@@ -312,7 +379,8 @@ def test_a_mapping_is_no_answer_though_it_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([{"a;label": f"{i};x"} for i in range(30)], "a CSV file has commas"),
+        ([{"a:label": f"{i}:x"} for i in range(30)], "a CSV file has commas"),
+        ([{"text": text(), "size": i} for i in range(30)], "a number of its own in every row); add what is missing."),
         (
             [{"text": text(), "label": "xy"[i % 2] if i else ""} for i in range(30)],
             "the answer, the column 'label', is empty in 1",
@@ -358,7 +426,7 @@ ANSWERS = st.fixed_dictionaries(
     {"text": st.lists(TEXTS, max_size=2), "answer_start": st.lists(st.integers(0, 3), max_size=2)}
 )
 CELLS = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 3), st.floats(-1, 1), TEXTS, st.lists(TEXTS, max_size=2), LISTS, ANSWERS,
+    st.none(), st.booleans(), st.integers(-3, 3), st.floats(-1, 1), st.just(float("nan")), TEXTS, st.lists(TEXTS, max_size=2), LISTS, ANSWERS,
     st.dictionaries(st.sampled_from(["text", "a"]), TEXTS, max_size=2),
 )  # fmt: skip
 COLUMNS = st.one_of(*(st.lists(cells, min_size=2, max_size=6) for cells in (TEXTS, TEXTS, LISTS, ANSWERS, CELLS)))

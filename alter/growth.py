@@ -68,6 +68,8 @@ def add_task(
         AlterError: the run is not finished, the task's file has mistakes, its name is taken, or it does not fit.
     """
     quiet()
+    if draws is not None and draws < 1:
+        raise AlterError(f"--draws: {draws} is below 1; give how many training examples to draw.")
     content = _finished_run(run)
     task = Task.from_file(file, content["data"]["root"])
     _ = task.opened

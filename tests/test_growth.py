@@ -193,6 +193,7 @@ def test_a_run_is_used_from_another_folder_and_with_its_backbone_elsewhere(grown
     (grown / "backbone").rename(grown / "moved")
     moved = ["--backbone", str(grown / "moved")]
     test, add = ["test", "--run", run], ["add-task", "--run", run, "--task", new, "--draws", "20"]
+    assert "--draws: 0 is below 1" in refused(capsys, *add[:-1], "0", *moved)[0]
     for command in (test, add, ["remove-task", "--run", run, "--task", "echo"]):
         assert f"there is no folder {grown / 'backbone'}; name one" in refused(capsys, *command)[0]
         assert "by --backbone" in refused(capsys, *command)[0]

@@ -39,6 +39,7 @@ from alter.writing import write_json
 
 PLAN = "cell.json"
 CLOCK = "seconds.json"  # of a cell that is not complete
+DRAWS = "draws of "  # before a task's name among arrays, where numpy has names of its own
 TRAINED = "trained"  # in place of a split: no test row is answered
 
 Answered = list[tuple[Task, list[str], list[str]]]  # answers and targets
@@ -169,7 +170,10 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
 
 def _write_answers(folder: Path, split: str, answered: Answered) -> None:
     # What the comparison draws from each task's rows: numbers alone, so that cells can be kept where answers must not be.
-    draws = {t.name: bootstrap(metric(t.metrics[0], said, targets, t.choices)) for t, said, targets in answered}
+    draws = {
+        f"{DRAWS}{task.name}": bootstrap(metric(task.metrics[0], said, targets, task.choices))
+        for task, said, targets in answered
+    }
     np.savez_compressed(folder / f"{split}.npz", **draws)  # type: ignore[arg-type]  # numpy's types take names for options
     with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as stream:
         for task, said, targets in answered:

@@ -121,6 +121,7 @@ class Planner:
         self.model = MTAModel(load_backbone(path), tasks, arguments.get("layers", "last:4"), arguments.get("ffn"))
         draws = round(data.draws * sum(_epochs(config, stage) for stage in config["stages"]))
         self.budget = Budget(draws, self.count(config), dict(zip(tasks, data.rates.tolist(), strict=True)))
+        self.data = data.digest()
         self.backbone = {  # a name alone can stand for other weights elsewhere
             "name": config["backbone"],
             "parameters": sum(p.numel() for p in self.model.part_parameters()["backbone"]),
@@ -212,12 +213,17 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         "recipes": [f"{run.name}.yaml" for run in runs],
         "trains": method.trains,
         "runner": runs[0].runner,
+        "data": planner.data,
         "settings": _digest([{**run.config, "backbone": _fingerprint(run.config["backbone"])} for run in runs]),
     }
     file = folder / PLAN
-    if file.is_file() and json.loads(file.read_text()) != plan:
+    before = (
+        {"data": plan["data"], **json.loads(file.read_text())} if file.is_file() else plan
+    )  # older ones name no data
+    if before != plan:
+        other = "rows of the tasks" if {**before, "data": plan["data"]} == plan else "settings"
         raise AlterError(
-            f"{file}: this cell was started with other settings; give a new folder with --out, or remove {folder}."
+            f"{file}: this cell was started with other {other}; give a new folder with --out, or remove {folder}."
         )
     for run in runs:
         (folder / f"{run.name}.yaml").write_text(dump(run.config), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,6 @@ def _factors(given: str) -> list[float]:
         factors = [float(part) for part in given.split(",")]
     except ValueError:
         factors = []
-    if not factors or min(factors) <= 0:
+    if not factors or not all(0 < factor < math.inf for factor in factors):
         raise AlterError(f"--tune: '{given}' is not a list of positive factors such as 0.5,1,2.")
     return factors

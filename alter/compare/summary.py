@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alter.compare.cell import DRAWS
 from alter.compare.methods import Method
 from alter.data import Task
 from alter.metrics import RESAMPLES, interval_and_p
@@ -46,7 +47,8 @@ class Answers:
                 with np.load(folder / f"{split}.npz") as draws:
                     for task, metric in metrics.items():
                         self._values[method, seed, task] = found[task][metric]
-                        self._draws[method, seed, task] = draws[task]
+                        name = f"{DRAWS}{task}"
+                        self._draws[method, seed, task] = draws[name if name in draws else task]  # as in older cells
 
     def value(self, method: str, seed: int, task: str) -> float:
         """The task's first metric on all rows."""

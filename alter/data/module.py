@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -147,6 +149,18 @@ class MultiTaskDataModule(LightningDataModule):
     def examples(self, task: str, split: str) -> Any:
         """The encoded examples of a task's split, a memory-mapped ``datasets.Dataset``."""
         return self._splits[task, split]
+
+    def digest(self) -> str:
+        """Tells whether two mixtures have the same examples, wherever their files lie: a SHA-256 in hexadecimal."""
+        import pyarrow.compute
+
+        found = hashlib.sha256()
+        for task, split in itertools.product(self.tasks, SPLITS):
+            for column in ("prompt_ids", "target_ids"):
+                ids = self.examples(task.name, split).data[column]
+                for numbers in (pyarrow.compute.list_value_length(ids), pyarrow.compute.list_flatten(ids)):
+                    found.update(numbers.to_numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def sizes(self) -> list[int]:

@@ -18,9 +18,12 @@ import yaml
 from safetensors.torch import load_file
 
 from alter.cli import main
+from alter.compare.cell import _write_answers as write_answers
 from alter.compare.grid import Grid, Planner, run_grid
 from alter.compare.grid import _plan as plan_cell
 from alter.compare.methods import METHODS, Budget, find_method
+from alter.compare.summary import Answers
+from alter.data import Task
 from alter.data.draw import draw_shots
 from alter.errors import AlterError
 from alter.home import alter_home
@@ -234,6 +237,46 @@ def test_a_cell_is_the_same_wherever_its_recipe_is_read_from(compared, tmp_path)
         cell = plan_cell(grid, Planner(recipe), "stage1", 13, 1.0)
         planned.append(json.loads((cell / "cell.json").read_text())["settings"])
     assert planned[0] == planned[1]
+
+
+def test_cells_of_other_rows_are_not_set_beside_each_other(compared, tmp_path):
+    def plan():
+        recipe = read_recipe(["--config", "recipe.yaml"])
+        cell = plan_cell(Grid(tmp_path / "grid", recipe, METHODS, [13]), Planner(recipe), "stage1", 13, 1.0)
+        return cell / "cell.json"
+
+    file = plan()
+    begun = json.loads(file.read_text())
+    data = Path(yaml.safe_load(Path("tasks/sort.yaml").read_text())["source"]["init_args"]["train"])
+    text = data.read_text()
+    data.write_text(text)  # written anew, with the same rows
+    os.utime(data, (1, 1))
+    assert json.loads(plan().read_text()) == begun
+    lines = text.splitlines(keepends=True)
+    data.write_text("".join([*lines[1:], lines[0]]))
+    with pytest.raises(
+        AlterError, match="this cell was started with other rows of the tasks; give a new folder with --out"
+    ):
+        plan()
+    file.write_text(json.dumps({key: value for key, value in begun.items() if key != "data"}))
+    assert json.loads(plan().read_text())["data"] != begun["data"]  # of before rows were looked at
+
+
+def test_a_task_may_be_called_what_numpy_calls_its_options(tmp_path):
+    tasks = [
+        Task(name, {"class_path": "Files"}, "{{ x }}", "{{ y }}", choices=["a", "b"])
+        for name in ("file", "allow_pickle")
+    ]
+    cells = {}
+    for method, said in (("full", ["a", "b"]), ("two_stage", ["a", "a"])):
+        cells[method] = {13: tmp_path / method}
+        cells[method][13].mkdir()
+        write_answers(cells[method][13], "test", [(task, said, ["a", "b"]) for task in tasks])
+        hits = {task.name: {"accuracy": sum(map(str.__eq__, said, ["a", "b"])) / 2} for task in tasks}
+        (cells[method][13] / "test.json").write_text(json.dumps({"tasks": hits}))
+    answers = Answers(cells, {task.name: "accuracy" for task in tasks}, "test")
+    found = answers.difference("two_stage", "full", [13], [task.name for task in tasks])
+    assert (found.difference, found.low, found.high) == (-0.5, -1.0, 0.0)
 
 
 @pytest.mark.slow
@@ -495,6 +538,8 @@ def test_a_backbone_that_trains_is_counted(compared, cells_here):
         (["--seeds", "0"], "--seeds"),
         (["--seeds", "x"], "--seeds"),
         (["--tune", "0,1"], "--tune"),
+        (["--tune", "1,nan"], "--tune"),
+        (["--tune", "inf"], "--tune"),
         (["--stages", "[stage1]"], "stages"),
         (["--trainer.limit_train_batches", "3"], "limit_train_batches"),
         (["--trainer.max_epochs", "-1"], "give the length as max_epochs"),

@@ -145,6 +145,10 @@ class Exporter:
         if form == "alter":
             if names or self.folder != model_folder(self.run):
                 raise AlterError("--format alter writes the whole model; leave out --task and --stage.")
+            if self.backbone is not None:
+                raise AlterError(
+                    "--format alter names the backbone as the run does; leave out --backbone, and give it where the folder is loaded."
+                )
             publish(self.run, out)
             print(
                 f"{out}: {_megabytes([out / WEIGHTS_FILE])} of adapters, all tasks; the backbone is named, not copied."

@@ -151,6 +151,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, words, c
         ((*export, "--stage", "stage2"), "run/stage2/model: no model here"),
         ((*export, "--format", "onnx", "--dtype", "fp16"), "--dtype: fp16 is for --format hf"),
         ((*export, "--format", "alter"), "leave out --task and --stage"),
+        ((*export[:3], "--format", "alter", "--backbone", "backbone"), "leave out --backbone"),
         (("export", "--run", "backbone"), "backbone: no run here"),
     ]:  # fmt: skip
         assert message in " ".join(refused(capsys, *arguments))

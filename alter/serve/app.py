@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -43,6 +44,7 @@ from alter.serve.streaming import Unfolding
 
 POLL_SECONDS = 0.5  # how often it is asked whether the client has gone
 OPEN_PATHS = ("/", "/health")
+TYPE = re.compile(r"(str|int|bool|dict|list)(\[.*)?$")  # which of a key's types did not fit, where a mistake is told
 log = logging.getLogger("alter.serve")
 FAILED = "The answer failed; the server's log says where."
 BROKEN = "The model cannot be used any more; the server's log says why, and the server has to be started again."
@@ -339,6 +341,7 @@ async def _unless_gone(http: HTTPRequest, answers: Awaitable[Result]) -> Result 
         return waiting.result()
     finally:
         waiting.cancel()
+        waiting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # which nobody else asks for
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -397,7 +400,7 @@ def create_app(
         ("POST", "/v1/routing", server.routing),
     ]
     for method, path, endpoint in routes:
-        app.add_api_route(path, endpoint, methods=[method])
+        app.add_api_route(path, endpoint, methods=["GET", "HEAD"] if method == "GET" else [method])
     _tell_errors(app)
     # the last one added is the first that a request meets
     app.add_middleware(Guard, limits.max_bytes, limits.timeout, api_key, OPEN_PATHS)
@@ -418,8 +421,11 @@ def _tell_errors(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return failure(400, f"The body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}.")
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return failure(400, f"{place or 'The request'}: {first['msg']}.", place or None)
+        keys = [str(part) for part in first["loc"][1:] if not TYPE.match(str(part))]
+        if not keys:
+            return failure(400, "The body has to be an object in JSON, sent with 'Content-Type: application/json'.")
+        place = ".".join(keys)
+        return failure(400, f"{place}: {first['msg']}.", place)
 
     @app.exception_handler(HTTPException)
     async def other(http: HTTPRequest, error: HTTPException) -> Response:

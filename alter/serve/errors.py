@@ -6,6 +6,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from alter.data.sources import writable
+
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -27,7 +29,9 @@ class Refused(Exception):
 def content(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {
+        "error": {"message": writable(message), "type": kind, "param": param, "code": code}
+    }  # it may quote the client
 
 
 def failure(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:

@@ -51,7 +51,7 @@ def _never_met(stop: Any) -> bool:
 class CompletionRequest(Request):
     """``/v1/completions``: texts, or objects with the task's fields."""
 
-    prompt: Input | list[Input] = Field(min_length=1)
+    prompt: Input | list[Input]
     max_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None

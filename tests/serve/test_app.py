@@ -1,5 +1,6 @@
 """The server as its clients use it: OpenAI's own client, and plain HTTP."""
 
+import gc
 import http.client
 import json
 import logging
@@ -214,6 +215,28 @@ def test_mistakes_are_told_as_openai_tells_them(predictor):
             ("/v1/classify", {"model": "echo", "input": "w1"}, 400, "has no choices"),
             ("/v1/classify", {"model": "sort"}, 400, "input"),
             ("/v1/completions", b"{not json", 400, "JSON"),
+            (
+                "/v1/completions",
+                b"",
+                400,
+                "The body has to be an object in JSON, sent with 'Content-Type: application/json'.",
+            ),
+            ("/v1/completions", [1], 400, "The body has to be an object in JSON"),
+            ("/v1/completions", {"model": "echo", "prompt": [1, 2]}, 400, "prompt: Input should be a valid string."),
+            ("/v1/completions", {"model": "echo", "prompt": None}, 400, "prompt: Input should be a valid string."),
+            ("/v1/completions", {"model": "echo", "prompt": []}, 400, "Give 1 to 4 inputs"),
+            (
+                "/v1/completions",
+                {"model": "echo", "prompt": {"\ud800": "x"}},
+                400,
+                "not a field of the row; its fields are ?.",
+            ),
+            (
+                "/v1/chat/completions",
+                {"model": "echo", "messages": [{"role": "\ud800", "content": "w1"}]},
+                400,
+                "of role '?'",
+            ),
             ("/v1/completions", b"[" * 1500, 400, ""),
             ("/v1/completions", {"model": "echo", "prompt": "w1 " * 900}, 413, "larger than 2000 bytes"),
             ("/v1/elsewhere", {}, 404, "Not Found"),
@@ -222,13 +245,18 @@ def test_mistakes_are_told_as_openai_tells_them(predictor):
             assert found == status, (path, told)
             assert words in told["error"]["message"]
             assert told["error"].keys() == {"message", "type", "param", "code"}
+        form = ask(
+            address, "POST", "/v1/completions", {"model": "echo", "prompt": "w1"}, {"content-type": "text/plain"}
+        )
+        assert form[0] == 400
+        assert b"Content-Type: application/json" in form[1]
         for stop in ("\n", ["\n", "\n\n"]):  # answers end there in any case
             found = server.completions.create(model="echo", prompt="w1", stop=stop).choices[0].text
             assert found == server.completions.create(model="echo", prompt="w1").choices[0].text
         for stop in (".", ["\n", "."]):
             with pytest.raises(openai.BadRequestError, match="'stop' is not supported"):
                 server.completions.create(model="echo", prompt="w1", stop=stop)
-        for method, path, allowed in (("GET", "/v1/completions", "POST"), ("POST", "/v1/models", "GET")):
+        for method, path, allowed in (("GET", "/v1/completions", "POST"), ("POST", "/v1/models", "GET, HEAD")):
             status, _, headers = ask(address, method, path, {} if method == "POST" else None)
             assert (status, headers["allow"]) == (405, allowed)
         assert ask(address, "GET", "/v1/models", headers={"host": "elsewhere.example"})[0] == 400
@@ -242,6 +270,11 @@ def test_a_key_is_asked_for_where_there_is_one(predictor):
             with pytest.raises(openai.AuthenticationError, match="missing or wrong"):
                 client(address, key).models.list()
         assert ask(address, "GET", "/metrics")[0] == 401
+        assert [ask(address, "HEAD", path)[:2] for path in ("/health", "/", "/metrics")] == [
+            (200, b""),
+            (200, b""),
+            (401, b""),
+        ]
         status, _, headers = ask(address, "GET", "/health")
         assert (status, headers["x-content-type-options"]) == (200, "nosniff")
 
@@ -260,7 +293,7 @@ def held(predictor, monkeypatch):
     go.set()
 
 
-def test_a_full_queue_is_429_and_too_long_is_504(held):
+def test_a_full_queue_is_429_and_too_long_is_504(held, caplog):
     predictor, go = held
     with serving(predictor, Limits(max_waiting=2, max_batch=1, timeout=10)) as address, ThreadPoolExecutor(8) as pool:
         body = {"model": "sort", "input": "w1"}
@@ -274,6 +307,8 @@ def test_a_full_queue_is_429_and_too_long_is_504(held):
         assert [answer.result()[0] for answer in waiting] == [504] * 3
         go.set()
         until(lambda: post(address, "/v1/classify", body)[0] == 200)  # what nobody waits for is not in the way
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_what_does_not_arrive_in_time_is_408_and_a_body_of_unknown_size_is_counted(predictor):

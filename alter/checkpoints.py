@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,13 @@ def _step(file: Path) -> float:
         return float("inf")
 
 
-def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
+def last_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to go on from: the furthest that is whole, those of weights alone left out; of equals the newest.
 
     Not by age alone: in a copied folder all are as old as the copy.
 
     Args:
-        folders: of the checkpoints.
+        folder: of the checkpoints.
         say: told of what is damaged.
 
     Returns:
@@ -100,9 +100,8 @@ def last_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | No
         AlterError: there are some, and all are damaged.
     """
     damaged = None
-    files = [file for folder in folders for file in folder.glob("*.ckpt")]
     # a sum is of a whole file, so that those behind the one that is taken are left alone
-    for file in sorted(files, key=lambda file: (_step(file), file.stat().st_mtime_ns), reverse=True):
+    for file in sorted(folder.glob("*.ckpt"), key=lambda file: (_step(file), file.stat().st_mtime_ns), reverse=True):
         if not is_whole(file):
             say(f"{file}: damaged, it is not what was written.")
             damaged = file.parent

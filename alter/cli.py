@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(error, [message], debug)
 
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 def _explanation(error: Exception) -> str | None:

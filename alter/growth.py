@@ -23,6 +23,7 @@ from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
 from alter.nn.model import MTAModel
+from alter.recipe_values import check_lengths
 from alter.results import render_table, run_results
 from alter.run import measure, quiet
 from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
@@ -315,6 +316,7 @@ def _drawn(run: Path, content: Mapping[str, Any], draws: int | None) -> dict[str
 
 def _data(settings: Mapping[str, Any], backbone: Path) -> MultiTaskDataModule:
     data = MultiTaskDataModule(**settings, tokenizer=str(backbone), seq2seq=is_seq2seq(backbone))
+    check_lengths(data.tasks, backbone)
     data.setup()
     return data
 

@@ -21,7 +21,7 @@ from alter.nn.backbone import is_seq2seq, whole_name
 from alter.nn.decoding import Generation
 from alter.precision import choose_precision
 from alter.recipe_file import DATA_SKIP, SET_BY_RUN, STAGES, TRAINER_SKIP, check_content, read_content
-from alter.recipe_values import check_ranges, check_values
+from alter.recipe_values import check_lengths, check_ranges, check_values
 from alter.schema import find_classes_in, import_name, same_class, template_base
 from alter.shipped import shipped_recipes
 from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
@@ -104,8 +104,9 @@ class Recipe:
         """The data, encoded for a backbone and opened.
 
         Raises:
-            AlterError: rows do not fit their task.
+            AlterError: rows do not fit their task, or tasks the backbone.
         """
+        check_lengths(self.tasks, backbone)
         data = MultiTaskDataModule(**self.data_args(str(backbone), is_seq2seq(backbone)))
         data.setup()
         return data

@@ -19,7 +19,7 @@ from alter.yaml_file import read_yaml
 
 STAGES: dict[str, type[StageModule]] = dict(zip(run_folder.STAGES, (Stage1Module, Stage2Module), strict=True))
 SET_BY_RUN = {"backbone", "tasks", "precision", "trunk_cache", "start_from"}  # of a stage, from the recipe's own keys
-TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary"}
+TRAINER_SKIP = {"default_root_dir", "logger", "use_distributed_sampler", "enable_model_summary", "barebones"}
 DATA_SKIP = {"tokenizer", "seq2seq"}
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 
+from alter.data import Task
 from alter.data.module import data_problems
 from alter.errors import AlterError, did_you_mean
 from alter.nn import Expert, Router, TrunkCache
+from alter.nn.backbone import is_seq2seq, most_positions
 from alter.nn.decoding import Generation
 from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision
@@ -40,8 +43,15 @@ def check_values(config: Config) -> list[str]:
     problems += check_strategy(config["trainer"]["strategy"], config["precision"])
     for stage in STAGES:
         trainer = config[stage]["trainer"]
-        problems += check(Trainer, trainer, f"{stage}.trainer") if trainer else []
-        problems += [f"{stage}.{problem}" for problem in check_strategy(trainer.get("strategy"), config["precision"])]
+        if trainer is None:
+            problems.append(
+                f"{stage}.trainer: it is empty; write the keys that differ from trainer's, or leave it out."
+            )
+        else:
+            problems += check(Trainer, trainer, f"{stage}.trainer") if trainer else []
+            problems += [
+                f"{stage}.{problem}" for problem in check_strategy(trainer.get("strategy"), config["precision"])
+            ]
         if config[stage]["model"] is None:
             problems.append(f"{stage}.model: it is empty; write class_path and init_args under it, or leave it out.")
     return problems
@@ -71,6 +81,25 @@ def check_ranges(config: Config) -> list[str]:
     return problems
 
 
+def check_lengths(tasks: Sequence[Task], backbone: Path) -> None:
+    """Checks that a backbone has a position for every token that the tasks allow.
+
+    Raises:
+        AlterError: with the tasks for which it has not.
+    """
+    most, apart = most_positions(backbone), is_seq2seq(backbone)  # an encoder's positions are not the decoder's
+    join = max if apart else sum
+    problems = [
+        f"{task.where}: task '{task.name}': max_prompt_tokens {task.max_prompt_tokens} {'or' if apart else 'and'} "
+        f"max_target_tokens {task.max_target_tokens} {'is' if apart else 'are together'} more than the {most} positions that the "
+        "backbone has; lower them."
+        for task in tasks
+        if most is not None and join((task.max_prompt_tokens, task.max_target_tokens)) > most
+    ]
+    if problems:
+        raise AlterError(*problems)
+
+
 def _refused(make: Callable[..., Any], *given: Any, **arguments: Any) -> list[str]:
     try:
         make(*given, **arguments)
@@ -80,11 +109,22 @@ def _refused(make: Callable[..., Any], *given: Any, **arguments: Any) -> list[st
 
 
 def _check_trainer(trainer: Config, where: str) -> list[str]:
-    return [
+    problems = [
         f"{where}.{key}: {trainer[key]} is not above 0; give a positive number, or leave it out."
         for key in DIVIDED_BY
         if isinstance(trainer.get(key), int | float) and trainer[key] <= 0
     ]
+    given = trainer.get("callbacks") or []
+    for callback in given if isinstance(given, list) else [given]:
+        arguments = (
+            None if isinstance(callback, str) else callback.get("init_args")
+        )  # a mapping, or the parser's namespace
+        if arguments and arguments.get("dirpath") is not None:
+            problems.append(
+                f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no "
+                "other run's; leave dirpath out, and put the run folder where there is room (run: FOLDER)."
+            )
+    return problems
 
 
 def _stage_problems(given: Config) -> Iterator[str]:

@@ -54,7 +54,8 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
         AlterError: it holds one of another recipe.
     """
     file = run / "recipe.yaml"
-    if not (file.is_file() and any((run / stage / "checkpoints").is_dir() for stage in STAGES)):
+    parts = [run / stage / part for stage in STAGES for part in ("checkpoints", "model")]  # checkpoints may be removed
+    if not (file.is_file() and any(part.is_dir() for part in parts)):
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
     differing = differences(before, now)

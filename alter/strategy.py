@@ -24,7 +24,11 @@ def check_strategy(strategy: str | Mapping[str, Any] | None, precision: str) -> 
     Returns:
         a sentence for each mistake; before anything is loaded.
     """
-    name = str(strategy["class_path"]).rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy or "auto")
+    name = (
+        str(strategy.get("class_path", "")).rpartition(".")[2]
+        if isinstance(strategy, Mapping)
+        else str(strategy or "auto")
+    )
     lower = name.lower()
     if any(part in lower for part in _SHARDED):
         if precision in QUANTISED:

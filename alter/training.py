@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +140,8 @@ def train(
         what is known of it (seconds, trainable parameters and so on), and the trainer with its module.
     """
     started = time.perf_counter()
-    folders = _checkpoint_folders(folder, arguments["trainer"])
-    last = last_whole(folders, say)
+    checkpoints = folder / "checkpoints"
+    last = last_whole(checkpoints, say)
     done = 0
     if last is not None:
         say(f"{folder.name}: goes on from {last}.")
@@ -162,8 +161,7 @@ def train(
     trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
         cli.model.model.save_pretrained(folder / "model", backbone, trained)
-        halves = [file for each in folders for file in each.glob(".*.part")]  # of a killed run
-        for file in [*halves, folders[0] / KEPT]:
+        for file in [*checkpoints.glob(".*.part"), checkpoints / KEPT]:  # of a killed run
             file.unlink(missing_ok=True)
     facts = {
         "seconds": time.perf_counter() - started,
@@ -193,16 +191,8 @@ def _suit_small_data(trainer: Any, data: MultiTaskDataModule) -> None:
     elif limit is not None:
         batches = min(limit, batches)
     steps = batches // trainer.accumulate_grad_batches
-    trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps))
-
-
-def _checkpoint_folders(folder: Path, trainer: Mapping[str, Any]) -> list[Path]:
-    """The stage's own, and those that the recipe's callbacks name."""
-    given = trainer.get("callbacks") or []
-    named = [
-        (callback.get("init_args") or {}).get("dirpath") for callback in (given if isinstance(given, list) else [given])
-    ]
-    return [folder / "checkpoints", *(Path(path).expanduser() for path in named if path)]
+    if trainer.log_every_n_steps:  # 0 is never
+        trainer.log_every_n_steps = max(1, min(trainer.log_every_n_steps, steps))
 
 
 def _keep_best(trainer: Any, module: StageModule) -> None:

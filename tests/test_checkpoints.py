@@ -37,15 +37,15 @@ def write(folder, number):
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(tmp_path, harm):
     for number in range(3):
         write(tmp_path, number)
-    assert last_whole([tmp_path], pytest.fail) == tmp_path / LAST
+    assert last_whole(tmp_path, pytest.fail) == tmp_path / LAST
     for file, left in ((LAST, PREVIOUS), (PREVIOUS, None)):
         (tmp_path / file).write_bytes(HARM[harm]((tmp_path / file).read_bytes()))
         told = []
         if left is None:
             with pytest.raises(AlterError, match="every checkpoint is damaged; remove"):
-                last_whole([tmp_path], told.append)
+                last_whole(tmp_path, told.append)
         else:
-            found = last_whole([tmp_path], told.append)
+            found = last_whole(tmp_path, told.append)
             assert found == tmp_path / left
             assert torch.load(found, weights_only=True)["global_step"] == 1
         assert any(line.startswith(f"{tmp_path / LAST}: damaged") for line in told)
@@ -65,10 +65,10 @@ def test_killed_between_its_renames_the_one_before_is_there(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 1)
     monkeypatch.undo()
-    found = last_whole([tmp_path], pytest.fail)
+    found = last_whole(tmp_path, pytest.fail)
     assert torch.load(found, weights_only=True)["global_step"] == 0
     write(tmp_path, 2)
-    assert torch.load(last_whole([tmp_path], pytest.fail), weights_only=True)["global_step"] == 2
+    assert torch.load(last_whole(tmp_path, pytest.fail), weights_only=True)["global_step"] == 2
 
 
 def test_checkpoints_of_before_there_were_sums_are_judged_by_reading(tmp_path):
@@ -76,20 +76,21 @@ def test_checkpoints_of_before_there_were_sums_are_judged_by_reading(tmp_path):
     assert is_whole(tmp_path / LAST)
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:-30])
     assert not is_whole(tmp_path / LAST)
-    assert last_whole([tmp_path / "none"], pytest.fail) is None
+    assert last_whole(tmp_path / "none", pytest.fail) is None
     assert not is_whole(tmp_path / "none.ckpt")
 
 
 def test_the_newest_is_taken_of_those_that_have_more_than_weights(tmp_path):
-    """As callbacks of a user's own may name and place them."""
+    """As callbacks of a user's own may name them."""
     for age, (name, content) in enumerate(
         {"a.ckpt": {"optimizer_states": []}, "b.ckpt": {"optimizer_states": []}, "c.ckpt": {"state_dict": {}}}.items()
     ):
-        file = tmp_path / name[0] / name
-        CheckedCheckpoints().save_checkpoint(content, file)
-        os.utime(file, ns=(age, age))
-    assert last_whole([tmp_path / name for name in "cab"], pytest.fail) == tmp_path / "b" / "b.ckpt"
-    assert last_whole([tmp_path / "c"], pytest.fail) is None
+        CheckedCheckpoints().save_checkpoint(content, tmp_path / name)
+        os.utime(tmp_path / name, ns=(age, age))
+    assert last_whole(tmp_path, pytest.fail) == tmp_path / "b.ckpt"
+    for name in "ab":
+        (tmp_path / f"{name}.ckpt").unlink()
+    assert last_whole(tmp_path, pytest.fail) is None
 
 
 def test_of_a_copied_folder_the_furthest_is_taken(tmp_path):
@@ -97,7 +98,7 @@ def test_of_a_copied_folder_the_furthest_is_taken(tmp_path):
     for age, (name, step) in enumerate({"last.ckpt": 20, "best.ckpt": 10}.items()):
         CheckedCheckpoints().save_checkpoint({"optimizer_states": [], "global_step": step}, tmp_path / name)
         os.utime(tmp_path / name, ns=(age, age))
-    assert last_whole([tmp_path], pytest.fail) == tmp_path / "last.ckpt"
+    assert last_whole(tmp_path, pytest.fail) == tmp_path / "last.ckpt"
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_its_place_is_told(small_di
     save({"global_step": 1, "optimizer_states": [], "state_dict": {"a": torch.zeros(50_000)}}, small_disk / LAST)
     with pytest.raises(AlterError, match=r"the disk is full .* MB free\); free some space and run the same command"):
         save({"global_step": 2, "state_dict": {"a": torch.zeros(300_000)}}, small_disk / LAST)
-    assert torch.load(last_whole([small_disk], pytest.fail), weights_only=True)["global_step"] == 1
+    assert torch.load(last_whole(small_disk, pytest.fail), weights_only=True)["global_step"] == 1
     assert not list(small_disk.glob(".*.part"))  # room for what is saved next
 
 

@@ -24,6 +24,8 @@ from alter.recipe import read_recipe
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.nn.tiny import tiny_model
 
+KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+
 
 def tiny_backbone(folder, words, family):  # noqa: F811
     from transformers import AutoTokenizer
@@ -509,7 +511,7 @@ def test_arguments_of_stage_two_are_checked_before_stage_one(project, capsys, ar
         (["--task", "sorted"], "", "there is no task 'sorted'; it is one of echo, sort. Did you mean 'sort'?"),
         (["--task", "sort"], '{"txt": "w1"}', "the template names 'txt'|names 'text', which is not a field of the row"),
         (["--task", "sort"], "not json", "rows.jsonl, line 1: not JSON"),
-        (["--task", "sort"], b'{"text": "\xff"}', "rows.jsonl: not UTF-8"),
+        (["--task", "sort"], b'{"text": "\xff"}', "rows.jsonl: not UTF-8 text"),
         (["--task", "sort"], "[1]", "rows.jsonl, line 1: expected an object"),
         (["--task", "sort", "--run", "nowhere"], "", "nowhere: no run here"),
         (["--task", "sort", "--input", "nofile"], "", "nofile cannot be read"),
@@ -531,7 +533,10 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
         ({"data__max_tokens": 0}, "data.max_tokens: 0 is below 1"),
         ({"data__num_workers": -1}, "data.num_workers: -1 is below 0"),
         ({"seed_everything": -1}, "seed_everything: -1 is no seed"),
-        ({"trunk_cache__max_gb": 0}, "trunk_cache.max_gb: 0.0 is not above 0; to keep nothing, write trunk_cache.enabled: false"),
+        ({"trunk_cache__max_gb": float("inf")}, "trunk_cache.max_gb: inf is no number above 0"),
+        ({"trainer__callbacks": [{"class_path": KEEPER, "init_args": {"dirpath": "kept"}}]}, "trainer.callbacks: a stage's checkpoints lie in its own folder"),
+        ({"stage2__trainer__callbacks": [{"class_path": KEEPER, "init_args": {"dirpath": "kept"}}]}, "stage2.trainer.callbacks: a stage's"),
+        ({"trunk_cache__max_gb": 0}, "trunk_cache.max_gb: 0.0 is no number above 0; to keep nothing, write trunk_cache.enabled: false"),
         ({"trainer__val_check_interval": 0}, "trainer.val_check_interval: 0 is not above 0"),
         ({"stage2__trainer__accumulate_grad_batches": 0}, "stage2.trainer.accumulate_grad_batches: 0 is not above 0"),
         ({"stage2__trainer__strategy": "fsdp"}, "stage2.trainer.strategy: fsdp is not the way"),
@@ -550,6 +555,31 @@ def test_a_value_out_of_its_range_is_told_before_anything_is_loaded(project, cha
 
 
 @pytest.mark.parametrize(
+    ("project", "longest", "fits"),
+    [
+        ("gpt2", (1000, 24), True),
+        ("gpt2", (1000, 25), False),
+        ("bart", (1024, 1024), True),
+        ("bart", (1025, 8), False),
+        ("bart", (8, 1025), False),
+        ("t5", (9000, 9000), True),  # which knows distances alone
+    ],
+    indirect=["project"],
+)
+def test_a_task_whose_tokens_the_backbone_has_no_positions_for_is_told_before_training(project, longest, fits, capsys):
+    file = project / "tasks" / "echo.yaml"
+    keys = dict(zip(("max_prompt_tokens", "max_target_tokens"), longest, strict=True))
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **keys}))
+    if fits:
+        assert read_recipe(["--config", "recipe.yaml"]).open_data(project / "backbone").sizes
+        return
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml")
+    assert f"task 'echo': max_prompt_tokens {longest[0]} " in sentence
+    assert "more than the 1024 positions that the backbone has; lower them." in sentence
+    assert not (project / "run" / "stage1").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"bakbone": "x"}, r"recipe.yaml: unknown key 'bakbone'; .* Did you mean 'backbone'?"),
@@ -558,6 +588,9 @@ def test_a_value_out_of_its_range_is_told_before_anything_is_loaded(project, cha
         ({"data__temperature": "hot"}, "recipe.yaml: data: the key 'temperature' is 'hot', which is not float"),
         ({"data__max_tokens": "64"}, "recipe.yaml: data: the key 'max_tokens' is '64', which is not int"),
         ({"stage1__model": None}, "stage1.model: it is empty"),
+        ({"stage1__trainer": None}, "stage1.trainer: it is empty; write the keys that differ from trainer's"),
+        ({"stage1__trainer": {"strategy": {"class": "ddp"}}}, "recipe.yaml: stage1.trainer: .*strategy"),
+        ({"trainer__barebones": True}, "recipe.yaml: trainer: unknown key 'barebones'"),
         ({"stage1__model__init_args__expert": {"class_path": "alter.nn.LoRA", "init_args": {"rank": None}}}, "the key 'rank' is None, which is not int"),
         ({"data__temperature": -1}, "data.temperature: -1"),
         ({"data__examples_per_epoch": -5}, "data.examples_per_epoch: -5 is below 1"),

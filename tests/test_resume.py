@@ -9,9 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from alter.checkpoints import CheckedCheckpoints
 from tests.data.conftest import words  # noqa: F401 (a fixture)
-from tests.test_cli import change, fit, project, refused, template  # noqa: F401 (a fixture)
-
-KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+from tests.test_cli import KEEPER, change, fit, project, refused, template  # noqa: F401 (a fixture)
 
 
 def adapters(run):
@@ -61,9 +59,9 @@ SETTINGS = {
         "trainer__accumulate_grad_batches": 2,
         "trainer__val_check_interval": 6,
     },
-    "checkpoints that are nowhere called last, in a folder of the user's": {
+    "checkpoints that are nowhere called last": {
         "trainer__callbacks": [
-            {"class_path": KEEPER, "init_args": {"dirpath": "kept", "filename": "{epoch}-{step}", "save_top_k": -1}},
+            {"class_path": KEEPER, "init_args": {"filename": "{epoch}-{step}", "save_top_k": -1}},
             {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 2}},
         ],
         "trainer__val_check_interval": 2,
@@ -81,9 +79,8 @@ def test_what_is_left_before_each_checkpoint_is_written_goes_on_to_the_same_end(
 
     def copy_first(self, checkpoint, path, storage_options=None):
         folder = project / "found" / str(len(found))
-        for part in ("run", "kept"):
-            if (project / part).exists():
-                shutil.copytree(project / part, folder / part)
+        if (project / "run").exists():
+            shutil.copytree(project / "run", folder / "run")
         found.append(folder)
         saved(self, checkpoint, path, storage_options)
 
@@ -94,7 +91,6 @@ def test_what_is_left_before_each_checkpoint_is_written_goes_on_to_the_same_end(
     (project / "run").rename(project / "whole")
     assert len(logs(project / "whole")["stage1"].splitlines()) > 20
     for folder in found:
-        shutil.rmtree(project / "kept", ignore_errors=True)
         shutil.rmtree(project / "run", ignore_errors=True)
         shutil.copytree(folder, project, dirs_exist_ok=True)
         fit(*flags)
@@ -138,6 +134,28 @@ def test_a_project_that_moves_in_the_middle_of_a_run_goes_on_to_the_same_end(pro
     kept = (moved / "run" / "recipe.yaml").read_text()
     assert str(moved / "elsewhere") in kept
     assert f"{project}/" not in kept.replace(f"{moved}/", "")
+
+
+def test_a_finished_run_keeps_to_its_recipe_though_its_checkpoints_are_removed(project, capsys):  # noqa: F811
+    fit("--test", "false", "--stages", "[stage1]")
+    shutil.rmtree(project / "run" / "stage1" / "checkpoints")
+    kept = (project / "run" / "recipe.yaml").read_text()
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", "--data.temperature", "9")
+    assert "started with another recipe (it differs in data.temperature)" in sentence
+    assert (project / "run" / "recipe.yaml").read_text() == kept
+
+
+def test_a_run_folder_that_is_a_file_is_one_sentence(project, capsys):  # noqa: F811
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", "--run", "recipe.yaml")
+    assert "recipe.yaml: File exists; name another place" in sentence
+
+
+def test_a_run_may_be_named_from_home(project, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HOME", str(project / "home"))
+    fit("--test", "false", "--stages", "[stage1]", "--run", "~/run", "--data.cache_dir", "~/cache")
+    assert (project / "home" / "run" / "model").is_dir()
+    assert (project / "home" / "cache").is_dir()
+    assert not (project / "~").exists()
 
 
 def test_a_run_is_refused_another_backbone(project, capsys):  # noqa: F811

@@ -334,7 +334,7 @@ def json_lines(stream: Iterable[str], name: str | Path) -> Iterator[tuple[int, s
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise AlterError(f"{name}, line {number}: not JSON ({error}); write one object a line.") from error
             yield number, line, value
 

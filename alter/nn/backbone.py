@@ -250,6 +250,17 @@ def _check_size(path: Path) -> None:
         )
 
 
+def most_positions(path: str | Path) -> int | None:
+    """How many tokens a backbone has positions for, of a prompt with its answer; None where that is not bounded.
+
+    Args:
+        path: a folder, as ``resolve_backbone`` returns it.
+    """
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+
+
 def backbone_fingerprint(path: str | Path) -> str:
     """Tells whether two folders hold the same backbone, without reading all of it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ class TrunkCache:
         folder: by default ``trunk`` in ALTER's cache folder.
 
     Raises:
-        AlterError: ``max_gb`` is not above 0.
+        AlterError: ``max_gb`` is no number above 0.
     """
 
     def __init__(
@@ -41,9 +42,9 @@ class TrunkCache:
         evict: bool = True,
         folder: str | None = None,
     ) -> None:
-        if not max_gb > 0:  # states of other runs would make room for none
+        if not 0 < max_gb < math.inf:  # states of other runs would make room for none
             raise AlterError(
-                f"trunk_cache.max_gb: {max_gb} is not above 0; to keep nothing, write trunk_cache.enabled: false."
+                f"trunk_cache.max_gb: {max_gb} is no number above 0; to keep nothing, write trunk_cache.enabled: false."
             )
         self.enabled = enabled
         self.max_gb = max_gb

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import uuid
@@ -114,8 +115,7 @@ class TrunkStore:
         for path, size in stored:
             if total + self._segment_bytes <= self.max_bytes:
                 break
-            if self.evict and path not in self._used:
-                self._remove(path)
+            if self.evict and path not in self._used and self._remove(path):
                 total -= size
         if total + self._segment_bytes > self.max_bytes:
             self._stop(f"all {self.max_bytes / 2**30:.3g} GB are in use; raise trunk_cache.max_gb")
@@ -129,15 +129,20 @@ class TrunkStore:
             self._stop(f"{error.strerror}; free some space there")
             return None
 
-    def _remove(self, path: Path) -> None:
+    def _remove(self, path: Path) -> bool:
+        """Removes a segment; returns False where it is another user's."""
+        try:
+            path.with_suffix(".index").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        except PermissionError:
+            return False
         self._places = {key: place for key, place in self._places.items() if place[0].path != path}
-        path.with_suffix(".index").unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        return True
 
     def _use(self, segment: _Segment) -> None:
         if segment.path not in self._used:
             self._used.add(segment.path)
-            if segment.path.exists():  # another process may have evicted it; what is mapped stays readable
+            with contextlib.suppress(OSError):  # another process may have evicted it, another user may own it
                 os.utime(segment.path)
 
     def _forget(self, key: bytes, segment: _Segment) -> None:

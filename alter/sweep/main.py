@@ -129,6 +129,11 @@ def _run(found: Sweep, options: argparse.Namespace, config: dict[str, Any], agai
         print(table(found, cells))
     if not todo or (options.dry_run and options.slurm is None):
         return None if options.dry_run else _show(found, best=True)
+    if not Path(found.start).is_dir():
+        raise AlterError(
+            f"{found.folder}: the sweep was started in {found.start}, from where its recipe's paths are, and that folder is gone; "
+            "put it back, or start the sweep anew."
+        )
     with chdir(found.start):  # the recipes' relative paths are from there
         if options.slurm is None:
             return _run_here(found, todo, options.local)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def _monitor(config: Config) -> tuple[str, str]:
     trainer = stage_trainer(config, config["stages"][-1])
     given = trainer.get("callbacks") or []
     for callback in given if isinstance(given, list) else [given]:
+        callback = callback if isinstance(callback, Mapping) else {"class_path": callback}
         if str(callback.get("class_path", "")).endswith("ModelCheckpoint"):
             arguments = callback.get("init_args") or {}
             if not arguments.get("monitor"):

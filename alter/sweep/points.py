@@ -92,7 +92,7 @@ def _list(key: str, text: str) -> list[Any]:
         raise AlterError(f"--set {key}: '{text}' cannot be read; {RULE}.") from error
     if not values:
         raise AlterError(f"--set {key}: '{text}' holds no value; {RULE}.")
-    if any(value in values[:i] for i, value in enumerate(values)):
+    if len({(type(value), repr(value)) for value in values}) < len(values):  # false is not 0
         raise AlterError(f"--set {key}: '{text}' names a value twice; leave one out.")
     return values
 
@@ -154,7 +154,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         return float(value)
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 

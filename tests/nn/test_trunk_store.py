@@ -132,6 +132,22 @@ def test_it_stays_within_its_bound_and_evicts_what_was_longest_unused(tmp_path):
     assert len(make(tmp_path / "newer", bound)) * entry + total(tmp_path / "old") <= bound
 
 
+def test_what_another_user_owns_is_read_and_neither_touched_nor_evicted(tmp_path, monkeypatch):
+    data = filled(tmp_path / "theirs")
+
+    def refuses(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuses)
+    monkeypatch.setattr(type(data), "unlink", refuses)
+    assert torch.equal(make(tmp_path / "theirs").get(key(0)), states(0))
+    store = make(tmp_path / "ours", data.stat().st_size)  # no room for more, unless theirs goes
+    with pytest.warns(UserWarning, match="takes no more"):
+        store.put(key(9), states(9))
+    assert data.is_file()
+    assert torch.equal(make(tmp_path / "theirs").get(key(0)), states(0))
+
+
 def test_what_was_read_last_stays_longest(tmp_path):
     first, second = make(tmp_path / "first", 4000), make(tmp_path / "second", 4000)
     put_all(first, 40)

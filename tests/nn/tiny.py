@@ -37,7 +37,7 @@ def config(family):
     if family == "bart":
         return BartConfig(
             vocab_size=100, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=1024,
             pad_token_id=0, bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None,
         )  # fmt: skip
     if family == "gpt2":
@@ -46,7 +46,7 @@ def config(family):
             n_embd=32,
             n_layer=4,
             n_head=4,
-            n_positions=64,
+            n_positions=1024,
             bos_token_id=2,
             eos_token_id=1,
             pad_token_id=0,

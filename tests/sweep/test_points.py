@@ -24,6 +24,8 @@ from tests.test_cli import change, project, template  # noqa: F401 (a fixture)
         ("[1,2],[3]", [[1, 2], [3]]),
         ("'one, two',three", ["one, two", "three"]),
         ("null,true", [None, True]),
+        ("0,false,1,true", [0, False, 1, True]),
+        ("1.2.3e4,1.e3,.5e1", ["1.2.3e4", 1000.0, 5.0]),
         ("{class_path: alter.nn.TopK, init_args: {k: 2}},alter.nn.TokenGate",
          [{"class_path": "alter.nn.TopK", "init_args": {"k": 2}}, "alter.nn.TokenGate"]),
     ],

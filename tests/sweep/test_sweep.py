@@ -174,6 +174,21 @@ def test_a_dry_run_shows_points_and_script_and_writes_nothing(project, capfd):  
     assert not Path("out").exists()
 
 
+def test_a_callback_may_be_named_by_its_class_alone(project, capfd):  # noqa: F811
+    change(project, trainer__callbacks=["lightning.pytorch.callbacks.LearningRateMonitor"])
+    assert planned("data.temperature=1,2").metric == "val/loss"
+
+
+def test_a_sweep_whose_start_is_gone_is_told_as_that(project, capfd):  # noqa: F811
+    planned("data.temperature=1,2")
+    file = Path("out/sweep.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "start": str(project / "gone")}))
+    (project / "out/cells/001").mkdir(parents=True, exist_ok=True)
+    (project / "out/cells/001/failed.json").write_text(json.dumps({"said": "x"}))
+    (sentence,) = refused(capfd, "sweep", "retry", "out")
+    assert f"the sweep was started in {project / 'gone'}" in sentence
+
+
 def test_a_folder_keeps_to_its_sweep(project, capfd):  # noqa: F811
     (sentence,) = refused(capfd, "sweep", "status", "out")
     assert "no sweep is there" in sentence

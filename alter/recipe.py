@@ -238,6 +238,7 @@ def _complete(parser: ArgumentParser, config: Namespace, tasks: list[Task], here
     plain["data"]["tasks"] = [task.to_dict() for task in tasks]
     if plain["data"]["root"] is not None:  # whole, so that the run can be tested from another folder
         plain["data"]["root"] = str(Path(plain["data"]["root"]).expanduser().resolve())
+    plain["stages"] = [stage for stage in STAGES if stage in plain["stages"]]  # however they are listed
     plain.pop("config", None)
     plain["precision"] = choose_precision(plain, here)
     # in the run, as whole as the paths of data: it is used from other folders too

@@ -104,7 +104,7 @@ class _Encoder:
         self.seq2seq = seq2seq
         self.split = split
         self.problems: dict[str, tuple[str, int]] = {}  # what is wrong: its first sentence, and of how many rows
-        self.stats = {"rows": 0, "truncated": 0, "tokens": 0, "longest": 0}
+        self.stats = {"rows": 0, "truncated": 0, "several_lines": 0, "tokens": 0, "longest": 0}
 
     def encode(self, rows: Sequence[tuple[int, Row]]) -> Iterator[dict[str, Any]]:
         good = []
@@ -137,6 +137,7 @@ class _Encoder:
                 continue
             size = len(prompt_ids) + len(target_ids)
             self.stats["rows"] += 1
+            self.stats["several_lines"] += "\n" in target
             self.stats["tokens"] += size
             self.stats["longest"] = max(self.stats["longest"], size)
             yield {

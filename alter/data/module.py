@@ -173,7 +173,7 @@ class MultiTaskDataModule(LightningDataModule):
         return mixture_rates(self.sizes, self.temperature, self.cap, [task.weight for task in self.tasks])
 
     def statistics(self, task: str) -> dict[str, dict[str, int]]:
-        """Rows, truncated prompts, tokens and the longest example of each split."""
+        """Rows, truncated prompts, targets of several lines, tokens and the longest example of each split."""
         return json.loads((self._folders[task] / "stats.json").read_text())
 
     def drawn_tokens(self, epochs: int) -> tuple[int, int]:
@@ -206,12 +206,15 @@ class MultiTaskDataModule(LightningDataModule):
     def summary(self) -> str:
         """A table of the tasks: sizes, rate, tokens, shortened prompts; below it, what an epoch and a batch are."""
         lines = [["task", "kind", "train", "valid.", "test", "rate", "tokens/row", "cut"]]
-        cut, scarce = 0, list[str]()
+        cut, several_lines, scarce = 0, 0, list[str]()
         for task, rate in zip(self.tasks, self.rates, strict=True):
             stats = self.statistics(task.name)
             rows = [stats[split]["rows"] for split in SPLITS]
             shortened = sum(stats[split]["truncated"] for split in SPLITS)
             cut += shortened
+            several_lines += sum(
+                stats[split].get("several_lines", 0) for split in SPLITS
+            )  # not counted in older caches
             if few := stats["train"].get("scarce"):
                 scarce.append(f"{task.name} ({few})")
             numbers = [*(f"{n:,}" for n in rows), f"{rate:.1%}", f"{stats['train']['tokens'] / rows[0]:.1f}"]
@@ -224,6 +227,11 @@ class MultiTaskDataModule(LightningDataModule):
         ]
         if cut:
             notes.append("cut: rows whose prompt is longer than max_prompt_tokens and was shortened")
+        if several_lines:
+            notes.append(
+                f"lines: {several_lines:,} targets have several, and an answer ends with its first;\n"
+                "       write them on one, such as {{ text | replace('\\n', ' ') }}"
+            )
         if scarce:
             classes = ", ".join(scarce)
             notes.append(

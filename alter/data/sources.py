@@ -144,7 +144,8 @@ class Files(Source):
                 stat = path.stat() if path.is_file() else None
                 stats.append((str(path), stat and (stat.st_size, stat.st_mtime_ns)))
         chat = [] if self.chat is None else [self.chat]
-        return _digest(self.splits, self.group, self.seed, stats, *chat)
+        group = self.group and [self.group, "else the row"]  # caches of before then put all rows without one together
+        return _digest(self.splits, group, self.seed, stats, *chat)
 
 
 class Hub(Source):

@@ -106,9 +106,8 @@ def _by_task(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
     tasks: dict[str, dict[str, Path]] = {}
     for file in files:
         words = _words(file.stem)
-        at = next(
-            (place for place in (-1, 0) if words and words[place] in SPLIT_NAMES), None
-        )  # intents_train, train_intents
+        # of intents_train and train_intents; not of blood_test_notes
+        at = next((place for place in (-1, 0) if words and words[place] in SPLIT_NAMES), None)
         split = None if at is None else SPLIT_NAMES[words.pop(at)]
         name = "_".join(words or _words(file.resolve().parent.name))
         name = "auto_task" if name == AUTO else name  # which no task may be called
@@ -128,9 +127,7 @@ def _words(text: str) -> list[str]:
 
 
 def _propose(name: str, files: dict[str, Path], answer: str | None) -> Proposal:
-    starts = {
-        split: next(read_file(file), {}) for split, file in files.items()
-    }  # what is no file is told as that first
+    starts = {split: next(read_file(file), {}) for split, file in files.items()}  # no file is told as that first
     if "train" not in files:
         split, file = next(iter(files.items()))
         raise AlterError(

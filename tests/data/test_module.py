@@ -67,6 +67,17 @@ def test_the_summary_says_what_was_cut(tmp_path, words):
     assert "max_prompt_tokens and was shortened" in data.summary()
 
 
+def test_the_summary_says_which_targets_an_answer_cannot_be(tmp_path, words):
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"text": "w{i}", "label": "w1\\nw2"}}\n' for i in range(60)))
+    source = {"class_path": "Files", "init_args": {"train": str(tmp_path / "x.jsonl"), "validation": 0.2, "test": 0.2}}
+    several = {"name": "t", "source": source, "prompt": "{{ text }}", "target": "{{ label }}"}
+    data = make(tmp_path, words, tasks=[several])
+    assert "lines: 60 targets have several, and an answer ends with its first;" in data.summary()
+    assert max(map(len, data.summary().splitlines())) <= 80
+    one = make(tmp_path, words, tasks=[{**several, "target": "{{ label | replace('\n', ' ') }}"}])
+    assert "several" not in one.summary()
+
+
 def test_mistakes_in_the_rows_of_all_tasks_come_at_once(tmp_path, words):
     tasks = [task_dict(tmp_path, "a", max_target_tokens=1), task_dict(tmp_path, "b", choices=["yes", "maybe"])]
     data = MultiTaskDataModule(tasks, str(words), cache_dir=str(tmp_path / "cache"))

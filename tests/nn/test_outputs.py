@@ -38,7 +38,7 @@ def test_what_is_read_and_weighted_is_that_of_the_whole(bias, tokens, units, own
     found = [[outputs.read(linear), outputs.weighted(weights)] for outputs in (kept, whole)]
     gradients = [torch.autograd.grad(read.square().sum() + mixed.square().sum(), parameters) for read, mixed in found]
     assert_alike(*found)
-    assert_alike(*gradients)
+    assert_alike(*gradients, near=1e-4)  # one of few units is a small difference of large sums
     torch.testing.assert_close(kept.whole(), whole.whole(), atol=1e-5, rtol=1e-5)
 
 

@@ -256,9 +256,9 @@ def test_mistakes_are_told_as_openai_tells_them(predictor):
         for stop in (".", ["\n", "."]):
             with pytest.raises(openai.BadRequestError, match="'stop' is not supported"):
                 server.completions.create(model="echo", prompt="w1", stop=stop)
-        for method, path, allowed in (("GET", "/v1/completions", "POST"), ("POST", "/v1/models", "GET, HEAD")):
+        for method, path, allowed in (("GET", "/v1/completions", {"POST"}), ("POST", "/v1/models", {"GET", "HEAD"})):
             status, _, headers = ask(address, method, path, {} if method == "POST" else None)
-            assert (status, headers["allow"]) == (405, allowed)
+            assert (status, set(headers["allow"].split(", "))) == (405, allowed)
         assert ask(address, "GET", "/v1/models", headers={"host": "elsewhere.example"})[0] == 400
         assert server.completions.create(model="echo", prompt="w1").choices
 

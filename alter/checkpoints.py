@@ -99,16 +99,14 @@ def last_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     Raises:
         AlterError: there are some, and all are damaged.
     """
-    damaged = None
+    damaged = False
     # a sum is of a whole file, so that those behind the one that is taken are left alone
     for file in sorted(folder.glob("*.ckpt"), key=lambda file: (_step(file), file.stat().st_mtime_ns), reverse=True):
         if not is_whole(file):
             say(f"{file}: damaged, it is not what was written.")
-            damaged = file.parent
+            damaged = True
         elif "optimizer_states" in torch.load(file, map_location="cpu", weights_only=True, mmap=True):
             return file
     if damaged:
-        raise AlterError(
-            f"{damaged}: every checkpoint is damaged; remove {damaged} to train this stage from its start."
-        )
+        raise AlterError(f"{folder}: every checkpoint is damaged; remove {folder} to train this stage from its start.")
     return None

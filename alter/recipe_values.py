@@ -18,6 +18,7 @@ from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision
 from alter.run_folder import STAGES
 from alter.schema import check, import_name
+from alter.stage_settings import named_callbacks
 from alter.strategy import check_strategy
 
 Config = Mapping[str, Any]
@@ -114,17 +115,12 @@ def _check_trainer(trainer: Config, where: str) -> list[str]:
         for key in DIVIDED_BY
         if isinstance(trainer.get(key), int | float) and trainer[key] <= 0
     ]
-    given = trainer.get("callbacks") or []
-    for callback in given if isinstance(given, list) else [given]:
-        arguments = (
-            None if isinstance(callback, str) else callback.get("init_args")
-        )  # a mapping, or the parser's namespace
-        if arguments and arguments.get("dirpath") is not None:
-            problems.append(
-                f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no "
-                "other run's; leave dirpath out, and put the run folder where there is room (run: FOLDER)."
-            )
-    return problems
+    return problems + [
+        f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no other run's; "
+        "leave dirpath out, and put the run folder where there is room (run: FOLDER)."
+        for _, arguments in named_callbacks(trainer)
+        if arguments.get("dirpath") is not None
+    ]
 
 
 def _stage_problems(given: Config) -> Iterator[str]:

@@ -125,7 +125,7 @@ class Planner:
         self.backbone = {  # a name alone can stand for other weights elsewhere
             "name": config["backbone"],
             "parameters": sum(p.numel() for p in self.model.part_parameters()["backbone"]),
-            "fingerprint": backbone_fingerprint(path),
+            "fingerprint": _fingerprint(config["backbone"]),
         }
 
     def count(self, config: Config) -> int:
@@ -217,9 +217,8 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         "settings": _digest([{**run.config, "backbone": _fingerprint(run.config["backbone"])} for run in runs]),
     }
     file = folder / PLAN
-    before = (
-        {"data": plan["data"], **json.loads(file.read_text())} if file.is_file() else plan
-    )  # older ones name no data
+    # cells of before rows were looked at name no data
+    before = {"data": plan["data"], **json.loads(file.read_text())} if file.is_file() else plan
     if before != plan:
         other = "rows of the tasks" if {**before, "data": plan["data"]} == plan else "settings"
         raise AlterError(

@@ -123,7 +123,8 @@ class Files(Source):
         return "train"
 
     def _group_of(self, row: Row) -> Any:
-        columns = [self.group] if isinstance(self.group, str) else self.group or []
+        group = self.group or []
+        columns = [group] if isinstance(group, str) else group
         for column in columns:
             if column not in row:
                 raise AlterError(
@@ -133,7 +134,7 @@ class Files(Source):
         values = [row[column] for column in columns]
         if all(value == "" or is_missing(value) for value in values):  # nobody's rows are not one patient's
             return json.dumps(row, sort_keys=True, default=str)
-        return values[0] if isinstance(self.group, str) else json.dumps(values, sort_keys=True, default=str)
+        return values[0] if isinstance(group, str) else json.dumps(values, sort_keys=True, default=str)
 
     def fingerprint(self) -> str:
         """Of the settings and of each file's size and time of change."""
@@ -144,7 +145,8 @@ class Files(Source):
                 stat = path.stat() if path.is_file() else None
                 stats.append((str(path), stat and (stat.st_size, stat.st_mtime_ns)))
         chat = [] if self.chat is None else [self.chat]
-        group = self.group and [self.group, "else the row"]  # caches of before then put all rows without one together
+        # caches of before put all rows without a group together
+        group = None if self.group is None else (self.group, "else the row")
         return _digest(self.splits, group, self.seed, stats, *chat)
 
 

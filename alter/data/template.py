@@ -6,13 +6,14 @@ Tasks come with downloaded models too, so a template is code of somebody else's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import StrictUndefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from alter.data.sources import is_missing
 
 MAX_LOOPS = 2  # within one another
 MAX_CHARACTERS = 10_000_000  # of what a replacement makes
@@ -51,7 +52,7 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
 
 def _text(value: Any) -> Any:
     """What an output writes: of an empty cell of Parquet, or JSON's null or NaN, nothing, as of an empty cell of CSV."""
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
+    return "" if is_missing(value) else value
 
 
 def environment() -> _Environment:

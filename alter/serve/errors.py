@@ -29,9 +29,8 @@ class Refused(Exception):
 def content(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {
-        "error": {"message": writable(message), "type": kind, "param": param, "code": code}
-    }  # it may quote the client
+    message = writable(message)  # it may quote the client
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def failure(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from alter.errors import AlterError
 from alter.recipe import Recipe
 from alter.run_folder import compared, differences
-from alter.stage_settings import stage_trainer
+from alter.stage_settings import named_callbacks, stage_trainer
 from alter.sweep.points import Config, Point, check_points
 from alter.writing import write_json, write_text
 from alter.yaml_file import dump
@@ -132,11 +132,8 @@ def _monitor(config: Config) -> tuple[str, str]:
             "stages: a sweep ranks by what the last one is validated by, and there is none; name stage1 or both."
         )
     trainer = stage_trainer(config, config["stages"][-1])
-    given = trainer.get("callbacks") or []
-    for callback in given if isinstance(given, list) else [given]:
-        callback = callback if isinstance(callback, Mapping) else {"class_path": callback}
-        if str(callback.get("class_path", "")).endswith("ModelCheckpoint"):
-            arguments = callback.get("init_args") or {}
+    for class_path, arguments in named_callbacks(trainer):
+        if class_path.endswith("ModelCheckpoint"):
             if not arguments.get("monitor"):
                 raise AlterError(
                     "trainer.callbacks: the recipe's ModelCheckpoint has no monitor, so a sweep has nothing to rank by; "

@@ -92,7 +92,7 @@ def _list(key: str, text: str) -> list[Any]:
         raise AlterError(f"--set {key}: '{text}' cannot be read; {RULE}.") from error
     if not values:
         raise AlterError(f"--set {key}: '{text}' holds no value; {RULE}.")
-    if len({(type(value), repr(value)) for value in values}) < len(values):  # false is not 0
+    if len(set(map(repr, values))) < len(values):  # by equality false would be 0
         raise AlterError(f"--set {key}: '{text}' names a value twice; leave one out.")
     return values
 

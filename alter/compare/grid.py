@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -125,7 +124,7 @@ class Planner:
         self.backbone = {  # a name alone can stand for other weights elsewhere
             "name": config["backbone"],
             "parameters": sum(p.numel() for p in self.model.part_parameters()["backbone"]),
-            "fingerprint": _fingerprint(config["backbone"]),
+            "fingerprint": backbone_fingerprint(path),
         }
 
     def count(self, config: Config) -> int:
@@ -214,7 +213,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
         "trains": method.trains,
         "runner": runs[0].runner,
         "data": planner.data,
-        "settings": _digest([{**run.config, "backbone": _fingerprint(run.config["backbone"])} for run in runs]),
+        "settings": _digest([{**run.config, "backbone": planner.backbone["fingerprint"]} for run in runs]),
     }
     file = folder / PLAN
     # cells of before rows were looked at name no data
@@ -239,12 +238,6 @@ def _digest(configs: Sequence[Config]) -> str:
         return [placeless(inner) for inner in value] if isinstance(value, list) else value
 
     return hashlib.sha256(json.dumps(placeless(list(configs)), sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _fingerprint(backbone: str) -> str:
-    """Of a backbone by its name."""
-    return backbone_fingerprint(resolve_backbone(backbone))
 
 
 def _scale(arguments: dict[str, Any], factor: float) -> None:

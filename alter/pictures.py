@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 
 TEXT = "#010203"  # in a page it becomes the page's own colour, light or dark
 INK = (0.145, 0.388, 0.922)
@@ -42,9 +44,7 @@ CURVES = 10.0  # inches
 def save(figure: Figure, file: Path) -> None:
     """Writes a figure as PNG, on white."""
     with rc_context(STYLE):
-        FigureCanvasAgg(figure)
-        figure.savefig(file, dpi=150, facecolor="white", bbox_inches="tight")
-        figure.set_layout_engine("none")  # another file has the same layout, which takes as long as the drawing
+        figure.savefig(file, dpi=150, facecolor="white", bbox_inches=_laid_out(figure))
 
 
 def pixels(figure: Figure) -> np.ndarray:
@@ -61,10 +61,22 @@ def svg(figure: Figure) -> str:
     """A figure as an SVG element whose text has the colour of the page around it."""
     stream = io.StringIO()
     with rc_context(STYLE):
-        figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(stream, format="svg", bbox_inches=_laid_out(figure), metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+def _laid_out(figure: Figure) -> Bbox:
+    """Lays a figure out once, whatever the number of its files; returns what of it is drawn on, in inches.
+
+    ``bbox_inches="tight"`` would do so in a drawing of its own for every file.
+    """
+    FigureCanvasAgg(figure)
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+    return figure.get_tightbbox().padded(0.1)
 
 
 def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], begins: float | None) -> Figure:
@@ -160,10 +172,7 @@ def heatmaps(
             if not (annotated and numbers):
                 continue
             for (row, column), value in np.ndenumerate(values):
-                colour = "white" if shares[row, column] > 0.55 else TEXT
-                axes.text(
-                    column + 0.5, row + 0.5, numbers.format(value), ha="center", va="center", fontsize=6, color=colour
-                )
+                _number(axes, row, column, numbers.format(value), shares)
         return figure
 
 
@@ -191,6 +200,12 @@ def confusion(targets: Sequence[str], answers: Sequence[str], most: int = 25) ->
         axes.add_patch(Rectangle((place, place), 1, 1, fill=False, edgecolor=TEXT, linewidth=0.4, alpha=0.5))
     for (row, column), count in np.ndenumerate(table):
         if count:
-            colour = "white" if shares[row, column] > 0.55 else TEXT
-            axes.text(column + 0.5, row + 0.5, f"{count:.0f}", ha="center", va="center", fontsize=6, color=colour)
+            _number(axes, row, column, f"{count:.0f}", shares)
     return figure
+
+
+def _number(axes: Axes, row: int, column: int, text: str, shares: np.ndarray) -> None:
+    """Writes into a cell. It is inside its axes in any case, so the layout need not measure it."""
+    colour = "white" if shares[row, column] > 0.55 else TEXT
+    place = column + 0.5, row + 0.5
+    axes.text(*place, text, ha="center", va="center", fontsize=6, color=colour).set_in_layout(False)

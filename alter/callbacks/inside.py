@@ -71,9 +71,12 @@ class Inside(Callback):
                 board.add_scalar(f"gates/{kind}/load/{name}", load, step)
             figure = pictures.heatmaps({"mean over layers": mean.tolist()}, predictor.tasks, names[kind])
             board.add_image(f"gates/{kind}", pictures.pixels(figure), step, dataformats="HWC")
-        for task in data.tasks:
-            row = data.examples(task.name, "validation")[0]
-            (answer,) = predictor.answer(task.name, [row["prompt_ids"]], probabilities=False)
+        rows = [data.examples(task.name, "validation")[0] for task in data.tasks]
+        prompts = [row["prompt_ids"] for row in rows]
+        answers = predictor.answer_mixed(
+            predictor.tasks, prompts, [False] * len(rows)
+        )  # in shared batches: several times as fast
+        for task, row, answer in zip(data.tasks, rows, answers, strict=True):
             parts = ("prompt", row["prompt"]), ("target", row["target"]), ("answer", answer.text)
             text = "\n\n".join(f"**{name}**\n\n" + _quoted(part) for name, part in parts)
             board.add_text(f"answers/{task.name}", text, step)

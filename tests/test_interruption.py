@@ -13,9 +13,9 @@ from alter.callbacks import Interruption, interruption
 from alter.callbacks.preemption import KEPT
 from alter.stopping import STATUS, STOPPED
 from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.held import hold, let_go, until_held
 from tests.test_cli import change, project  # noqa: F401 (a fixture)
 from tests.test_kills import Runs
-from tests.test_requeue import long_log
 from tests.test_resume import ends_as
 
 SEED = 13
@@ -118,16 +118,17 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_that_is_stopped_keeps_its_last_step_and_ends_as_an_uninterrupted_one(project, name):  # noqa: F811
     changes, processes, send = SETTINGS[name]
-    change(project, data__max_tokens=64, **changes)
+    change(project, data__max_tokens=64, trainer__callbacks=[{"class_path": "tests.held.Held"}], **changes)
     runs = Runs(project, processes)
     runs.finish("whole")
     draw = random.Random(SEED)
     run = project / "cut"
     for stage in ("stage1", "stage2"):
-        lines = len((project / "whole" / stage / "metrics.csv").read_text().splitlines())
+        hold(project, stage, project / "whole", draw)
         started = runs.start("cut")
-        long_log(run / stage / "metrics.csv", lines * draw.uniform(0.2, 0.6))(started[0].is_alive)
+        until_held(project)(started[0].is_alive)
         send(started)
+        let_go(project)
         for process in started:
             process.join(60)
             assert process.exitcode == STATUS, (project / "log.txt").read_text()[-3000:]

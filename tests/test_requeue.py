@@ -13,6 +13,7 @@ from alter import requeue
 from alter.callbacks.preemption import KEPT
 from alter.requeue import Requeue, leave_allocation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.held import hold, let_go, until_held
 from tests.test_cli import change, project  # noqa: F401 (a fixture)
 from tests.test_kills import Runs, seen
 from tests.test_resume import ends_as
@@ -136,8 +137,8 @@ def test_a_shell_in_an_allocation_is_no_task_of_a_job(monkeypatch, step, stays):
     assert ("SLURM_NTASKS" in os.environ) == stays
 
 
-def interrupt(runs, run, when, asked):
-    """Signals every process of a run at a moment and, once it is requeued, ends it as SLURM does.
+def interrupt(runs, run, when, asked, then=lambda: None):
+    """Signals every process of a run at a moment, does what is to be done then, and ends it, once it is requeued, as SLURM does.
 
     Returns:
         whether it was still running.
@@ -147,6 +148,7 @@ def interrupt(runs, run, when, asked):
     for process in processes:
         if process.is_alive():
             os.kill(process.pid, signal.SIGUSR1)
+    then()
     end = time.monotonic() + 60
     while not asked.exists() and any(process.is_alive() for process in processes):
         assert time.monotonic() < end, "nobody has asked for a requeue"
@@ -171,29 +173,21 @@ def test_a_run_signalled_while_it_trains_keeps_its_last_step_and_ends_as_an_unin
 ):
     """The log tells that no step is done twice: what the first turn wrote before the signal is all kept."""
     change(project, data__max_tokens=64, trainer__accumulate_grad_batches=2, trainer__val_check_interval=3)
+    change(project, trainer__callbacks=[{"class_path": "tests.held.Held"}])
     environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "{rank}", "PATH": os.environ["PATH"]}
     runs = Runs(project, processes, environment)
     runs.finish("whole")
     draw = random.Random(SEED)
     run = project / "cut"
     for stage in ("stage1", "stage2"):
-        lines = len((project / "whole" / stage / "metrics.csv").read_text().splitlines())
-        reached = long_log(run / stage / "metrics.csv", lines * draw.uniform(0.2, 0.6))
-        assert interrupt(runs, "cut", reached, scontrol), f"{stage}: over before"
+        hold(project, stage, project / "whole", draw)
+        assert interrupt(runs, "cut", until_held(project), scontrol, lambda: let_go(project)), f"{stage}: over before"
         kept = torch.load(run / stage / "checkpoints" / KEPT, weights_only=True)
         steps = [int(line.split(",")[0]) for line in (run / stage / "metrics.csv").read_text().splitlines()[1:]]
         assert kept["global_step"] in (max(steps), max(steps) + 1)
     runs.finish("cut")
     ends_as(run, project / "whole")
     assert not list(run.rglob(KEPT))
-
-
-def long_log(file, lines):
-    def wait(alive):
-        while alive() and not (file.exists() and file.read_text().count("\n") >= lines):
-            time.sleep(0.001)
-
-    return wait
 
 
 @pytest.mark.slow

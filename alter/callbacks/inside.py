@@ -73,9 +73,7 @@ class Inside(Callback):
             board.add_image(f"gates/{kind}", pictures.pixels(figure), step, dataformats="HWC")
         rows = [data.examples(task.name, "validation")[0] for task in data.tasks]
         prompts = [row["prompt_ids"] for row in rows]
-        answers = predictor.answer_mixed(
-            predictor.tasks, prompts, [False] * len(rows)
-        )  # in shared batches: several times as fast
+        answers = predictor.answer_mixed(predictor.tasks, prompts, [False] * len(rows))  # in shared batches
         for task, row, answer in zip(data.tasks, rows, answers, strict=True):
             parts = ("prompt", row["prompt"]), ("target", row["target"]), ("answer", answer.text)
             text = "\n\n".join(f"**{name}**\n\n" + _quoted(part) for name, part in parts)

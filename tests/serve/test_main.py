@@ -202,6 +202,7 @@ def test_what_is_stopped_or_left_for_another_task_brings_no_answer(browser, pred
         page.select_option("#task", "pair")
         while len(held) < 2:  # the browser hands them over in its own time
             page.wait_for_timeout(20)
+        assert len(held) == 2
         for late in held:
             with suppress(Error):  # the page has given it up
                 late.fulfill(json={"data": [{"label": "yes", "probabilities": {"yes": 0.9, "no": 0.1}}]})

@@ -115,6 +115,11 @@ def _check_trainer(trainer: Config, where: str) -> list[str]:
         for key in DIVIDED_BY
         if isinstance(trainer.get(key), int | float) and trainer[key] <= 0
     ]
+    if trainer.get("fast_dev_run"):
+        problems.append(
+            f"{where}.fast_dev_run: it would leave a run that counts as trained; leave it out, and try the recipe with "
+            "`alter doctor --config RECIPE`, which trains some steps of each stage and writes nothing."
+        )
     return problems + [
         f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no other run's; "
         "leave dirpath out, and put the run folder where there is room (run: FOLDER)."

@@ -539,6 +539,7 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
         ({"trunk_cache__max_gb": 0}, "trunk_cache.max_gb: 0.0 is no number above 0; to keep nothing, write trunk_cache.enabled: false"),
         ({"trainer__val_check_interval": 0}, "trainer.val_check_interval: 0 is not above 0"),
         ({"stage2__trainer__accumulate_grad_batches": 0}, "stage2.trainer.accumulate_grad_batches: 0 is not above 0"),
+        ({"trainer__fast_dev_run": True}, "trainer.fast_dev_run: it would leave a run that counts as trained"),
         ({"stage2__trainer__strategy": "fsdp"}, "stage2.trainer.strategy: fsdp is not the way"),
         ({"stage2__model__init_args__warmup": 2}, "stage2.model.init_args.warmup: 2.0 is no share of the steps"),
         ({"stage1__model__init_args__router_lr": -1}, "stage1.model.init_args.router_lr: -1.0 is below 0; give 0 to freeze"),

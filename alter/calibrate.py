@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,14 +76,15 @@ def calibrate(
 
 
 def calibrate_run(run: Path, predictor: Predictor, data: MultiTaskDataModule) -> None:
-    """Calibrates a run's model and writes it beside the adapters, unless that has been done."""
+    """Calibrates the tasks of a run's model for which that has not been done, and writes it beside the adapters."""
     file = run / "model" / CALIBRATION_FILE
-    if file.is_file():
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    missing = [name for name in predictor.tasks if predictor.task(name).choices and name not in known]
+    if not missing:
         return
-    if any(predictor.task(name).choices for name in predictor.tasks):
-        print("\ncalibration: the probabilities of choices, by a temperature a task on validation rows")
-    found = calibrate(predictor, data)
-    write_json(file, found)
+    print("\ncalibration: the probabilities of choices, by a temperature a task on validation rows")
+    found = calibrate(predictor, data, missing)
+    write_json(file, {**known, **found})
     for name, task in found.items():
         print(
             f"calibrated: {name}, temperature {task['temperature']:.2f}, "

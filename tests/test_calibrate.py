@@ -55,6 +55,12 @@ def test_testing_a_run_calibrates_it_once_and_loading_reads_it(model, tmp_path, 
     before = (run / "model" / "calibration.json").stat().st_mtime_ns
     main(["test", "--run", str(run)])
     assert (run / "model" / "calibration.json").stat().st_mtime_ns == before
+    (run / "model" / "calibration.json").write_text(json.dumps({"pick": {**kept["pick"], "rows": 5}}))
+    main(["test", "--run", str(run)])  # as after add-task in a run that was not tested before
+    assert json.loads((run / "model" / "calibration.json").read_text()) == {
+        "pick": {**kept["pick"], "rows": 5},
+        "sort": pytest.approx(kept["sort"]),
+    }
     (run / "model" / "calibration.json").write_text("[]")
     with pytest.raises(AlterError, match=r"calibration\.json: not a readable calibration"):
         alter.load(run)

@@ -12,12 +12,14 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from alter.errors import AlterError, did_you_mean, first_line
 
 SPLITS = ("train", "validation", "test")
+MOST_HEADER_LINES = 100  # of a CSV file; more are quotes that do not end
 CHATS = (["user", "assistant"], ["system", "user", "assistant"])  # the roles of a chat's messages
 Row = dict[str, Any]
 Fields = Mapping[str, Any]  # a row that is only read
@@ -95,9 +97,23 @@ class Files(Source):
         if split != "train" and isinstance(place, str):
             yield from enumerate(self._read(place), 1)
             return
+        unseen, columns = set(self._group_columns) if self._shares else set(), dict[str, None]()
         for number, row in enumerate(self._read(str(self.splits["train"])), 1):
+            if unseen:
+                unseen -= row.keys()
+                columns |= dict.fromkeys(row)
             if self._drawn_split(row) == split:
                 yield number, row
+        if unseen and columns:
+            column = min(unseen)
+            raise AlterError(
+                f"{self.splits['train']}: there is no column '{column}' as the source's group says; "
+                f"its columns are {', '.join(columns)}.{did_you_mean(column, columns)}"
+            )
+
+    @property
+    def _group_columns(self) -> list[str]:
+        return [self.group] if isinstance(self.group, str) else self.group or []
 
     def _path(self, name: str) -> Path:
         paths = [place / name for place in self.places]
@@ -123,18 +139,10 @@ class Files(Source):
         return "train"
 
     def _group_of(self, row: Row) -> Any:
-        group = self.group or []
-        columns = [group] if isinstance(group, str) else group
-        for column in columns:
-            if column not in row:
-                raise AlterError(
-                    f"{self.splits['train']}: there is no column '{column}' as the source's group says; "
-                    f"its columns are {', '.join(row)}.{did_you_mean(column, row)}"
-                )
-        values = [row[column] for column in columns]
+        values = [row.get(column) for column in self._group_columns]
         if all(value == "" or is_missing(value) for value in values):  # nobody's rows are not one patient's
             return json.dumps(row, sort_keys=True, default=str)
-        return values[0] if isinstance(group, str) else json.dumps(values, sort_keys=True, default=str)
+        return values[0] if isinstance(self.group, str) else json.dumps(values, sort_keys=True, default=str)
 
     def fingerprint(self) -> str:
         """Of the settings and of each file's size and time of change."""
@@ -281,7 +289,7 @@ def _near(path: Path) -> str:
 def _read_csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the library's 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        header = stream.readline()
+        header = _first_record(stream)
         stream.seek(0)
         reader = csv.DictReader(stream, delimiter=_separator(header, path), strict=True)
         try:
@@ -294,7 +302,19 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     )
                 yield row
         except csv.Error as error:
-            raise AlterError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend the quotes.") from error
+            raise AlterError(
+                f"{path}, line {reader.line_num or 1}: not valid CSV ({error}); mend the quotes."
+            ) from error
+
+
+def _first_record(lines: Iterable[str]) -> str:
+    """The line of a CSV file's header, or the lines of one whose names have several."""
+    header = ""
+    for line in islice(lines, MOST_HEADER_LINES):
+        header += line
+        if header.count('"') % 2 == 0:
+            break
+    return header
 
 
 def _require_names(names: Sequence[str], where: str) -> None:
@@ -367,7 +387,9 @@ def _read_excel(path: Path) -> Iterator[Row]:
     except Exception as error:  # openpyxl raises many kinds here
         raise AlterError(f"{path}: not readable as Excel ({first_line(error)}); save it again as .xlsx.") from error
     try:
-        lines = book.worksheets[0].iter_rows(values_only=True)
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # as the file tells them, which some programs write wrongly; rows beyond would be lost
+        lines = sheet.iter_rows(values_only=True)
         names = ["" if name is None else str(name) for name in next(lines, ())]
         while names and not names[-1]:
             names.pop()

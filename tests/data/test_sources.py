@@ -1,5 +1,6 @@
 import csv
 import json
+import zipfile
 
 import openpyxl
 import pyarrow
@@ -43,6 +44,20 @@ def test_a_sheet_keeps_numbers_and_skips_what_is_empty(tmp_path):
     rows = [{"text": "a", "stars": 5, "": None}, {"text": None, "stars": None}, {"text": "b", "stars": None}]
     file = write(tmp_path / "x.xlsx", rows)
     assert list(read_file(file)) == [{"text": "a", "stars": 5}, {"text": "b", "stars": ""}]
+
+
+def test_a_sheet_is_read_whole_whatever_size_the_file_tells(tmp_path):
+    """Some programs write that it is one cell."""
+    file = write(tmp_path / "x.xlsx", [{"text": f"w{i}", "label": "a"} for i in range(30)])
+    with zipfile.ZipFile(file) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    sheet = "xl/worksheets/sheet1.xml"
+    assert b'<dimension ref="A1:B31"' in parts[sheet]
+    parts[sheet] = parts[sheet].replace(b'<dimension ref="A1:B31"', b'<dimension ref="A1"')
+    with zipfile.ZipFile(file, "w") as book:
+        for name, content in parts.items():
+            book.writestr(name, content)
+    assert [row["text"] for row in read_file(file)] == [f"w{i}" for i in range(30)]
 
 
 def test_a_sheet_without_names_or_a_file_that_is_none_is_refused(tmp_path):
@@ -125,6 +140,12 @@ def test_a_table_says_itself_what_stands_between_its_columns(tmp_path, separator
 def test_a_comma_in_a_name_does_not_outvote_a_semicolon(tmp_path):
     (tmp_path / "x.csv").write_text("text;label, coarse\na, b;yes\n")
     assert list(read_file(tmp_path / "x.csv")) == [{"text": "a, b", "label, coarse": "yes"}]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_name_may_have_several_lines(tmp_path, separator):
+    (tmp_path / "x.csv").write_text(f'"a long\nname"{separator}label\nx{separator}y\n')
+    assert list(read_file(tmp_path / "x.csv")) == [{"a long\nname": "x", "label": "y"}]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +248,15 @@ def test_a_group_of_one_column_is_that_column_and_one_of_none_is_refused(tmp_pat
     assert one == same
     with pytest.raises(AlterError, match="group names no column"):
         Files(str(file), group=[])
+
+
+def test_json_rows_may_lack_the_group(tmp_path):
+    rows = [{"text": f"w{i}"} | ({"patient": i % 9} if i % 10 else {}) for i in range(300)]
+    lacking = write(tmp_path / "lacking.jsonl", rows)
+    for group in ("patient", ["patient"]):
+        found = {split: list(Files(str(lacking), 0.2, 0.2, group=group).rows(split)) for split in ("train", "test")}
+        assert sum("patient" not in row for row in found["train"]) > 3
+        assert not {row.get("patient", "") for row in found["train"]} & {row.get("patient") for row in found["test"]}
 
 
 def test_a_misspelt_group_names_the_columns(tmp_path):

@@ -121,11 +121,14 @@ class Task:
 
     @cached_property
     def fields(self) -> list[str]:
-        """The fields of a row that the prompt names, also as ``row['a name']``."""
+        """The fields of a row that the prompt names, also as ``row['a name']`` and ``row.get('a name')``."""
         parsed = _TEMPLATES.parse(self.prompt)
-        keys = [item.arg for item in parsed.find_all(nodes.Getitem) if getattr(item.node, "name", "") == "row"]
+        keys = [item.arg for item in parsed.find_all(nodes.Getitem) if _is_row(item.node)]
+        gets = [call for call in parsed.find_all(nodes.Call) if getattr(call.node, "attr", "") == "get"]
+        keys += [argument for call in gets if _is_row(call.node.node) for argument in call.args[:1]]
         named = {key.value for key in keys if isinstance(key, nodes.Const)}
-        named |= {item.attr for item in parsed.find_all(nodes.Getattr) if getattr(item.node, "name", "") == "row"}
+        attributes = [item.attr for item in parsed.find_all(nodes.Getattr) if _is_row(item.node)]
+        named |= {name for name in attributes if not hasattr(dict, name)}  # row.get and row.items are no fields
         return sorted(meta.find_undeclared_variables(parsed) - {"row"} | named)
 
     def inputs(self, row: Fields) -> Fields:
@@ -342,6 +345,11 @@ def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, roo
     if problems:
         raise AlterError(*problems)
     return tasks
+
+
+def _is_row(node: nodes.Node) -> bool:
+    """Whether a template's expression is the row as a whole."""
+    return getattr(node, "name", "") == "row"
 
 
 def _is_files(class_path: str) -> bool:

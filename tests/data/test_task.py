@@ -159,6 +159,13 @@ def test_fields_named_through_the_row_are_known(tmp_path):
     assert task.fields == ["b c", "d", "text"]
 
 
+def test_fields_that_are_asked_for_are_known_and_what_rows_can_do_is_no_field(tmp_path):
+    prompt = "{{ row.get('text') }} {{ row.get('other', '') }} {% for name in row.keys() %}{{ name }}{% endfor %}"
+    assert Task.from_dict({**task_dict(tmp_path), "prompt": prompt}, "t.yaml").fields == ["other", "text"]
+    task = Task.from_dict({**task_dict(tmp_path), "prompt": "Text: {{ row.get('text') }}"}, "t.yaml")
+    assert task.render_prompt(task.as_row("hello", "the row")) == "Text: hello"
+
+
 def test_half_a_character_is_a_question_mark(tmp_path):
     task = Task.from_dict(task_dict(tmp_path), "t.yaml")
     assert "a ?" in task.render_prompt({"text": "a \ud83d"}, "row 1")

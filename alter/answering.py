@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from alter.nn.gates import expert_names, mean_gates
 from alter.nn.model import MTAModel
 from alter.nn.stepping import StepDecoder
 
+LINE_ENDS = ("\n", "Ċ", "<0x0A>")  # how vocabularies write one: of text, of bytes, and of SentencePiece's bytes
 MAX_BATCH_TOKENS = 2048  # of a CPU
 
 
@@ -182,7 +184,7 @@ class Answerer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The answer that tokens spell."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        return answer_text(self.tokenizer, tokens)
 
     def _generated(
         self,
@@ -264,14 +266,24 @@ class Answerer:
         return next(self.model.parameters()).device
 
 
+@lru_cache(maxsize=1)  # it looks at the whole vocabulary, and is asked for every batch
 def answer_ends(tokenizer: Any) -> list[int]:
-    """Tokens at which an answer ends: the one that every target ends with, which a backbone's configuration may not name, and a
-    line's end, since the untouched backbone often does not end by itself.
+    """Tokens at which an answer ends: the one that every target ends with, which a backbone's configuration may not name, and
+    those that begin with a line's end, since the untouched backbone often does not end by itself.
     """
-    pieces = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "\n\n"))
-    # SentencePiece makes of a line's end the piece of a space, which stands within lines
-    lines = [piece[0] for piece in pieces if len(piece) == 1 and "\n" in tokenizer.decode(piece)]
-    return [tokenizer.eos_token_id, *lines]
+    marked = sorted(i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in LINE_ENDS))
+    return [tokenizer.eos_token_id, *(i for i in marked if _begins_with_line_end(tokenizer.decode([i])))]
+
+
+def answer_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The answer that tokens spell: one line, also where a token holds a line's end behind other signs."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return text.partition("\n")[0].rstrip()
+
+
+def _begins_with_line_end(text: str) -> bool:
+    line, end, _ = text.partition("\n")
+    return bool(end) and not line.strip()
 
 
 def _renumbered(watch: Watch, rows: Sequence[int]) -> Watch:

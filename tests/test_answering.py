@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 import alter
-from alter.answering import answer_ends
+from alter.answering import answer_ends, answer_text
 from alter.evaluate import answers
 from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -109,12 +109,21 @@ def pieces_of_words():
 def pieces_of_bytes():
     """As GPT-2's: a line's end is a byte as others are."""
     letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    found = Tokenizer(models.BPE({**letters, "ĊĊ": len(letters)}, [("Ċ", "Ċ")]))
+    pairs = [("Ċ", "Ċ"), ("Ċ", "Ġ"), ("Ġ", "Ċ"), (".", "Ċ"), ("Ċ", "-")]
+    found = Tokenizer(models.BPE(letters | {"".join(pair): len(letters) + n for n, pair in enumerate(pairs)}, pairs))
     found.pre_tokenizer, found.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="Z")
 
 
-@pytest.mark.parametrize(("tokenizer", "ends"), [(pieces_of_words(), ["69"]), (pieces_of_bytes(), ["Z", "Ċ", "ĊĊ"])])
+@pytest.mark.parametrize(
+    ("tokenizer", "ends"), [(pieces_of_words(), ["69"]), (pieces_of_bytes(), ["Z", "Ċ", "ĊĊ", "ĊĠ", "ĠĊ", "Ċ-"])]
+)
 def test_an_answer_ends_as_targets_do_and_at_a_lines_end_and_at_no_space(tokenizer, ends):
     assert tokenizer.convert_ids_to_tokens(answer_ends(tokenizer)) == ends
     assert tokenizer.decode(tokenizer("a 69").input_ids) == "a 69"
+
+
+@pytest.mark.parametrize("written", ["one line", "one line.\nand another", " one line \n", "\none line"])
+def test_an_answer_is_one_line_whichever_token_holds_the_lines_end(written):
+    tokenizer = pieces_of_bytes()
+    assert answer_text(tokenizer, tokenizer(written).input_ids) == ("one line." if "." in written else "one line")

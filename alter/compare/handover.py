@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from alter.answering import MAX_BATCH_TOKENS, answer_ends
+from alter.answering import MAX_BATCH_TOKENS, answer_ends, answer_text
 from alter.data import MultiTaskDataModule, Task, encode_choices, eval_batches
 from alter.data.sampler import MixtureBatchSampler
 from alter.errors import AlterError, Diverged
@@ -75,7 +75,7 @@ def train_and_answer(recipe: Recipe, split: str) -> tuple[dict[str, Any], list[t
         if task.choices:
             answers = [task.choices[number] for number in found]
         else:
-            answers = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+            answers = [answer_text(tokenizer, tokens) for tokens in found]
         answered.append((task, answers, data.examples(task.name, split)["target"][:]))
     shutil.rmtree(folder)
     return result, answered

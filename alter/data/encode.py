@@ -18,7 +18,7 @@ from alter.data.sources import SPLITS, Fields, Row
 from alter.data.task import Task
 from alter.errors import AlterError
 
-VERSION = 4  # raise whenever the same task would be encoded differently
+VERSION = 5  # raise whenever the same task would be encoded differently
 CHUNK = 1000
 
 
@@ -104,7 +104,7 @@ class _Encoder:
         self.seq2seq = seq2seq
         self.split = split
         self.problems: dict[str, tuple[str, int]] = {}  # what is wrong: its first sentence, and of how many rows
-        self.stats = {"rows": 0, "truncated": 0, "several_lines": 0, "tokens": 0, "longest": 0}
+        self.stats = {"rows": 0, "truncated": 0, "cut_targets": 0, "several_lines": 0, "tokens": 0, "longest": 0}
 
     def encode(self, rows: Sequence[tuple[int, Row]]) -> Iterator[dict[str, Any]]:
         good = []
@@ -123,6 +123,7 @@ class _Encoder:
                 if len(target_ids) > self.task.max_target_tokens and self.task.truncate_target:
                     # Without eos: an answer that is cut here has not ended. The text stays whole for the metrics.
                     target_ids = target_ids[: self.task.max_target_tokens]
+                    self.stats["cut_targets"] += 1
                 elif len(target_ids) > self.task.max_target_tokens:
                     raise AlterError(
                         f"{self.task.where}: task '{self.task.name}', {place}: the target has {len(target_ids)} tokens, more than "
@@ -158,7 +159,7 @@ class _Encoder:
         if not self.stats["rows"]:
             raise AlterError(
                 f"{self.task.where}: task '{self.task.name}', key 'source': the {self.split} split has no rows; name a file or "
-                "split that has some."
+                "split that has some, or raise its share of the training rows."
             )
 
     def _ids(self, texts: list[str], prompt: bool) -> list[list[int]]:

@@ -206,15 +206,14 @@ class MultiTaskDataModule(LightningDataModule):
     def summary(self) -> str:
         """A table of the tasks: sizes, rate, tokens, shortened prompts; below it, what an epoch and a batch are."""
         lines = [["task", "kind", "train", "valid.", "test", "rate", "tokens/row", "cut"]]
-        cut, several_lines, scarce = 0, 0, list[str]()
+        cut, cut_targets, several_lines, scarce = 0, 0, 0, list[str]()
         for task, rate in zip(self.tasks, self.rates, strict=True):
             stats = self.statistics(task.name)
             rows = [stats[split]["rows"] for split in SPLITS]
             shortened = sum(stats[split]["truncated"] for split in SPLITS)
             cut += shortened
-            several_lines += sum(
-                stats[split].get("several_lines", 0) for split in SPLITS
-            )  # not counted in older caches
+            cut_targets += sum(stats[split]["cut_targets"] for split in SPLITS)
+            several_lines += sum(stats[split]["several_lines"] for split in SPLITS)
             if few := stats["train"].get("scarce"):
                 scarce.append(f"{task.name} ({few})")
             numbers = [*(f"{n:,}" for n in rows), f"{rate:.1%}", f"{stats['train']['tokens'] / rows[0]:.1f}"]
@@ -227,6 +226,11 @@ class MultiTaskDataModule(LightningDataModule):
         ]
         if cut:
             notes.append("cut: rows whose prompt is longer than max_prompt_tokens and was shortened")
+        if cut_targets:
+            notes.append(
+                f"targets: {cut_targets:,} are longer than max_target_tokens, and learned and answered as far\n"
+                "         as they fit"
+            )
         if several_lines:
             notes.append(
                 f"lines: {several_lines:,} targets have several, and an answer ends with its first;\n"

@@ -37,6 +37,7 @@ class Column:
         characters: of all its values as text.
         bytes: of all its values in UTF-8.
         longest: characters of the longest.
+        tokens: of the longest in tokens, at the most.
         lines: rows in which it has more than one line.
         keys: of the mappings in its lists, with how many mappings have them.
     """
@@ -56,6 +57,7 @@ class Column:
     characters: int = 0
     bytes: int = 0
     longest: int = 0
+    tokens: int = 0
     lines: int = 0
     keys: Counter[str] = field(default_factory=Counter)
 
@@ -73,9 +75,7 @@ class Column:
         self.texts += isinstance(value, (str, bool))
         self.number += _is_number(value, text)
         self.codes += CODE.fullmatch(text) is not None
-        self.characters += len(text)
-        self.bytes += len(text.encode())
-        self.longest = max(self.longest, len(text))
+        self._measure(text)
         self.lines += "\n" in text
         if text in self.values or len(self.values) < MOST_VALUES:
             self.values[text] += 1
@@ -88,10 +88,15 @@ class Column:
             self.others += not isinstance(item, (Mapping, str))
             self.tags += isinstance(item, str) and TAG.fullmatch(item) is not None
             self.keys.update(list(item) if isinstance(item, Mapping) else [])
-        text = "; ".join(str(list(item.values()) if isinstance(item, Mapping) else item) for item in items)
+        self._measure("; ".join(str(list(item.values()) if isinstance(item, Mapping) else item) for item in items))
+
+    def _measure(self, text: str) -> None:
+        size = len(text.encode())
         self.characters += len(text)
-        self.bytes += len(text.encode())
+        self.bytes += size
         self.longest = max(self.longest, len(text))
+        if size > self.tokens:  # else it has no more tokens
+            self.tokens = max(self.tokens, most_tokens(text))
 
     @property
     def mean(self) -> float:
@@ -102,11 +107,6 @@ class Column:
     def characters_a_token(self) -> float:
         """How many characters a token may have at the least: two letters of English, less of scripts of more bytes."""
         return 2 * self.characters / max(self.bytes, 1)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the longest value, at the most."""
-        return round(self.longest / self.characters_a_token) if self.longest else 0
 
     @property
     def kinds(self) -> int:
@@ -127,6 +127,12 @@ def read_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, Column], 
         for name, value in row.items():
             columns.setdefault(str(name), Column(str(name))).add(value)
     return columns, count
+
+
+def most_tokens(text: str) -> int:
+    """How many tokens a text has at the most: one for two bytes of letters, and one for each byte of digits and signs."""
+    letters = sum(len(letter.encode()) for letter in text if letter.isalpha())
+    return len(text.encode()) - letters // 2
 
 
 def as_text(value: Any) -> str:

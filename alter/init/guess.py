@@ -90,10 +90,10 @@ class TaskGuess:
 
     @property
     def max_target_tokens(self) -> int:
-        """Room for the answer; of choices, which have to fit whole, one token a byte."""
+        """Room for the answer and its end; of choices, which have to fit whole, one token a byte."""
         if self.choices:
             return _room(max(len(choice.encode()) for choice in self.choices) + 2, 4, 256)
-        return _room(self.target.tokens, 16, 256)
+        return _room(self.target.tokens + 2, 16, 256)
 
     @property
     def max_example_tokens(self) -> int:

@@ -221,7 +221,7 @@ def _task_text(proposal: Proposal, folder: Path) -> str:
     lines = [
         f"# {guess.kind.capitalize()}: {_line(guess.target.name)}, from {', '.join(_line(c.name) for c in guess.inputs)}. "
         "Guessed by alter init; every line may be changed.",
-        f"name: {proposal.name}",
+        f"name: {_inline(proposal.name)}",  # 2024 or yes in quotes
         "source:",
         "  class_path: Files",
         f"  init_args: {_inline(arguments)}",

@@ -76,6 +76,10 @@ def test_the_summary_says_which_targets_an_answer_cannot_be(tmp_path, words):
     assert max(map(len, data.summary().splitlines())) <= 80
     one = make(tmp_path, words, tasks=[{**several, "target": "{{ label | replace('\n', ' ') }}"}])
     assert "several" not in one.summary()
+    assert "max_target_tokens" not in one.summary()
+    cut = make(tmp_path, words, tasks=[{**several, "max_target_tokens": 2, "truncate_target": True}])
+    assert "targets: 60 are longer than max_target_tokens, and learned and answered as far" in cut.summary()
+    assert max(map(len, cut.summary().splitlines())) <= 80
 
 
 def test_mistakes_in_the_rows_of_all_tasks_come_at_once(tmp_path, words):

@@ -112,6 +112,9 @@ def test_of_ids_that_name_no_person_the_one_of_fewest_values_decides(tmp_path, c
         ("Ärzte 2.csv", "ärzte_2"),
         ("A\u0308rzte.csv", "ärzte"),  # as macOS writes it
         ("内科.csv", "内科"),
+        ("2024-01-15.csv", "2024_01_15"),  # which YAML could take for a number
+        ("null.csv", "null"),
+        ("yes.csv", "yes"),
     ],
 )
 def test_a_task_is_named_after_its_file(tmp_path, name, task, capsys):
@@ -317,7 +320,7 @@ def test_a_pair_is_two_texts_of_a_like_kind(names, lengths, kind, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("asked", "answered", "expected"), [(5, 5, 256), (60, 5, 256), (60, 100, 384), (400, 200, 768)]
+    ("asked", "answered", "expected"), [(5, 5, 256), (60, 5, 288), (60, 100, 512), (400, 200, 768)]
 )
 def test_a_batch_holds_a_long_example(asked, answered, expected, tmp_path, capsys):
     rows = [{"question": text(asked), "reply": text(answered)} for _ in range(40)]
@@ -326,6 +329,17 @@ def test_a_batch_holds_a_long_example(asked, answered, expected, tmp_path, capsy
     found = yaml.safe_load((tmp_path / "mine" / "recipe.yaml").read_text())["data"]["max_tokens"]
     assert found == max(256, task.max_prompt_tokens + task.max_target_tokens)
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "needed"),
+    [("DE{:020d}", 24), ("2024-10-{0:02d} 04:{0:02d}:25", 21), ("+49 170 {:07d}", 17)],
+)
+def test_an_answer_of_digits_has_a_token_for_each(form, needed, tmp_path):
+    """Many tokenizers, SmolLM2's among them, write a token a digit; the end of the answer and the space before it are two more."""
+    rows = [{"note": text(), "answer": form.format(i + 10)} for i in range(60)]
+    init(tmp_path / "mine", [write_csv(tmp_path / "x.csv", rows)], "backbone")
+    assert Task.from_file(tmp_path / "mine" / "tasks" / "x.yaml").max_target_tokens >= needed
 
 
 def test_pairs_that_come_twice_stay_in_one_split(tmp_path, capsys):

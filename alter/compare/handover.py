@@ -72,10 +72,7 @@ def train_and_answer(recipe: Recipe, split: str) -> tuple[dict[str, Any], list[t
     result = json.loads((folder / "result.json").read_text())
     answered = []
     for task, found in zip(recipe.tasks, result.pop("answers"), strict=True):
-        if task.choices:
-            answers = [task.choices[number] for number in found]
-        else:
-            answers = [answer_text(tokenizer, tokens) for tokens in found]
+        answers = [task.choices[given] if task.choices else answer_text(tokenizer, given) for given in found]
         answered.append((task, answers, data.examples(task.name, split)["target"][:]))
     shutil.rmtree(folder)
     return result, answered

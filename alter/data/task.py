@@ -124,8 +124,12 @@ class Task:
         """The fields of a row that the prompt names, also as ``row['a name']`` and ``row.get('a name')``."""
         parsed = _TEMPLATES.parse(self.prompt)
         keys = [item.arg for item in parsed.find_all(nodes.Getitem) if _is_row(item.node)]
-        gets = [call for call in parsed.find_all(nodes.Call) if getattr(call.node, "attr", "") == "get"]
-        keys += [argument for call in gets if _is_row(call.node.node) for argument in call.args[:1]]
+        gets = [
+            call
+            for call in parsed.find_all(nodes.Call)
+            if isinstance(call.node, nodes.Getattr) and call.node.attr == "get" and _is_row(call.node.node)
+        ]
+        keys += [argument for call in gets for argument in call.args[:1]]
         named = {key.value for key in keys if isinstance(key, nodes.Const)}
         attributes = [item.attr for item in parsed.find_all(nodes.Getattr) if _is_row(item.node)]
         named |= {name for name in attributes if not hasattr(dict, name)}  # row.get and row.items are no fields

@@ -101,7 +101,8 @@ def last_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
     """
     damaged = False
     # a sum is of a whole file, so that those behind the one that is taken are left alone
-    for file in sorted(folder.glob("*.ckpt"), key=lambda file: (_step(file), file.stat().st_mtime_ns), reverse=True):
+    # those whose names hold a metric's, with its slash, lie in folders of their own
+    for file in sorted(folder.rglob("*.ckpt"), key=lambda file: (_step(file), file.stat().st_mtime_ns), reverse=True):
         if not is_whole(file):
             say(f"{file}: damaged, it is not what was written.")
             damaged = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,25 @@ from alter.data import Task
 from alter.data.module import data_problems
 from alter.errors import AlterError, did_you_mean
 from alter.nn import Expert, Router, TrunkCache
-from alter.nn.backbone import is_seq2seq, most_positions
+from alter.nn.backbone import check_trainable, is_seq2seq, most_positions
 from alter.nn.decoding import Generation
 from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision
 from alter.run_folder import STAGES
 from alter.schema import check, import_name
-from alter.stage_settings import named_callbacks
+from alter.stage_settings import named_callbacks, stage_trainer
 from alter.strategy import check_strategy
 
 Config = Mapping[str, Any]
 FACTORS = ("router_lr", "task_expert_lr", "backbone_lr")  # on a stage's learning rate
 DIVIDED_BY = ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches")  # by the trainer
+WHOLE = ("bf16-true", "16-true", "64-true", "64", 64)  # precisions of Lightning that convert all weights
+UNFIT = {  # keys of the trainer that work against what a run is, with what to do instead
+    "fast_dev_run": "it would leave a run that counts as trained; leave it out, and try the recipe with `alter doctor --config "
+    "RECIPE`, which trains some steps of each stage and writes nothing",
+    "overfit_batches": "a mixture draws other batches in every epoch; leave it out, and learn from few rows with "
+    "data.limit: {train: 32}",
+}
 LARGEST_SEED = 2**32 - 1  # of numpy
 
 
@@ -75,6 +83,9 @@ def check_ranges(config: Config) -> list[str]:
         arguments = config[stage]["model"].get("init_args") or {}
         problems += _check_trainer(config[stage]["trainer"], f"{stage}.trainer")
         problems += [f"{where}.{problem}" for problem in _stage_problems(arguments)]
+        if stage in config["stages"]:
+            problems += _refused(check_trainable, config["precision"], arguments.get("backbone_lr", 0))
+            problems += _check_length(stage_trainer(config, stage), stage)
         problems += [
             f"{where}.{message}" if message[0].islower() else f"{where}: {message}"
             for message in _refused(_check_adapters, arguments, where)
@@ -109,23 +120,38 @@ def _refused(make: Callable[..., Any], *given: Any, **arguments: Any) -> list[st
     return []
 
 
-def _check_trainer(trainer: Config, where: str) -> list[str]:
-    problems = [
-        f"{where}.{key}: {trainer[key]} is not above 0; give a positive number, or leave it out."
-        for key in DIVIDED_BY
-        if isinstance(trainer.get(key), int | float) and trainer[key] <= 0
-    ]
-    if trainer.get("fast_dev_run"):
-        problems.append(
-            f"{where}.fast_dev_run: it would leave a run that counts as trained; leave it out, and try the recipe with "
-            "`alter doctor --config RECIPE`, which trains some steps of each stage and writes nothing."
+def _check_trainer(trainer: Config, where: str) -> Iterator[str]:
+    for key in DIVIDED_BY:
+        if isinstance(trainer.get(key), int | float) and trainer[key] <= 0:
+            yield f"{where}.{key}: {trainer[key]} is not above 0; give a positive number, or leave it out."
+    for key, remedy in UNFIT.items():
+        if trainer.get(key):
+            yield f"{where}.{key}: {remedy}."
+    if trainer.get("enable_checkpointing") is False:
+        yield (
+            f"{where}.enable_checkpointing: without checkpoints there is no best model, and a run that is stopped is lost; "
+            "leave it out."
         )
-    return problems + [
-        f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no other run's; "
-        "leave dirpath out, and put the run folder where there is room (run: FOLDER)."
-        for _, arguments in named_callbacks(trainer)
-        if arguments.get("dirpath") is not None
-    ]
+    if trainer.get("precision") in WHOLE:
+        yield (
+            f"{where}.precision: {trainer['precision']} would convert the adapters too; write precision: bf16 for the frozen "
+            f"backbone alone, or {where}.precision: bf16-mixed."
+        )
+    for _, arguments in named_callbacks(trainer):
+        if arguments.get("dirpath") is not None:
+            yield (
+                f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no other "
+                "run's; leave dirpath out, and put the run folder where there is room (run: FOLDER)."
+            )
+        named = re.fullmatch(r"(val|train)_(.+)", str(arguments.get("monitor")))
+        if named:
+            yield f"{where}.callbacks: nothing is logged as {named[0]}; write monitor: {named[1]}/{named[2]}."
+
+
+def _check_length(trainer: Config, stage: str) -> Iterator[str]:
+    """Lightning would train for a thousand epochs."""
+    if trainer.get("max_epochs") is None and trainer.get("max_steps") in (None, -1) and trainer.get("max_time") is None:
+        yield f"trainer.max_epochs: nothing says when {stage} ends; write max_epochs: 1, or max_steps or max_time."
 
 
 def _stage_problems(given: Config) -> Iterator[str]:

@@ -39,7 +39,7 @@ def claim(run: Path, recipe: Recipe) -> None:
         return
     if begun_with(run, recipe):
         before = read_yaml(run / "recipe.yaml")
-        if before != (moved := _with_places(before, _with_whole_name(recipe.config))):
+        if before != (moved := _with_open(before, _with_whole_name(recipe.config), _open_keys(run))):
             write_text(run / "recipe.yaml", dump(moved))
         return
     run.mkdir(parents=True, exist_ok=True)
@@ -54,12 +54,11 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
         AlterError: it holds one of another recipe.
     """
     file = run / "recipe.yaml"
-    parts = [run / stage / part for stage in STAGES for part in ("checkpoints", "model")]  # checkpoints may be removed
-    if not (file.is_file() and any(part.is_dir() for part in parts)):
+    if not (file.is_file() and any(_has_begun(run, stage) for stage in STAGES)):
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
     differing = differences(before, now)
-    changed = compared(differing)
+    changed = [key for key in compared(differing) if not _open_keys(run).fullmatch(key)]
     if "backbone" in differing and not _is_backbone_of(run, now["backbone"]):
         changed.insert(0, "backbone")
     if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
@@ -89,15 +88,26 @@ def _is_backbone_of(run: Path, backbone: str) -> bool:
     return begun is not None and begun == backbone_fingerprint(resolve_backbone(backbone))
 
 
-def _with_places(before: Any, now: Any, key: str = "") -> Any:
-    """The recipe of ``before``, with the places of ``now``."""
+def _has_begun(run: Path, stage: str) -> bool:
+    return any((run / stage / part).is_dir() for part in ("checkpoints", "model"))  # checkpoints may be removed
+
+
+def _open_keys(run: Path) -> re.Pattern[str]:
+    """Keys that another call may still change: places, and those of a stage 2 that has not begun."""
+    return PLACES if _has_begun(run, "stage2") else re.compile(rf"{PLACES.pattern}|stage2(\..*)?")
+
+
+def _with_open(before: Any, now: Any, open_keys: re.Pattern[str], key: str = "") -> Any:
+    """The recipe of ``before``, with what ``now`` has under the open keys."""
+    if open_keys.fullmatch(key):
+        return now
     if isinstance(before, dict) and isinstance(now, dict):
         keys = {name: f"{key}.{name}".lstrip(".") for name in [*before, *now]}
-        kept = {name: place for name, place in keys.items() if name in before or PLACES.fullmatch(place)}
-        return {name: _with_places(before.get(name), now.get(name), place) for name, place in kept.items()}
+        kept = {name: own for name, own in keys.items() if name in before or open_keys.fullmatch(own)}
+        return {name: _with_open(before.get(name), now.get(name), open_keys, own) for name, own in kept.items()}
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        return [_with_places(b, n, f"{key}.{i}") for i, (b, n) in enumerate(zip(before, now, strict=True))]
-    return now if PLACES.fullmatch(key) else before
+        return [_with_open(b, n, open_keys, f"{key}.{i}") for i, (b, n) in enumerate(zip(before, now, strict=True))]
+    return before
 
 
 def _has_grown(run: Path) -> bool:

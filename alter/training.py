@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -95,9 +94,10 @@ class StageCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         own: list[Callback] = [self.throughput, KeepLog(self.metrics), ExactResume(), Inside(self.generation)]
-        if config.get("enable_progress_bar") is not False:
+        given = config.get("callbacks") or []
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StageProgress(self.folder.name, self.throughput))
-        own += self._checkpoints(config.get("callbacks") or [])
+        own += self._checkpoints(given)
         kept = self.folder / "checkpoints" / KEPT
         own.append(Preemption(kept, REQUEUE))
         if self.interruptible:
@@ -107,14 +107,15 @@ class StageCLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, *own])
 
     def _checkpoints(self, given: list[Callback]) -> list[Callback]:
-        if any(isinstance(callback, ModelCheckpoint) for callback in given):
+        keepers = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+        if any(keeper.monitor for keeper in keepers):
             return []
         return [
             ModelCheckpoint(
                 self.folder / "checkpoints",
                 filename="best",
                 monitor="val/loss",
-                save_last=True,
+                save_last=not any(keeper.save_last for keeper in keepers),
                 enable_version_counter=False,
             )
         ]
@@ -139,7 +140,6 @@ def train(
     Returns:
         what is known of it (seconds, trainable parameters and so on), and the trainer with its module.
     """
-    started = time.perf_counter()
     checkpoints = folder / "checkpoints"
     last = last_whole(checkpoints, say)
     done = 0
@@ -161,10 +161,10 @@ def train(
     trained = cli.model.model.trained_state()  # asked by all processes, since each may hold a slice
     if cli.trainer.is_global_zero:
         cli.model.model.save_pretrained(folder / "model", backbone, trained)
-        for file in [*checkpoints.glob(".*.part"), checkpoints / KEPT]:  # of a killed run
+        for file in [*checkpoints.rglob(".*.part"), checkpoints / KEPT]:  # of a killed run
             file.unlink(missing_ok=True)
     facts = {
-        "seconds": time.perf_counter() - started,
+        "seconds": cli.throughput.elapsed,
         "trainable_parameters": cli.model.trainable_parameters(),
         "peak_memory_bytes": peak_memory_bytes(),
         "tokens": cli.throughput.tokens,
@@ -197,7 +197,7 @@ def _suit_small_data(trainer: Any, data: MultiTaskDataModule) -> None:
 
 def _keep_best(trainer: Any, module: StageModule) -> None:
     """Loads the weights of the best checkpoint: by default the one with the lowest validation loss."""
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    best = getattr(_chooser(trainer), "best_model_path", "")
     if best and not is_whole(Path(best)):
         raise AlterError(
             f"{best}: missing or damaged, it is not what was written; remove {Path(best).parent} to train this stage again."
@@ -207,6 +207,11 @@ def _keep_best(trainer: Any, module: StageModule) -> None:
         module.model.load_trained_state(state, best)
 
 
+def _chooser(trainer: Any) -> ModelCheckpoint | None:
+    """The callback that keeps the best checkpoint: the first that has something to judge by; others keep the newest."""
+    return next((callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)), None)
+
+
 def _best_score(trainer: Any) -> float | None:
-    score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    score = getattr(_chooser(trainer), "best_model_score", None)
     return None if score is None else float(score)

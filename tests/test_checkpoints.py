@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, cut off, or have no room."""
 
 import errno
+import json
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from alter.checkpoints import LAST, PREVIOUS, CheckedCheckpoints, is_whole, last
 from alter.cli import main
 from alter.errors import AlterError
 from tests.data.conftest import words  # noqa: F401 (a fixture)
-from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
+from tests.test_cli import change, fit, project, refused  # noqa: F401 (a fixture)
 
 HARM = {
     "cut off": lambda content: content[: len(content) // 2],
@@ -101,6 +102,11 @@ def test_of_a_copied_folder_the_furthest_is_taken(tmp_path):
     assert last_whole(tmp_path, pytest.fail) == tmp_path / "last.ckpt"
 
 
+def test_one_whose_name_holds_a_metric_is_found_in_the_folder_that_its_slash_makes(tmp_path):
+    CheckedCheckpoints().save_checkpoint({"optimizer_states": [], "global_step": 5}, tmp_path / "val" / "loss=6.2.ckpt")
+    assert last_whole(tmp_path, pytest.fail) == tmp_path / "val" / "loss=6.2.ckpt"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real disk of one megabyte."""
@@ -171,3 +177,17 @@ def test_another_error_while_writing_is_not_taken_for_a_full_disk(tmp_path, monk
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(OSError, match="Input/output"):
         write(tmp_path, 0)
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_starts(project):  # noqa: F811
+    flags = ("--test", "false", "--stages", "[stage1]")
+    fit(*flags)
+    stage = project / "run" / "stage1"
+    last = torch.load(stage / "checkpoints" / LAST, weights_only=True)
+    assert 0 < last["callbacks"]["Throughput"]["elapsed"] < 500
+    last["callbacks"]["Throughput"]["elapsed"] = 5000.0
+    CheckedCheckpoints().save_checkpoint(last, stage / "checkpoints" / LAST)
+    (project / "run" / "progress.json").unlink()
+    shutil.rmtree(stage / "model")
+    fit(*flags)
+    assert 5000 < json.loads((project / "run" / "progress.json").read_text())["stage1"]["seconds"] < 5500

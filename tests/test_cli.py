@@ -25,6 +25,7 @@ from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.nn.tiny import tiny_model
 
 KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+STOPPER = "lightning.pytorch.callbacks.EarlyStopping"
 
 
 def tiny_backbone(folder, words, family):  # noqa: F811
@@ -105,6 +106,53 @@ def test_a_validation_that_would_never_come_is_a_sentence(project, capsys):
     change(project, trainer__val_check_interval=1000)
     (sentence,) = refused(capsys)
     assert sentence.startswith("alter: trainer: `val_check_interval` (1000) must be less than or equal to the number")
+
+
+def test_what_ends_stage_two_before_it_begins_is_mended_without_training_stage_one_again(project, capsys):
+    change(project, trainer__val_check_interval=2, stage2__trainer={"limit_train_batches": 1})
+    assert "`val_check_interval` (2) must be less than" in refused(capsys)[0]
+    trained = (project / "run" / "stage1" / "model" / "adapters.safetensors").stat().st_mtime_ns
+    change(project, stage1__model__init_args__own=0.5)
+    assert "it differs in stage1.model.init_args.own" in refused(capsys)[0]
+    change(
+        project,
+        stage1__model__init_args={
+            "layers": "last:2",
+            "expert": {"class_path": "alter.nn.LoRA", "init_args": {"rank": 4}},
+        },
+    )
+    change(
+        project,
+        stage2__trainer={"limit_train_batches": 1, "val_check_interval": 1.0},
+        stage2__model__init_args__keep=0.7,
+    )
+    fit("--test", "false")
+    assert (project / "run" / "stage1" / "model" / "adapters.safetensors").stat().st_mtime_ns == trained
+    kept = yaml.safe_load((project / "run" / "recipe.yaml").read_text())["stage2"]
+    assert (kept["trainer"]["val_check_interval"], kept["model"]["init_args"]["keep"]) == (1.0, 0.7)
+    change(project, stage2__model__init_args__keep=0.9)
+    assert "it differs in stage2.model.init_args.keep" in refused(capsys)[0]  # which has begun
+
+
+def test_checkpoints_for_safety_do_not_choose_the_model(project):
+    """One without a monitor keeps its newest, which need be neither the best nor the last."""
+    keeper = {"every_n_train_steps": 3, "save_top_k": -1, "filename": "{step}"}
+    change(project, trainer__callbacks=[{"class_path": KEEPER, "init_args": keeper}], trainer__log_every_n_steps=0)
+    fit("--test", "false", "--stages", "[stage1]")
+    checkpoints = project / "run" / "stage1" / "checkpoints"
+    assert {"best.ckpt", "last.ckpt", "step=3.ckpt"} <= {file.name for file in checkpoints.glob("*.ckpt")}
+    best = torch.load(checkpoints / "best.ckpt", weights_only=True)["state_dict"]
+    kept = load_file(project / "run" / "stage1" / "model" / "adapters.safetensors")
+    assert kept.keys() == best.keys()
+    assert all(torch.equal(kept[name], best[name]) for name in kept)
+    assert json.loads((project / "run" / "progress.json").read_text())["stage1"]["validation_loss"] > 0
+
+
+def test_a_progress_bar_may_be_another(project, capsys):
+    bar = {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"}
+    change(project, trainer__callbacks=[bar], trainer__enable_progress_bar=True, trainer__max_epochs=1)
+    fit("--test", "false", "--stages", "[stage1]")
+    assert "Epoch 0: 100%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("project", ["llama", "t5"], indirect=True)
@@ -540,6 +588,13 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
         ({"trainer__val_check_interval": 0}, "trainer.val_check_interval: 0 is not above 0"),
         ({"stage2__trainer__accumulate_grad_batches": 0}, "stage2.trainer.accumulate_grad_batches: 0 is not above 0"),
         ({"trainer__fast_dev_run": True}, "trainer.fast_dev_run: it would leave a run that counts as trained"),
+        ({"trainer__overfit_batches": 1}, "trainer.overfit_batches: a mixture draws other batches in every epoch"),
+        ({"trainer__enable_checkpointing": False}, "trainer.enable_checkpointing: without checkpoints there is no best model"),
+        ({"stage2__trainer": {"precision": "bf16-true"}}, "stage2.trainer.precision: bf16-true would convert the adapters too"),
+        ({"trainer__callbacks": [{"class_path": STOPPER, "init_args": {"monitor": "val_loss"}}]}, "trainer.callbacks: nothing is logged as val_loss; write monitor: val/loss"),
+        ({"precision": "bf16", "stage2__model__init_args__backbone_lr": 0.1}, "precision: the backbone trains (backbone_lr 0.1) and needs fp32"),
+        ({"stage2__model__init_args__router": {"class_path": "alter.nn.TopK", "init_args": {"k": 4}}}, "stage2.model.init_args: TopK: k is 4; give 1 to 3"),
+        ({"trainer__max_epochs": None, "stage1__trainer": {"max_epochs": 1}}, "trainer.max_epochs: nothing says when stage2 ends"),
         ({"stage2__trainer__strategy": "fsdp"}, "stage2.trainer.strategy: fsdp is not the way"),
         ({"stage2__model__init_args__warmup": 2}, "stage2.model.init_args.warmup: 2.0 is no share of the steps"),
         ({"stage1__model__init_args__router_lr": -1}, "stage1.model.init_args.router_lr: -1.0 is below 0; give 0 to freeze"),

@@ -146,7 +146,13 @@ def test_three_processes_share_fewer_batches_than_they_are_and_one_goes_on_from_
 @pytest.mark.slow
 def test_what_one_strategy_began_goes_on_under_another(project):  # noqa: F811
     """Killed after the first epoch, and after the second: weights, moments and losses go on as if nothing had been."""
-    keeper = {"filename": "{epoch}", "save_top_k": -1, "save_last": True, "enable_version_counter": False}
+    keeper = {
+        "monitor": "val/loss",
+        "filename": "{epoch}",
+        "save_top_k": -1,
+        "save_last": True,
+        "enable_version_counter": False,
+    }
     change(
         project,
         data__examples_per_epoch=45,

@@ -26,6 +26,13 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self.tokens = 0
         self.seconds = 0.0
+        self._before = 0.0
+        self._begun = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the stage has taken in all; of a start before, up to the checkpoint from which this one went on."""
+        return self._before + time.perf_counter() - self._begun
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the clock."""
@@ -44,8 +51,9 @@ class Throughput(Callback):
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {"tokens": self.tokens, "seconds": self.seconds}
+        return {"tokens": self.tokens, "seconds": self.seconds, "elapsed": self.elapsed}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Goes on from a checkpoint."""
         self.tokens, self.seconds = int(state_dict["tokens"]), state_dict["seconds"]
+        self._before = state_dict.get("elapsed", 0.0)  # not in older checkpoints

@@ -137,6 +137,7 @@ def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
     """
     quiet()
     with tempfile.TemporaryDirectory(prefix="alter-doctor-", dir=inside) as folder:
+        begun = recipe.run
         recipe.config["run"] = folder
         cache = recipe.config["trunk_cache"]
         if cache["enabled"]:
@@ -147,7 +148,8 @@ def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
         seconds: dict[str, float | None] = {}
         trainable, mapped = {}, 0
         for stage in recipe.config["stages"]:
-            seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder))
+            start = Path(folder) if "stage1" in recipe.config["stages"] else begun
+            seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder), start)
             mapped = max(mapped, kept)
             release(data)  # as a run does
         if recipe.config["test"] and trainable:
@@ -155,9 +157,16 @@ def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
         return Estimate(peak_memory_bytes() + mapped, peak_device_memory_bytes(), seconds, trainable)
 
 
-def _stage(stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path) -> tuple[float | None, int, int]:
-    """Seconds of the whole stage where its end is known, its trainable parameters, and the bytes that its trunk cache will have mapped."""
+def _stage(
+    stage: str, recipe: Recipe, backbone: str, data: Sample, run: Path, start: Path
+) -> tuple[float | None, int, int]:
+    """Seconds of the whole stage where its end is known, its trainable parameters, and the bytes that its trunk cache will have mapped.
+
+    Stage 2 begins with the stage 1 of ``start``.
+    """
     arguments = recipe.stage_args(stage, backbone)
+    if stage == "stage2":
+        arguments["model"]["init_args"]["start_from"] = str(start / "stage1" / "model")
     planned = arguments["trainer"]
     clock, started = Clock(), time.perf_counter()
     arguments["trainer"] = {**planned, **ONE_DEVICE, **ONE_EPOCH}
@@ -208,10 +217,14 @@ def _epochs(planned: Mapping[str, Any], batches: int) -> float | None:
 
 def _validations(planned: Mapping[str, Any], steps: int, epochs: float) -> float:
     """Validations in some epochs of so many steps."""
-    interval = planned.get("val_check_interval") or 1.0
+    interval, every = planned.get("val_check_interval") or 1.0, planned.get("check_val_every_n_epoch", 1)
+    if not isinstance(interval, int | float):  # a time
+        return 0.0
+    if every is None:  # the interval goes on over the epochs
+        return math.floor(epochs * steps / interval)
     often = steps / interval if isinstance(interval, int) else 1 / interval
     whole, part = divmod(epochs, 1)
-    return (whole * math.floor(often) + math.floor(part * often)) / (planned.get("check_val_every_n_epoch") or 1)
+    return (whole * math.floor(often) + math.floor(part * often)) / every
 
 
 def _typical(seconds: Sequence[float]) -> float:

@@ -22,6 +22,15 @@ def trainable_attention(weight: Tensor) -> AbstractContextManager[Any]:
     return TrainableAttention() if bf16 and weight.device.type == "cpu" else nullcontext()
 
 
+def recomputed_alike(weight: Tensor) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For ``torch.utils.checkpoint``: what the backward pass computes again is computed as it was, within the same attention.
+
+    Args:
+        weight: as for ``trainable_attention``.
+    """
+    return nullcontext(), trainable_attention(weight)
+
+
 class TrainableAttention(TorchFunctionMode):
     """Within it a processor computes bf16 attention in fp32 where gradients pass through.
 

@@ -106,6 +106,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_trainable(precision: str, backbone_lr: float) -> None:
+    """Says whether a backbone of some precision can train.
+
+    Raises:
+        AlterError: it is to train, at a rate above 0, and is neither in fp32 nor left to be (``auto``).
+    """
+    if backbone_lr > 0 and precision in PRECISIONS and precision != "fp32":
+        raise AlterError(
+            f"precision: the backbone trains (backbone_lr {backbone_lr:g}) and needs fp32, not {precision}; write "
+            "precision: fp32, with trainer.precision: bf16-mixed for speed, or backbone_lr: 0."
+        )
+
+
 def load_backbone(name_or_path: str | Path, precision: str = "fp32") -> PreTrainedModel:
     """Loads a frozen causal or seq2seq language model in evaluation mode.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alter.errors import AlterError, did_you_mean
+from alter.nn.attention import recomputed_alike
 from alter.nn.body import IGNORED, Body
 from alter.nn.experts import Expert
 from alter.nn.feed_forward import FeedForward, find_feed_forwards, select_layers
@@ -260,6 +262,12 @@ class MTAModel(nn.Module):
         for parameter in self._backbone_parameters().values():
             parameter.requires_grad_(True)
 
+    def checkpoint_activations(self) -> None:
+        """Computes each block again in the backward pass, which takes less memory and more time."""
+        weight = cast(Tensor, self.backbone.get_input_embeddings().weight)
+        options = {"use_reentrant": False, "context_fn": partial(recomputed_alike, weight)}
+        self.backbone.activation_checkpointing_enable(options)
+
     @property
     def has_own_backbone(self) -> bool:
         """Whether the backbone trains or has trained, so that its weights are no longer those of its folder."""
@@ -458,6 +466,8 @@ def check_shared_experts(num_shared: int, keep: float, *templates: Template) -> 
         raise AlterError(f"keep: {keep} is no share; give 0 to 1, such as 0.9.")
     for template in templates:
         template.check()
+        if isinstance(template, Router):
+            template.check_experts(num_shared + 1)  # the task experts' mixture is one
 
 
 def _together(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from alter.errors import AlterError, Diverged
-from alter.nn.backbone import backbone_fingerprint, resolve_backbone
+from alter.nn.backbone import backbone_fingerprint, check_trainable, resolve_backbone
 from alter.nn.body import IGNORED
 from alter.nn.model import MTAModel
 from alter.nn.processes import gather_objects, world_size
@@ -98,10 +98,10 @@ class StageModule(LightningModule):
         """
         if self.model is not None:
             return
-        self._require_fp32(self.backbone_lr)  # before anything is loaded
+        check_trainable(self.precision, self.backbone_lr)  # before anything is loaded
         self.model = self.make_model().train()  # the backbone has no dropout left; checkpointing asks for this mode
         rates = self.learning_rates()
-        self._require_fp32(rates.get("backbone", 0.0))
+        check_trainable(self.precision, rates.get("backbone", 0.0))
         if rates.get("backbone", 0.0) > 0:
             self.model.train_backbone()
         for part, parameters in self.model.part_parameters().items():
@@ -109,7 +109,7 @@ class StageModule(LightningModule):
                 # hard selectors have nothing to learn and say so themselves
                 parameter.requires_grad_(parameter.requires_grad and rates.get(part, 0.0) > 0)
         if self.gradient_checkpointing:
-            self.model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.checkpoint_activations()
         mesh = self.device_mesh
         if mesh is not None:
             self.model.body.uncached = "its processes hold slices of the weights, and must run every block together"
@@ -121,13 +121,6 @@ class StageModule(LightningModule):
         if mesh is not None:
             shard(self.model, mesh["data_parallel"])
         self._start_window()
-
-    def _require_fp32(self, backbone_lr: float) -> None:
-        if backbone_lr > 0 and self.precision != "fp32":
-            raise AlterError(
-                f"precision: the backbone trains (backbone_lr {backbone_lr:g}) and needs fp32, not {self.precision}; write "
-                "precision: fp32, with trainer.precision: bf16-mixed for speed, or backbone_lr: 0."
-            )
 
     def parts_table(self) -> str:
         """A table of the model's parts: part, parameters, whether it trains."""
@@ -243,7 +236,8 @@ class StageModule(LightningModule):
     def _log_step(self, values: Mapping[str, Tensor | float]) -> None:
         """Writes at once what Lightning would write after a checkpoint at the end of the batch, which a resume would lose."""
         self.log_dict(dict(values), logger=False)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set by its logger connector
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by its logger connector
+        if every and (self.global_step + 1) % every == 0:  # 0 is never
             numbers = {name: float(value) for name, value in values.items()}
             for logger in self.loggers:
                 logger.log_metrics({**numbers, "epoch": self.current_epoch}, step=self.global_step)

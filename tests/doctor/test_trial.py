@@ -19,6 +19,7 @@ SECONDS = 1000.0  # of a batch; what is not batches takes much less
         {"max_epochs": 1, "limit_train_batches": 0.5, "limit_val_batches": 1},
         {"max_epochs": 2, "val_check_interval": 0.5},
         {"max_epochs": 4, "check_val_every_n_epoch": 2},
+        {"max_epochs": 4, "check_val_every_n_epoch": None, "val_check_interval": 5},
         {"max_epochs": -1, "max_steps": 11, "accumulate_grad_batches": 2, "val_check_interval": 0.5},
         {"max_epochs": 2, "max_steps": 3},
     ],
@@ -46,6 +47,16 @@ def test_it_counts_the_batches_that_a_run_takes(project, monkeypatch, plan):  # 
     found = trial.trial(read_recipe(["--config", "recipe.yaml", "--test", "false", "--run", "other"]))
     batches = {stage: round(seconds / SECONDS) for stage, seconds in found.seconds.items()}
     assert batches == {"stage1": whole["Stage1Module"], "stage2": whole["Stage2Module"]}
+
+
+def test_stage_two_alone_is_tried_on_the_runs_stage_one(project, capsys):  # noqa: F811
+    alone = ["--stages", "[stage2]", "--test", "false"]
+    with pytest.raises(SystemExit):
+        main(["doctor", "--config", "recipe.yaml", *alone])
+    assert "run/stage1/model: no model here" in " ".join(capsys.readouterr().out.split())
+    fit("--stages", "[stage1]", "--test", "false")
+    main(["doctor", "--config", "recipe.yaml", *alone])
+    assert not (project / "run" / "stage2").exists()
 
 
 def test_it_knows_no_end_where_the_recipe_names_none(project, capsys):  # noqa: F811

@@ -80,19 +80,38 @@ class Attention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-def test_a_model_in_bf16_has_no_backward_pass_of_attention_in_bf16(family):
+def batch_of_two():
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "task_ids": torch.tensor([0, 1])}
+
+
+def model_of(family):
+    torch.manual_seed(0)
     model = MTAModel(tiny_model(family).bfloat16(), ["a", "b"], "last:2")
     model.add_experts(LoRA(rank=2), TaskSelector())
-    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_in_bf16_has_no_backward_pass_of_attention_in_bf16(family):
     with Attention() as attention:
-        model(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "labels": ids,
-                "task_ids": torch.tensor([0, 1]),
-            }
-        ).losses.mean().backward()
+        model_of(family)(batch_of_two()).losses.mean().backward()
     assert attention.forward
     assert set(attention.backward) == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_checkpointing_computes_again_is_what_was(family):
+    """In the backward pass, outside of what the forward pass ran in."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_of(family).train()
+        if checkpointing:
+            model.checkpoint_activations()
+        model(batch_of_two()).losses.mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.any() for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        largest = gradient.abs().max().clamp_min(1e-6)
+        torch.testing.assert_close(gradients[1][name] / largest, gradient / largest, atol=0.03, rtol=0)

@@ -209,7 +209,7 @@ def test_a_mixed_batch_equals_its_examples_one_by_one_forward_and_backward(famil
     expected = one_by_one(model, batch)
     expected_gradients = torch.autograd.grad(expected.sum(), wanted)
     if checkpointing:
-        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_activations()
         model.train()
         for layer in model.layers.values():
             layer.router.eval()  # no noise
@@ -543,7 +543,7 @@ def test_a_routers_loss_is_the_same_with_activation_checkpointing_and_made_anew_
     for checkpointing in (False, True):
         model = make(family, router=router, shared=LoRA(rank=4), gate=router).train()
         if checkpointing:
-            model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+            model.checkpoint_activations()
         results.append([noisy_step(model, train_batch(model, seed=seed)) for seed in (0, 1)])
         assert model.routing.losses is None
         assert results[-1][0][0] != 0

@@ -215,7 +215,7 @@ def test_the_loss_is_that_of_the_whole_logits_though_the_last_block_computes_at_
     expected = torch.nn.functional.cross_entropy(whole[labels != -100], labels[labels != -100], reduction="none")
     wanted = torch.autograd.grad(model(batch).losses.sum(), adapters(model))
     if checkpointing:
-        model.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_activations()
         model.train()
     losses = model(batch).losses
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)

@@ -123,7 +123,7 @@ def test_examples_met_in_another_company_train_the_same_weights(tmp_path, family
 def test_with_activation_checkpointing_too(tmp_path, family):
     plain, cached = make(family, "last:1"), make(family, "last:1", TrunkCache(folder=tmp_path))
     for model in (plain, cached):
-        model.train().backbone.activation_checkpointing_enable({"use_reentrant": False})
+        model.train().checkpoint_activations()
     batch = train_batch(plain)
     expected = step(plain, batch)
     for _ in range(2):

@@ -166,6 +166,13 @@ class Router(Template):
         """How many experts a token uses, where that is fewer than all; None for all."""
         return None
 
+    def check_experts(self, num_experts: int) -> None:
+        """Says what does not fit a number of experts; a recipe's stage 2 is asked before stage 1 trains.
+
+        Raises:
+            AlterError: an argument does not fit it.
+        """
+
     @abstractmethod
     def build(self, shape: RouterShape) -> None:
         """Makes the parameters.

@@ -51,8 +51,11 @@ class ModSquad(Router):
         self._require_weights("mutual_information", "noise")
         self._require("momentum", 0 <= self.momentum < 1, "give 0 or more, and less than 1")
 
+    def check_experts(self, num_experts: int) -> None:
+        self._require("k", 1 <= self.k <= num_experts, f"give 1 to {num_experts}, the number of experts")
+
     def build(self, shape: RouterShape) -> None:
-        self._require("k", 1 <= self.k <= shape.num_experts, f"give 1 to {shape.num_experts}, the number of experts")
+        self.check_experts(shape.num_experts)
         self.weight = nn.Parameter(torch.empty(shape.num_tasks, shape.num_experts, shape.hidden_size))
         start_small(self.weight)
         self.bias = nn.Parameter(shape.prior.clamp_min(1e-6).log())

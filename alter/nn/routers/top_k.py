@@ -45,8 +45,11 @@ class TopK(Router):
     def check(self) -> None:
         self._require_weights("load_balance", "z_loss", "noise")
 
+    def check_experts(self, num_experts: int) -> None:
+        self._require("k", 1 <= self.k <= num_experts, f"give 1 to {num_experts}, the number of experts")
+
     def build(self, shape: RouterShape) -> None:
-        self._require("k", 1 <= self.k <= shape.num_experts, f"give 1 to {shape.num_experts}, the number of experts")
+        self.check_experts(shape.num_experts)
         self.gate = nn.Linear(shape.hidden_size, shape.num_experts)
         start_small(self.gate.weight)
         self.gate.bias.data = shape.prior.mean(0).clamp_min(1e-6).log()

@@ -61,7 +61,7 @@ SETTINGS = {
     },
     "checkpoints that are nowhere called last": {
         "trainer__callbacks": [
-            {"class_path": KEEPER, "init_args": {"filename": "{epoch}-{step}", "save_top_k": -1}},
+            {"class_path": KEEPER, "init_args": {"monitor": "val/loss", "filename": "{epoch}-{step}", "save_top_k": -1}},
             {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 2}},
         ],
         "trainer__val_check_interval": 2,

@@ -95,9 +95,11 @@ class StageCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
         own: list[Callback] = [self.throughput, KeepLog(self.metrics), ExactResume(), Inside(self.generation)]
         given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             own.append(StageProgress(self.folder.name, self.throughput))
-        own += self._checkpoints(given)
+        # before those of the recipe, whose checkpoints then know what a validation has chosen
+        config["callbacks"] = [*self._checkpoints(given), *given]
         kept = self.folder / "checkpoints" / KEPT
         own.append(Preemption(kept, REQUEUE))
         if self.interruptible:

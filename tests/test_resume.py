@@ -67,6 +67,14 @@ SETTINGS = {
         "trainer__val_check_interval": 2,
         "trainer__accumulate_grad_batches": 3,
     },
+    "checkpoints beside the usual ones, which choose": {
+        "trainer__callbacks": [
+            {"class_path": KEEPER, "init_args": {"filename": "{epoch}-{step}", "save_top_k": -1}},
+            {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 2}},
+        ],
+        "trainer__val_check_interval": 2,
+        "trainer__accumulate_grad_batches": 3,
+    },
 }  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
     differing = differences(before, now)
-    changed = [key for key in compared(differing) if not _open_keys(run).fullmatch(key)]
+    open_keys = _open_keys(run)
+    changed = [key for key in compared(differing) if not open_keys.fullmatch(key)]
     if "backbone" in differing and not _is_backbone_of(run, now["backbone"]):
         changed.insert(0, "backbone")
     if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):

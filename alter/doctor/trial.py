@@ -147,8 +147,8 @@ def trial(recipe: Recipe, inside: Path | None = None) -> Estimate:
         data.setup()
         seconds: dict[str, float | None] = {}
         trainable, mapped = {}, 0
+        start = Path(folder) if "stage1" in recipe.config["stages"] else begun
         for stage in recipe.config["stages"]:
-            start = Path(folder) if "stage1" in recipe.config["stages"] else begun
             seconds[stage], trainable[stage], kept = _stage(stage, recipe, str(backbone), data, Path(folder), start)
             mapped = max(mapped, kept)
             release(data)  # as a run does

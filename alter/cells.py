@@ -7,14 +7,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from alter.machine import GPUS, visible_gpus
 from alter.slurm import outside
 from alter.stopping import STATUS
 
@@ -67,7 +69,7 @@ def run_cells(
         cells: their folders.
         command: what Python runs for one; it takes ``--wait`` too.
         name: of a cell.
-        processes: cells run at once.
+        processes: cells run at once; each gets its share of the cores and of the GPUs.
 
     Returns:
         a line for each that failed.
@@ -78,10 +80,17 @@ def run_cells(
     failed: list[str] = []
     busy: list[Path] = []
     children = _Children()
+    shares = SimpleQueue[dict[str, str]]()
+    for share in _shares(processes):
+        shares.put(share)
 
     def run(cell: Path, wait: bool = False) -> None:
         started = time.perf_counter()
-        status, said = _child([*command(cell), *(["--wait"] if wait else [])], cell / LOG, processes, children)
+        share = shares.get()
+        try:
+            status, said = _child([*command(cell), *(["--wait"] if wait else [])], cell / LOG, share, children)
+        finally:
+            shares.put(share)
         if status == BUSY:
             busy.append(cell)
             print(f"{name(cell)}: another process is running it", flush=True)
@@ -132,11 +141,23 @@ class _Children:
                 child.terminate()
 
 
-def _child(command: Sequence[str], log: Path, processes: int, children: _Children) -> tuple[int, str]:
+def _shares(processes: int) -> list[dict[str, str]]:
+    """For each of the cells that run at once the variables that give it its share of the cores and of the GPUs."""
+    if processes == 1:
+        return [{}]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    gpus = visible_gpus()
+    if len(gpus) < 2:
+        return [threads] * processes
+    each = max(1, len(gpus) // processes)
+    firsts = [number * each % len(gpus) for number in range(processes)]
+    return [{**threads, GPUS: ",".join(gpus[first : first + each])} for first in firsts]
+
+
+def _child(command: Sequence[str], log: Path, share: Mapping[str, str], children: _Children) -> tuple[int, str]:
     """Runs a cell; returns the exit status and the last line that it wrote."""
-    environment = {**outside(), "PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
-    if processes > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
+    environment = {**outside(), **paths, **share}
     with log.open("a", encoding="utf-8") as stream:
         status = children.run([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment)
     return status, last_line(log) or f"no output, exit status {status}"

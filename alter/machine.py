@@ -8,6 +8,8 @@ import re
 import sys
 from pathlib import Path
 
+GPUS = "CUDA_VISIBLE_DEVICES"
+
 
 def peak_memory_bytes() -> int:
     """Returns the most memory this process ever held at once, in bytes, on the host.
@@ -34,6 +36,15 @@ def peak_device_memory_bytes() -> int | None:
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
     return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+def visible_gpus() -> list[str]:
+    """The CUDA devices that this process may use, by what CUDA_VISIBLE_DEVICES calls them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get(GPUS)
+    return (named.split(",") if named else [str(number) for number in range(count)])[:count]
 
 
 def hardware() -> str:

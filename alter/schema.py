@@ -198,10 +198,15 @@ def refuse_foreign_sources(tasks: Sequence[Mapping[str, Any]], file: Path) -> No
         AlterError: a task's source is of another module.
     """
     for task in tasks:
-        class_path = str(task["source"].get("class_path", ""))
-        module = class_path.rpartition(".")[0]
-        if module and module.split(".")[:2] != ["alter", "data"] and module not in TRUSTED:
+        module = foreign_module(task["source"])
+        if module and module not in TRUSTED:
             raise AlterError(
-                f"{file}: task '{task['name']}' reads its rows by '{class_path}', which is not part of ALTER; import its module "
-                f"first if you trust it (on the command line: --import {module})."
+                f"{file}: task '{task['name']}' reads its rows by '{task['source']['class_path']}', which is not part of ALTER; "
+                f"import its module first if you trust it (on the command line: --import {module})."
             )
+
+
+def foreign_module(source: Mapping[str, Any]) -> str | None:
+    """The module of a task's source that is not ALTER's own; None where it is."""
+    module = str(source.get("class_path", "")).rpartition(".")[0]
+    return module if module and module.split(".")[:2] != ["alter", "data"] else None

@@ -14,6 +14,12 @@ _SHARDED = ("fsdp", "model_parallel", "modelparallel", "deepspeed")
 _FORKED = ("spawn", "fork", "notebook")
 
 
+def devices(trainer: Mapping[str, Any]) -> Any:
+    """A recipe's ``trainer.devices``, which Lightning takes for all there are: one where it names no strategy for several."""
+    named, strategy = trainer.get("devices") or "auto", trainer.get("strategy") or "auto"
+    return 1 if (named, strategy) == ("auto", "auto") else named
+
+
 def check_strategy(strategy: str | Mapping[str, Any] | None, precision: str) -> list[str]:
     """What is wrong with a recipe's ``trainer.strategy``.
 

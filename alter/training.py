@@ -32,8 +32,10 @@ from alter.machine import peak_memory_bytes
 from alter.nn.decoding import Generation
 from alter.requeue import REQUEUE
 from alter.stages import StageModule
+from alter.strategy import devices
 
 say = rank_zero_only(print)
+LOSS = "val/loss"
 
 
 class StageCLI(LightningCLI):
@@ -104,6 +106,7 @@ class StageCLI(LightningCLI):
         own.append(Preemption(kept, REQUEUE))
         if self.interruptible:
             own.append(Interruption(kept, [signal.SIGINT] if REQUEUE.listens else [signal.SIGINT, signal.SIGTERM]))
+        config["devices"] = devices(config)
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), CheckedCheckpoints()]
         return super()._instantiate_trainer(config, [*callbacks, *own])
@@ -116,7 +119,7 @@ class StageCLI(LightningCLI):
             ModelCheckpoint(
                 self.folder / "checkpoints",
                 filename="best",
-                monitor="val/loss",
+                monitor=LOSS,
                 save_last=not any(keeper.save_last for keeper in keepers),
                 enable_version_counter=False,
             )
@@ -165,13 +168,15 @@ def train(
         cli.model.model.save_pretrained(folder / "model", backbone, trained)
         for file in [*checkpoints.rglob(".*.part"), checkpoints / KEPT]:  # of a killed run
             file.unlink(missing_ok=True)
+    best = _best(cli.trainer)
     facts = {
         "seconds": cli.throughput.elapsed,
         "trainable_parameters": cli.model.trainable_parameters(),
         "peak_memory_bytes": peak_memory_bytes(),
         "tokens": cli.throughput.tokens,
         "step_seconds": cli.throughput.seconds,
-        "validation_loss": _best_score(cli.trainer),
+        "validation_loss": best["value"] if best["metric"] == LOSS else None,
+        "best": best,
     }
     return facts, cli
 
@@ -214,6 +219,12 @@ def _chooser(trainer: Any) -> ModelCheckpoint | None:
     return next((callback for callback in trainer.checkpoint_callbacks if getattr(callback, "monitor", None)), None)
 
 
-def _best_score(trainer: Any) -> float | None:
-    score = getattr(_chooser(trainer), "best_model_score", None)
-    return None if score is None else float(score)
+def _best(trainer: Any) -> dict[str, Any]:
+    """What the best checkpoint was chosen by: the metric, whether less or more of it is better, and how much it is there."""
+    chooser = _chooser(trainer)
+    score = getattr(chooser, "best_model_score", None)
+    return {
+        "metric": getattr(chooser, "monitor", LOSS),
+        "mode": getattr(chooser, "mode", "min"),
+        "value": None if score is None else float(score),
+    }

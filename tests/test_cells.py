@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from alter.cells import LOG, run_cells
+from alter.cells import LOG, _shares, run_cells
 from alter.stopping import stoppable
 
 CELL = """
@@ -51,3 +51,32 @@ def test_a_sigterm_ends_the_cells_that_run_and_starts_no_other(tmp_path, capsys,
         False
     ]
     assert sorted(capsys.readouterr().out.splitlines()) == [f"a: {told}", f"b: {told}"]
+
+
+SHARE = 'import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS"))'
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "shares"),
+    [
+        ([], 2, {"None"}),
+        (["0"], 2, {"None"}),
+        (["0", "1", "2", "3"], 1, {"None"}),
+        (["0", "1", "2", "3"], 2, {"0,1", "2,3"}),
+        (["GPU-a", "GPU-b", "GPU-c"], 2, {"GPU-a", "GPU-b"}),
+        (["4", "7"], 4, {"4", "7"}),
+    ],
+)
+def test_cells_that_run_at_once_share_the_gpus_and_the_cores(tmp_path, monkeypatch, gpus, processes, shares):
+    monkeypatch.setattr("alter.cells.visible_gpus", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cells = [tmp_path / str(number) for number in range(3 * processes)]
+    for cell in cells:
+        cell.mkdir()
+    assert run_cells(cells, lambda cell: ["-c", SHARE], lambda cell: cell.name, processes) == []
+    told = [(cell / LOG).read_text().split() for cell in cells]
+    assert {share for share, _ in told} <= shares
+    assert {threads for _, threads in told} == {"None" if processes == 1 else str(8 // processes)}
+    assert {share["CUDA_VISIBLE_DEVICES"] for share in _shares(processes) if len(share) > 1} == shares - {"None"}

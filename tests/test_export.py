@@ -22,6 +22,7 @@ from alter.cli import main
 from alter.data import Task
 from alter.export import _chat_template, _example, _quiet
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
+from alter.publish import write_recipe
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.runs import add_newcomer, make_run
 from tests.test_cli import refused
@@ -243,6 +244,25 @@ def test_the_hub_folder_loads_and_its_card_tells_tasks_licences_metrics_and_limi
     assert {p.name for p in Path("again").iterdir()} == names
     assert alter.load("again").generate(TEXTS, task=tasks) == whole.generate(TEXTS, task=tasks)
     assert yaml.safe_load(Path("hub/recipe.yaml").read_text())["data"]["tasks"][0]["source"]["class_path"] == "Files"
+
+
+def test_a_published_recipe_names_files_without_folders_and_a_function_without_its_arguments(tmp_path):
+    task = {"name": "a", "prompt": "{{ x }}", "target": "{{ y }}"}
+    files = {
+        "train": "/mnt/ward7/notes.csv",
+        "test": "../held/notes.csv",
+        "validation": 0.2,
+        "group": "mrn",
+        "root": "/mnt",
+    }
+    function = {"class_path": "records.rows", "init_args": {"dsn": "postgresql://svc:secret@db/notes"}}
+    sources = [{"class_path": "Files", "init_args": files}, function]
+    write_recipe(tmp_path, {}, [{**task, "source": source} for source in sources])
+    text = (tmp_path / "recipe.yaml").read_text()
+    first, second = (entry["source"] for entry in yaml.safe_load(text)["data"]["tasks"])
+    assert first["init_args"] == {"train": "notes.csv", "test": "notes.csv", "validation": 0.2, "group": "mrn"}
+    assert second == {"class_path": "records.rows"}
+    assert not any(secret in text for secret in ("ward7", "/mnt", "svc"))
 
 
 # -- ONNX -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from alter import machine
 from alter.machine import peak_device_memory_bytes, peak_memory_bytes
 
@@ -39,3 +41,16 @@ def test_importing_these_modules_brings_in_nothing_slow():
         "assert not {'torch', 'sklearn', 'scipy', 'torchmetrics'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("named", "count", "gpus"),
+    [(None, 2, ["0", "1"]), ("", 0, []), ("3,1", 2, ["3", "1"]), ("GPU-a", 1, ["GPU-a"]), ("0,9", 1, ["0"])],
+)
+def test_gpus_are_called_as_their_variable_calls_them(monkeypatch, named, count, gpus):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    if named is None:
+        monkeypatch.delenv(machine.GPUS, raising=False)
+    else:
+        monkeypatch.setenv(machine.GPUS, named)
+    assert machine.visible_gpus() == gpus

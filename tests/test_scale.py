@@ -196,6 +196,32 @@ def test_what_one_strategy_began_goes_on_under_another(project):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_an_epoch_goes_on_with_another_number_of_processes_to_the_same_end(project, first, then):  # noqa: F811
+    keeper = {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1, "enable_version_counter": False}
+    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper}
+    change(
+        project, data__examples_per_epoch=60, data__max_tokens=32, trainer__max_epochs=2, trainer__callbacks=[callback]
+    )
+    start = {1: lambda *flags: fit("--trainer.accumulate_grad_batches", "2", *flags), 2: on_processes}
+    flags = ("--test", "false", "--stages", "[stage1]")
+    start[first]("--run", "whole", *flags)
+    run = project / "run"
+    shutil.copytree(project / "whole", run)
+    (run / "progress.json").unlink()
+    checkpoints = run / "stage1" / "checkpoints"
+    steps = {int(file.stem.split("=")[1]): file for file in checkpoints.glob("step=*.ckpt")}
+    shutil.copy(steps.pop(2), checkpoints / "last.ckpt")  # in the middle of the first epoch
+    for file in [checkpoints / "best.ckpt", checkpoints / "previous.ckpt", *steps.values()]:
+        file.unlink(missing_ok=True)
+    start[then]("--run", "run", *flags)
+    one, two = (load_file(project / name / "model" / "adapters.safetensors") for name in ("whole", "run"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=1e-5)
+    assert curve(run, ["stage1"]) == pytest.approx(curve(project / "whole", ["stage1"]), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_a_whole_backbone_trains_in_slices(project):  # noqa: F811
     """With activations computed again in the backward pass, and answers at validation."""
     change(

@@ -30,11 +30,16 @@ class ExactResume(Callback):
             validation["current"].update(ready=0, started=0, processed=0, completed=0)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets ``ModelCheckpoint`` go on where the run folder was moved or is named by another path.
+        """Lets ``ModelCheckpoint`` go on where the run folder was moved or is named by another path, and counts batches anew.
 
-        It keeps absolute paths, and forgets the best checkpoint and its score where they do not fit. Callbacks' states are
-        loaded after this.
+        It keeps absolute paths, and forgets the best checkpoint and its score where they do not fit. Lightning counts an epoch's
+        batches in each process, of which there may be more or fewer now. Callbacks' and loops' states are loaded after this.
         """
+        data = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
+        if taken := data.get("taken"):  # by all processes; within an epoch
+            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            moved = taken // trainer.world_size - batches["processed"]
+            batches.update({count: number + moved for count, number in batches.items()})
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state and state["dirpath"] != callback.dirpath:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ class TaskMetrics(Callback):
     ``ModelCheckpoint`` with ``monitor: val/score``, ``mode: max``, ``filename: best`` and ``save_last: true``.
 
     Args:
-        rows: most rows of a task; None for all.
+        rows: most rows of a task, spread evenly over its validation rows; None for all.
         num_beams: of the answers.
         length_penalty: of the beams.
     """
@@ -41,7 +42,8 @@ class TaskMetrics(Callback):
         )
         scores = {}
         for task in data.tasks:
-            rows = data.examples(task.name, "validation")[: self.rows]
+            rows = data.examples(task.name, "validation")
+            rows = rows[:: math.ceil(len(rows) / (self.rows or len(rows)))]  # files are often sorted by the answer
             answers = [answer.text for answer in predictor.answer(task.name, rows["prompt_ids"], probabilities=False)]
             name = task.metrics[0]
             scores[f"val/{name}/{task.name}"] = metric(name, answers, rows["target"], task.choices).value()

@@ -23,12 +23,14 @@ import torch
 from adapters.composition import Fuse
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, get_scheduler
 from transformers.modeling_outputs import BaseModelOutput
 
 IGNORED = -100
 DIVERGED = 3  # the exit status where the loss is no number any more, as in alter.compare.handover
 MAX_SCORED_POSITIONS = 4096  # rows x (prompt + choice) of one pass, as in alter.nn.choices
+# All that is kept of how the backbone was meant to decode, as in alter.nn.backbone
+SPECIAL_TOKENS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 
 Plan = dict[str, Any]
 Model = Any  # a PreTrainedModel, to which the library has added methods
@@ -41,6 +43,9 @@ def load_model(plan: Plan) -> Model:
     kind = AutoModelForSeq2SeqLM if plan["seq2seq"] else AutoModelForCausalLM
     dtype = torch.bfloat16 if plan["bf16"] else torch.float32
     model: Model = kind.from_pretrained(plan["backbone"], dtype=dtype, local_files_only=True, use_safetensors=True)
+    model.generation_config = GenerationConfig(
+        **{name: getattr(model.generation_config, name) for name in SPECIAL_TOKENS}
+    )
     model.requires_grad_(False)
     backbone = {id(parameter) for parameter in model.parameters()}
     names = {id(module): name for name, module in model.named_modules()}

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -129,15 +129,22 @@ def _measure(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tup
     for recipe in recipes if answers_too else ():
         answered += _answer(recipe, plan, split, found)
     records = [record for recipe in recipes for record in stage_records(recipe.run).values()]
-    losses = [list(stage_records(recipe.run).values())[-1]["validation_loss"] for recipe in recipes if records]
+    ends = [list(stage_records(recipe.run).values())[-1] for recipe in recipes if records]
     found |= {
         "tokens": sum(r["tokens"] for r in records),
         "step_seconds": sum(r["step_seconds"] for r in records),
         "peak_memory_bytes": peak_device_memory_bytes()  # of a GPU, where one was used
         or max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
-        "validation_loss": fmean(losses) if losses and None not in losses else None,
+        "validation_loss": _mean(end["validation_loss"] for end in ends),
     }
+    if ends:
+        found["best"] = {**ends[0]["best"], "value": _mean(end["best"]["value"] for end in ends)}
     return found, answered
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = list(values)
+    return fmean(value for value in known if value is not None) if known and None not in known else None
 
 
 def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, Any]) -> Answered:

@@ -39,7 +39,7 @@ class Grid:
         methods: by name, in the order of the tables.
         seeds: of training and of the mixture.
         split: whose rows are answered: test, or validation while methods are developed.
-        factors: on each method's learning rate, tried with the first seed and chosen by validation loss.
+        factors: on each method's learning rate, tried with the first seed and chosen by validation.
         processes: cells run at once.
     """
 
@@ -88,14 +88,22 @@ def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], 
 
 
 def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float | None:
-    """The factor with the lowest validation loss; None where not all have been tried."""
+    """The factor with the best validation, by what the recipe chooses checkpoints by; None where not all have been tried."""
     if len(factors) == 1:
         return factors[0]
     files = {factor: grid.cell(name, grid.seeds[0], factor) / f"{TRAINED}.json" for factor in factors}
     if not all(file.is_file() for file in files.values()):
         return None
-    losses = {factor: json.loads(file.read_text())["validation_loss"] for factor, file in files.items()}
-    return min(losses, key=lambda factor: math.inf if losses[factor] is None else losses[factor])
+    found = {factor: json.loads(file.read_text()) for factor, file in files.items()}
+    return min(found, key=lambda factor: _badness(found[factor]))
+
+
+def _badness(trial: Mapping[str, Any]) -> float:
+    """The lower the better: the validation loss, unless the recipe names another metric."""
+    best = trial.get("best", {"mode": "min", "value": trial["validation_loss"]})  # adapter_fusion's is always the loss
+    if best["value"] is None:
+        return math.inf
+    return float(best["value"] if best["mode"] == "min" else -best["value"])
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------

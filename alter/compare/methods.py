@@ -97,16 +97,17 @@ def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Training]]:
 def _shared(config: Config, budget: Budget) -> list[Training]:
     """One expert, in LoRA's usual scale."""
     config = one_stage_of(config, budget.draws)
-    config["stage1"]["model"]["init_args"]["num_experts"] = 1
-    _usual_scale(config)
+    _one_expert(config)
     return [Training(config, budget=budget.parameters)]
 
 
-def _usual_scale(config: Config) -> None:
-    """An adapter that answers alone has alpha = rank; a recipe's alpha may make up for gates below one."""
-    arguments = config["stage1"]["model"]["init_args"]["expert"]["init_args"]
-    if "alpha" in arguments:
-        arguments["alpha"] = None
+def _one_expert(config: Config) -> None:
+    """An adapter that answers alone: nothing routes, and alpha = rank; a recipe's alpha may make up for gates below one."""
+    given = config["stage1"]["model"]["init_args"]
+    given["num_experts"] = 1
+    given["router"] = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
+    if "alpha" in given["expert"]["init_args"]:
+        given["expert"]["init_args"]["alpha"] = None
 
 
 def _expert(name: str, router: str) -> Callable[[Config, Budget], list[Training]]:
@@ -150,9 +151,7 @@ def _alone(config: Config, budget: Budget) -> list[Training]:
     for task in config["data"]["tasks"]:
         own = one_stage_of(config, max(1, round(budget.draws * budget.rates[task["name"]])))
         own["data"]["tasks"] = [task]
-        hard = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
-        own["stage1"]["model"]["init_args"]["router"] = hard
-        _usual_scale(own)
+        _one_expert(own)
         runs.append(Training(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
     return runs
 

@@ -18,7 +18,7 @@ from alter.data.sources import SPLITS, Fields, Row
 from alter.data.task import Task
 from alter.errors import AlterError
 
-VERSION = 5  # raise whenever the same task would be encoded differently
+VERSION = 6  # raise whenever the same task would be encoded differently
 CHUNK = 1000
 
 
@@ -59,6 +59,8 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
 def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, shots: int | None) -> None:
     import datasets
 
+    if task.choices:
+        _require_unlike_choices(task, tokenizer, seq2seq)
     features = datasets.Features(
         {
             "prompt_ids": datasets.List(datasets.Value("int32")),
@@ -203,6 +205,18 @@ def encode_choices(task: Task, tokenizer: Any, seq2seq: bool) -> list[list[int]]
     return target_ids(list(task.choices or []), tokenizer, seq2seq)
 
 
+def _require_unlike_choices(task: Task, tokenizer: Any, seq2seq: bool) -> None:
+    """Choices of the same tokens would be equally likely for ever; some vocabularies lack signs such as ≥."""
+    seen: dict[tuple[int, ...], str] = {}
+    for choice, ids in zip(task.choices or (), encode_choices(task, tokenizer, seq2seq), strict=True):
+        other = seen.setdefault(tuple(ids), choice)
+        if other != choice:
+            raise AlterError(
+                f"{task.where}: task '{task.name}', key 'choices': '{other}' and '{choice}' are the same tokens to this backbone, "
+                "whose vocabulary lacks a sign of theirs; write them in other words, also in the key 'target'."
+            )
+
+
 def encode_prompt(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str = "the row") -> list[int]:
     """Token ids of one row's prompt, shortened where it is too long.
 
@@ -252,7 +266,9 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
 
 
 def _token_ends(text: str, tokenizer: Any) -> list[int]:
-    """The character behind each token."""
+    """The character behind each token; of a tokenizer in Python, which does not tell, behind each character."""
+    if not tokenizer.is_fast:
+        return list(range(1, len(text) + 1))
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return [end for _, end in offsets]
 

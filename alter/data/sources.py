@@ -303,7 +303,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 yield row
         except csv.Error as error:
             raise AlterError(
-                f"{path}, line {reader.line_num or 1}: not valid CSV ({error}); mend the quotes."
+                f"{path}, line {reader.line_num + 1}: not valid CSV ({error}); mend the quotes."  # where the record begins
             ) from error
 
 

@@ -6,6 +6,7 @@ Tasks come with downloaded models too, so a template is code of somebody else's.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,11 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
     return text.replace(old, new, -1 if count is None else count)
 
 
+def _json(value: Any) -> str:
+    """JSON as a model reads it; Jinja's own filter writes ``&`` and ``\u00f6`` for a web page."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _text(value: Any) -> Any:
     """What an output writes: of an empty cell of Parquet, or JSON's null or NaN, nothing, as of an empty cell of CSV."""
     return "" if is_missing(value) else value
@@ -61,6 +67,7 @@ def environment() -> _Environment:
     made.globals.clear()
     made.filters = {name: made.filters[name] for name in FILTERS}
     made.filters["replace"] = _replace
+    made.filters["tojson"] = _json
     return made
 
 

@@ -240,7 +240,11 @@ def _useless(column: Column, rows: int) -> str | None:
     if column.lists:
         return "not the same kind of list in every row" if column.lists < column.filled or column.others else None
     is_id = re.search(r"(?i:(^|[_\W])(id|uuid|guid|mrn|index|idx|key)$)|(?<=[a-z])(Id|ID)$|^Unnamed|^$", column.name)
-    if is_id and 10 <= column.kinds <= 0.8 * sum(column.values.values()):  # rows of the values that were counted
+    counted = sum(column.values.values())  # rows of the values that are kept
+    most = (
+        counted - 1 if PERSON.search(column.name) else 0.8 * counted
+    )  # a person's rows belong together however few they are
+    if is_id and 10 <= column.kinds <= most:
         return "group"
     if is_id:
         return "it is an id"

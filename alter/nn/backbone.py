@@ -22,6 +22,7 @@ QUANTISED = ("int8", "nf4")
 PRECISIONS = ("fp32", "bf16", *QUANTISED)
 MAX_PARAMETERS = 1_000_000_000
 SAMPLES, SAMPLE_BYTES = 4, 256
+SPECIAL_TOKENS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
 # What a configuration says beside the function that the weights compute.
 _NOT_IDENTITY = {
     "_model_name_or_path",
@@ -103,6 +104,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise AlterError(f"{path}: its tokenizer names no eos_token, which ends every target; set it and save again.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.clean_up_tokenization_spaces = False  # an answer keeps the spaces that its target had
     return tokenizer
 
 
@@ -156,7 +158,19 @@ def load_backbone(name_or_path: str | Path, precision: str = "fp32") -> PreTrain
             "one saved with its language model head."
         )
     _keep_gradients(model)
+    _decode_plainly(model)
     return model.eval().requires_grad_(False)
+
+
+def _decode_plainly(model: PreTrainedModel) -> None:
+    """Leaves out how a backbone was meant to chat, such as a penalty on repetition or a forced first token.
+
+    Targets are learned without it, and answers that copy from their prompt would suffer.
+    """
+    from transformers import GenerationConfig
+
+    settings = model.generation_config.to_dict()
+    model.generation_config = GenerationConfig(**{name: settings.get(name) for name in SPECIAL_TOKENS})
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from alter.nn.body import IGNORED
 from alter.nn.loss import token_losses
@@ -164,6 +166,11 @@ def _parts(prompts: Mapping[str, Tensor], size: int) -> Iterator[tuple[slice, di
         yield rows, {name: value[rows] for name, value in prompts.items()}
 
 
+def _can_be_repeated(cache: Any) -> bool:
+    """Whether each layer of a cache keeps keys and values alone; some keep a state, and some backbones have no cache."""
+    return cache is not None and {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
 class CausalPrompts:
     """Prompts that have been read once, to score choices behind them."""
 
@@ -171,8 +178,9 @@ class CausalPrompts:
         self.model, self.mask = model, prompts["attention_mask"]
         model.set_examples(prompts)
         places = (self.mask.cumsum(1) - 1).clamp_min(0)
-        output = model.body.decode(prompts["input_ids"], attention_mask=self.mask, position_ids=places, use_cache=True)
-        self.cache = output.past_key_values
+        self.ids = prompts["input_ids"]
+        output = model.body.decode(self.ids, attention_mask=self.mask, position_ids=places, use_cache=True)
+        self.cache: Any = getattr(output, "past_key_values", None)
         self.states = output.last_hidden_state[:, -1]
 
     @functools.cached_property
@@ -186,20 +194,32 @@ class CausalPrompts:
         first = self.first_tokens.gather(1, choices[:, :, 0])
         if length == 1:
             return first
+        wanted, inputs = choices[:, :, 1:].flatten(0, 1), choices[:, :, :-1].flatten(0, 1)
+        mask = torch.cat([self.mask.repeat_interleave(count, 0), (inputs >= 0).to(self.mask.dtype)], dim=1)
+        behind = inputs.clamp_min(0)
+        if _can_be_repeated(self.cache):
+            hidden_states = self._go_on(behind, mask, count)
+        else:
+            whole = torch.cat([self.ids.repeat_interleave(count, 0), behind], dim=1)
+            places = (mask.cumsum(1) - 1).clamp_min(0)
+            output = self.model.body.decode(whole, attention_mask=mask, position_ids=places)
+            hidden_states = output.last_hidden_state[:, 1 - length :]
+        return first + _sum_by_row(self.model, hidden_states, wanted).view(batch, count)
+
+    def _go_on(self, inputs: Tensor, mask: Tensor, count: int) -> Tensor:
+        """What comes after the cached prompts, ``count`` times each, [batch * count, length, d]."""
         cache = copy.copy(self.cache)
         cache.layers = list(map(copy.copy, self.cache.layers))  # the prompts' own stays for other choices
         cache.batch_repeat_interleave(count)
-        wanted, inputs = choices[:, :, 1:].flatten(0, 1), choices[:, :, :-1].flatten(0, 1)
-        mask = torch.cat([self.mask.repeat_interleave(count, 0), (inputs >= 0).to(self.mask.dtype)], dim=1)
         start = self.mask.sum(1).repeat_interleave(count).unsqueeze(1)
-        rest = self.model.body.decode(
-            inputs.clamp_min(0),
+        output = self.model.body.decode(
+            inputs,
             attention_mask=mask,
-            position_ids=start + torch.arange(length - 1, device=mask.device),
+            position_ids=start + torch.arange(inputs.shape[1], device=mask.device),
             past_key_values=cache,
             use_cache=True,
         )
-        return first + _sum_by_row(self.model, rest.last_hidden_state, wanted).view(batch, count)
+        return cast(Tensor, output.last_hidden_state)
 
 
 class _Seq2seqPrompts:

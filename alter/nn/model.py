@@ -105,6 +105,8 @@ class MTAModel(nn.Module):
             self.backbone.set_submodule(path, layers[found.name])
             blocks = cast(nn.ModuleList, self.backbone.get_submodule(found.stack)) if found.stack else ()
             layers[found.name].stack = "encoder" if id(blocks) in encoder else "decoder"
+            if isinstance(made := layers[found.name], InlineMixture) and blocks:
+                blocks[found.index].register_forward_pre_hook(made.note_rows, with_kwargs=True)
             layers[found.name].is_last = not self.is_seq2seq and not found.inline and found.index == len(blocks) - 1
         return layers
 
@@ -263,7 +265,15 @@ class MTAModel(nn.Module):
             parameter.requires_grad_(True)
 
     def checkpoint_activations(self) -> None:
-        """Computes each block again in the backward pass, which takes less memory and more time."""
+        """Computes each block again in the backward pass, which takes less memory and more time.
+
+        Raises:
+            AlterError: the backbone cannot.
+        """
+        if not self.backbone.supports_gradient_checkpointing:
+            raise AlterError(
+                f"gradient_checkpointing: {type(self.backbone).__name__} cannot compute its blocks again; write false."
+            )
         weight = cast(Tensor, self.backbone.get_input_embeddings().weight)
         options = {"use_reentrant": False, "context_fn": partial(recomputed_alike, weight)}
         self.backbone.activation_checkpointing_enable(options)

@@ -218,6 +218,7 @@ class InlineMixture(MixtureOfTaskAdapters):
     def __init__(self, ffn: nn.Module, frozen: FrozenFeedForward, routing: Routing) -> None:
         super().__init__(ffn, frozen, routing)
         self._input: Tensor | None = None
+        self._rows = 1
         self._expects_input = True
         first = "gate" if "gate" in frozen.shapes else "up"
         frozen.module(first).register_forward_pre_hook(self._remember)
@@ -226,13 +227,23 @@ class InlineMixture(MixtureOfTaskAdapters):
         if self._expects_input:
             self._input = args[0]
 
+    def note_rows(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        """Before the transformer block runs: how many rows there are, since OPT's makes one of rows and positions."""
+        self._rows = len(args[0] if args else kwargs["hidden_states"])
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[batch, seq, intermediate] -> [batch, seq, d]."""
+        """[batch, seq, intermediate] -> [batch, seq, d]; or both without a dimension of rows."""
         x, self._input = self._input, None
         if not self.enabled or self.experts is None or x is None:
             return self.ffn(hidden_states)
+        if x.dim() == 2:
+            return self._mixed(*(part.unflatten(0, (self._rows, -1)) for part in (x, hidden_states))).flatten(0, 1)
+        return self._mixed(x, hidden_states)
+
+    def _mixed(self, x: Tensor, hidden_states: Tensor) -> Tensor:
         self._expects_input = False  # experts that vary the block call its linear maps themselves
         try:
-            return self.mix(x, lambda: self.ffn(hidden_states), self.stack)
+            # under autocast what comes in may be of another dtype than the map, and within ``mix`` nothing is cast
+            return self.mix(x, lambda: self.ffn(hidden_states.to(self.frozen.dtype)), self.stack)
         finally:
             self._expects_input = True

@@ -33,10 +33,9 @@ class Newcomer(nn.Module):
         super().__init__()
         self.expert = expert.fresh()
         self.expert.build(frozen, 1, 1)
-        selector = torch.tensor([*[(1 - own) / num_experts] * num_experts, own])
-        self.rates = nn.ParameterDict({"selector": selector.log()})
+        self.rates = nn.ParameterDict({"selector": _log_shares(own, num_experts).roll(-1)})
         if num_shared:
-            self.rates["gate"] = torch.tensor([keep, *[(1 - keep) / num_shared] * num_shared]).log()
+            self.rates["gate"] = _log_shares(keep, num_shared)
 
     def gates(self) -> tuple[Tensor, Tensor]:
         """The shares of the layer's experts and of its own, [experts + 1], and of e and the shared experts, [1 + K]."""
@@ -64,11 +63,11 @@ class Newcomer(nn.Module):
             [rows, seq, d] and a scalar.
         """
         g, a = self.gates()
-        own = g[-1]
-        borrowed = (g[:-1] / (1 - own)).expand(x.shape[0], 1, -1)
+        others, own = g[:-1].sum(), g[-1]
+        borrowed = (g[:-1] / others).expand(x.shape[0], 1, -1)
         whole = torch.ones(x.shape[0], 1, 1, device=x.device)
         parts = [
-            (a[0] * (1 - own), experts.mix(x, borrowed, frozen, None, routing), experts.contains_ffn),
+            (a[0] * others, experts.mix(x, borrowed, frozen, None, routing), experts.contains_ffn),
             (a[0] * own, self.expert.mix(x, whole, frozen, None, routing), self.expert.contains_ffn),
         ]
         if shared is not None:
@@ -79,3 +78,8 @@ class Newcomer(nn.Module):
         held = torch.stack([share * holds for share, _, holds in parts]).sum()
         added = torch.stack([share.to(output.dtype) * output for share, output, _ in parts]).sum(0)
         return added, held
+
+
+def _log_shares(first: float, others: int) -> Tensor:
+    """One share and the rest in equal parts, [1 + others]; of none there is a little, else it could not grow."""
+    return torch.tensor([first, *[(1 - first) / others] * others]).clamp_min(1e-6).log()

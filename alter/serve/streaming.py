@@ -18,12 +18,10 @@ class Unfolding:
 
     def __init__(self, predictor: Predictor) -> None:
         self.predictor, self.told = predictor, ""
-        # such a tokenizer mends the text when more comes, so nothing is sure before the end
-        self.mends = bool(getattr(predictor.tokenizer, "clean_up_tokenization_spaces", False))
 
     def more(self, tokens: Sequence[int]) -> str:
         """What all tokens so far add to what has been told."""
-        text = "" if self.mends else self.predictor.decode(tokens)
+        text = self.predictor.decode(tokens)
         if text.endswith(UNFINISHED) or not text.startswith(self.told):
             return ""
         new, self.told = text[len(self.told) :], text

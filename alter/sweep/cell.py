@@ -52,7 +52,7 @@ def _run(recipe_file: Path, flags: list[str]) -> dict[str, float | None]:
     fit(recipe)
     stages = stage_records(recipe.run)
     return {
-        "value": stages[recipe.config["stages"][-1]]["validation_loss"],
+        "value": stages[recipe.config["stages"][-1]]["best"]["value"],
         "seconds": sum(record["seconds"] for record in records(recipe.run).values()),
         "trainable_parameters": max(record["trainable_parameters"] for record in stages.values()),
     }

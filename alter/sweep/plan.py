@@ -133,11 +133,6 @@ def _monitor(config: Config) -> tuple[str, str]:
         )
     trainer = stage_trainer(config, config["stages"][-1])
     for class_path, arguments in named_callbacks(trainer):
-        if class_path.endswith("ModelCheckpoint"):
-            if not arguments.get("monitor"):
-                raise AlterError(
-                    "trainer.callbacks: the recipe's ModelCheckpoint has no monitor, so a sweep has nothing to rank by; "
-                    "write monitor: val/loss, or leave the callback out."
-                )
+        if class_path.endswith("ModelCheckpoint") and arguments.get("monitor"):
             return arguments["monitor"], arguments.get("mode", "min")
     return "val/loss", "min"

@@ -447,6 +447,42 @@ def test_learning_rates_are_chosen_by_validation_loss_with_the_first_seed(compar
     assert sorted(p.name for p in Path("out/cells/untouched").iterdir()) == ["seed13", "seed21"]
 
 
+def test_learning_rates_are_chosen_by_what_the_recipe_chooses_checkpoints_by(compared, cells_here, monkeypatch):
+    chosen = {"monitor": "val/score", "mode": "max", "filename": "best", "save_last": True}
+    callbacks = [
+        {"class_path": "alter.callbacks.TaskMetrics", "init_args": {"rows": 3}},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": chosen},
+    ]
+    change(compared, trainer__callbacks=callbacks)
+    scores = {"seed13-lr0.5": 0.41, "seed13": 0.78, "seed13-lr2": 0.63}
+    monkeypatch.setattr(
+        "alter.training._best",
+        lambda trainer: {
+            "metric": "val/score",
+            "mode": "max",
+            "value": scores[Path(trainer.default_root_dir).parts[-3]],
+        },
+    )
+    result = compare("--methods", "stage1", "--seeds", "1", "--tune", "0.5,1,2", "--split", "validation")
+    assert result["methods"]["stage1"]["learning_rate_factor"] == 1
+    assert result["methods"]["stage1"]["validation_loss"] is None  # it was not what was looked at
+    trained = json.loads(Path("out/cells/stage1/seed13/trained.json").read_text())
+    assert trained["best"] == {"metric": "val/score", "mode": "max", "value": 0.78}
+
+
+def test_one_adapter_is_one_whatever_the_recipes_router_and_number_of_experts(compared):
+    change(compared, stage1__model__init_args__num_experts=4)
+    change(compared, stage1__model__init_args__router={"class_path": "alter.nn.TopK", "init_args": {"k": 2}})
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    planner = Planner(recipe)
+    for name in ("shared", "alone"):
+        runs = METHODS[name].plan(copy.deepcopy(recipe.config), planner.budget)
+        for run in runs:
+            planner.match(run)
+            assert run.config["stage1"]["model"]["init_args"]["num_experts"] == 1
+            assert planner.count(run.config) == pytest.approx(run.budget, rel=0.1)
+
+
 def test_a_rate_that_diverges_is_not_chosen(compared, cells_here):
     change(compared, stage1__model__init_args__optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}})
     tune = ("--tune", "1e30,1", "--split", "validation")

@@ -215,3 +215,23 @@ print(peak_memory_bytes())
         ).stdout  # fmt: skip
         peaks.append(int(output.split()[-1]))
     assert peaks[1] - peaks[0] < 60 * 2**20  # the rows alone are over 50 MB, as Python objects several times that
+
+
+def test_a_tokenizer_in_python_shortens_a_long_prompt_too(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    task = make(tmp_path, prompt="{{ text }} :", max_prompt_tokens=40, truncate="text")
+    write_jsonl(tmp_path / "t.train.jsonl", [{"text": "x" * 90, "label": "no"}, *rows(3)])
+    found, _ = encode(task, ByT5Tokenizer(), tmp_path / "cache", seq2seq=True)
+    assert found["train"][0]["prompt"] == "x" * 37 + " :"
+    assert len(found["train"][0]["prompt_ids"]) == 40
+
+
+def test_choices_that_the_tokenizer_cannot_tell_apart_are_refused(tmp_path, tokenizer):
+    write_jsonl(
+        tmp_path / "t.train.jsonl", [{"text": "w1", "label": label} for label in ("\u2265", "\u2264", "w5") * 4]
+    )
+    task = make(tmp_path, choices=["\u2265", "\u2264", "w5"])
+    with pytest.raises(AlterError, match=r"key 'choices': '\u2265' and '\u2264' are the same tokens") as error:
+        encode(task, tokenizer, tmp_path / "cache")
+    assert len(error.value.messages) == 1

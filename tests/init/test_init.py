@@ -81,6 +81,20 @@ def test_rows_of_one_patient_stay_together_however_many_there_are(tmp_path, monk
     assert all(patients)
 
 
+@pytest.mark.parametrize(
+    ("name", "repeats", "together"), [("patient_id", 40, True), ("note_id", 40, False), ("note_id", 100, True)]
+)
+def test_a_few_persons_of_two_rows_are_enough_to_keep_rows_together(tmp_path, monkeypatch, name, repeats, together):
+    monkeypatch.chdir(tmp_path)
+    ids = [*range(300 - repeats), *range(repeats)]
+    lines = [f"{number},note {n},{'yes' if n % 3 else 'no'}" for n, number in enumerate(ids)]
+    Path("notes.csv").write_text("\n".join([f"{name},note,admitted", *lines]) + "\n")
+    main(["init", "mine", "notes.csv"])
+    task = Task.from_file(tmp_path / "mine" / "tasks" / "notes.yaml")
+    splits = [{row[name] for row in task.opened.rows(split)} for split in ("train", "validation", "test")]
+    assert (sum(map(len, splits)) == len(set.union(*splits))) == together
+
+
 def test_of_several_ids_the_patients_rows_stay_together_and_rows_of_nobody_are_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [  # a patient has five encounters of two rows; ten rows of each hundred name nobody

@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    GenerationConfig,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
@@ -27,11 +28,13 @@ from transformers import (
     ViTModel,
 )
 
+from alter.answering import answer_text
 from alter.errors import AlterError
-from alter.nn import backbone, hub
+from alter.nn import MTAModel, backbone, hub
 from alter.nn.backbone import backbone_fingerprint, is_seq2seq, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.feed_forward import find_feed_forwards
 from alter.nn.linear import dense_weight, linear_shape
+from alter.nn.stepping import StepDecoder
 from tests.nn.tiny import FAMILIES, tiny_model
 
 LLAMA = {
@@ -308,6 +311,25 @@ def test_backbones_of_more_than_1b_are_refused_before_they_are_loaded(llama, mon
         load_backbone(llama)
 
 
+@pytest.mark.parametrize(("name", "forced"), [("llama", None), ("t5", 4)])
+def test_answers_are_decoded_without_a_backbones_own_habits(saved, tmp_path, name, forced):
+    folder = shutil.copytree(saved / name, tmp_path / name)
+    habits = GenerationConfig(
+        bos_token_id=2, eos_token_id=[1, 7], pad_token_id=0, decoder_start_token_id=0, repetition_penalty=1.3,
+        no_repeat_ngram_size=2, min_length=9, forced_bos_token_id=forced, suppress_tokens=[3, 5], num_beams=4, do_sample=True,
+    )  # fmt: skip
+    habits.save_pretrained(folder)
+    plain, chatty = load_backbone(saved / name), load_backbone(folder)
+    ids = torch.arange(8, 20).view(2, 6)
+    for key, value in {"eos_token_id": [1, 7], "pad_token_id": 0, "decoder_start_token_id": 0}.items():
+        setattr(plain.generation_config, key, value)
+    expected, found = (model.generate(input_ids=ids, max_new_tokens=12) for model in (plain, chatty))
+    assert torch.equal(found, expected)
+    assert chatty.generation_config.eos_token_id == [1, 7]
+    if name == "llama":
+        assert StepDecoder.fits(MTAModel(chatty, ["a"], "all"))
+
+
 # -- tokenizer --------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +339,18 @@ def test_a_missing_padding_token_becomes_the_end_token(saved, tmp_path):
     assert tokenizer("a b")["input_ids"] == [3, 4]
     write_tokenizer(tmp_path, eos_token="</s>", pad_token="<pad>")
     assert load_tokenizer(tmp_path).pad_token == "<pad>"
+
+
+def test_an_answer_keeps_the_spaces_of_its_target(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<unk>", "</s>", *(f"\u2581{word}" for word in ("Crohn", "'s", "disease", ",", "exon", "5", "do", "n't"))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    options = {"unk_token": "<unk>", "eos_token": "</s>", "clean_up_tokenization_spaces": True}
+    PreTrainedTokenizerFast(tokenizer_object=made, **options).save_pretrained(tmp_path)
+    tokenizer, text = load_tokenizer(tmp_path), "Crohn 's disease , exon 5 do n't"
+    assert answer_text(tokenizer, tokenizer(text).input_ids) == text
 
 
 def test_a_tokenizer_that_is_missing_or_has_no_end(llama, tmp_path):

@@ -174,3 +174,17 @@ def test_what_cannot_join_or_leave_is_told():
         made.remove_task("t0")
     with pytest.raises(AlterError, match="'t1' is the model's last task"):
         made.remove_task("t1")
+
+
+@pytest.mark.parametrize(("own", "keep"), [(1.0, 1.0), (0.0, 0.0), (1.0, 0.5)])
+def test_shares_of_all_and_of_nothing_can_be_learned_from(own, keep):
+    made = model()
+    made.add_newcomer("new", own=own, keep=keep)
+    (g, a) = next(iter(made.layers.values())).newcomers[0].gates()
+    assert float(g[-1]) == pytest.approx(own, abs=1e-5)
+    assert float(a[0]) == pytest.approx(keep, abs=1e-5)
+    made(batch([3, 3])).losses.sum().backward()
+    gradients = [
+        p.grad for part in next(iter(made.layers.values())).newcomers[0].parts().values() for p in part.parameters()
+    ]
+    assert all(g is not None and g.isfinite().all() for g in gradients)

@@ -7,12 +7,20 @@ from transformers import (
     BartConfig,
     Gemma2Config,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
+    OpenAIGPTConfig,
+    OPTConfig,
     Qwen2Config,
     T5Config,
 )
 
 FAMILIES = ["t5", "bart", "gpt2", "llama", "qwen2", "gemma2"]
+ODD = [
+    "opt",
+    "lfm2",
+    "openai-gpt",
+]  # one that flattens rows, one that keeps a state beside keys and values, one without a cache
 _DECODER = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -42,6 +50,27 @@ def config(family):
         )  # fmt: skip
     if family == "gpt2":
         return GPT2Config(
+            vocab_size=100,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            n_positions=1024,
+            bos_token_id=2,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    if family == "opt":
+        return OPTConfig(
+            vocab_size=100, hidden_size=32, ffn_dim=48, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=24,
+            do_layer_norm_before=False, max_position_embeddings=1024, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+        )  # fmt: skip
+    if family == "lfm2":
+        return Lfm2Config(
+            **_DECODER | {"block_auto_adjust_ff_dim": False},
+            layer_types=["conv", "full_attention", "conv", "full_attention"],
+        )
+    if family == "openai-gpt":
+        return OpenAIGPTConfig(
             vocab_size=100,
             n_embd=32,
             n_layer=4,

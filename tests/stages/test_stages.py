@@ -1,13 +1,16 @@
 """What trains and what stays, stage by stage, with a real Trainer on a tiny backbone."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from lightning import Trainer
 from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
+from alter.callbacks import TaskMetrics
 from alter.errors import AlterError
 from alter.nn import Description, LoRA, ModSquad, MTAModel, Polytropon, TaskSelector, TopK, TrunkCache
 from alter.stages import Stage1Module, Stage2Module
@@ -290,3 +293,32 @@ def test_states_of_a_mixed_precision_are_not_read_in_another(backbone, tmp_path)
         trainer = fit(module, AutoConfig.from_pretrained(backbone).is_encoder_decoder, tmp_path, precision=precision)
         losses[name] = trainer.callback_metrics["val/loss"]
     assert losses["after"] == losses["plain"]
+
+
+def test_task_metrics_answer_rows_that_are_spread_over_the_validation(monkeypatch):
+    """Files are often sorted by the label: the first rows would all be of one."""
+    asked, logged = {}, {}
+
+    rows_of = {"validation": Dataset.from_dict({"prompt_ids": [[i] for i in range(10)], "target": list("0123456789")})}
+    data = SimpleNamespace(
+        tokenizer="nowhere",
+        tasks=[SimpleNamespace(name="a", metrics=["exact_match"], choices=None)],
+        examples=lambda name, split: rows_of[split],
+    )
+
+    class Answers:
+        def __init__(self, *_): ...
+
+        def answer(self, name, prompts, probabilities):
+            asked[name] = [ids[0] for ids in prompts]
+            return [SimpleNamespace(text=str(i)) for i in asked[name]]
+
+    monkeypatch.setattr("alter.callbacks.task_metrics.Predictor", Answers)
+    monkeypatch.setattr("alter.callbacks.task_metrics.load_tokenizer", lambda path: None)
+    module = SimpleNamespace(
+        model=None, log_dict=logged.update, log=lambda name, value, **_: logged.update({name: value})
+    )
+    for rows, places in ((3, [0, 4, 8]), (4, [0, 3, 6, 9]), (None, list(range(10))), (99, list(range(10)))):
+        TaskMetrics(rows).on_validation_epoch_end(SimpleNamespace(datamodule=data), module)
+        assert asked["a"] == places
+        assert logged == {"val/exact_match/a": 1.0, "val/score": 1.0}

@@ -160,6 +160,17 @@ def test_more_is_better_where_the_recipe_says_so(project, capfd):  # noqa: F811
     read_recipe(["--config", "out/best.yaml"])
 
 
+KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+@pytest.mark.parametrize("chosen", [[], [{"class_path": KEEPER, "init_args": {"monitor": "val/score", "mode": "max"}}]])
+def test_a_checkpoint_without_a_monitor_chooses_nothing_in_a_sweep_either(project, chosen):  # noqa: F811
+    periodic = {"class_path": KEEPER, "init_args": {"every_n_train_steps": 2}}
+    change(project, trainer__callbacks=[periodic, *chosen])
+    sweep = planned("data.temperature=1,2")
+    assert (sweep.metric, sweep.mode) == (("val/score", "max") if chosen else ("val/loss", "min"))
+
+
 def test_a_dry_run_shows_points_and_script_and_writes_nothing(project, capfd):  # noqa: F811
     flags = ("--slurm", "2", "--dry-run", "--time", "1:00:00", "--nodes", "2")
     main([*COMMAND, *RATES, "--set", "data.temperature=1,2", *flags])

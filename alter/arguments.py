@@ -85,7 +85,9 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
     add.add_argument("--task", required=True, type=Path, metavar="FILE", help="the task's YAML file")
     add.add_argument("--shots", type=int, help="learn from this many rows of each class; default all")
     add.add_argument(
-        "--draws", type=int, help="training examples drawn; default as many as the run's tasks had on average"
+        "--draws",
+        type=int,
+        help="training examples drawn; default an equal share of stage 1's epochs, as the run's tasks had",
     )
     add.add_argument("--lr", type=float, help="learning rate; default stage 1's")
     remove = verbs.add_parser("remove-task", help="take a task out of a finished run; the others stay as they are")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -160,6 +161,8 @@ def _child(command: Sequence[str], log: Path, share: Mapping[str, str], children
     environment = {**outside(), **paths, **share}
     with log.open("a", encoding="utf-8") as stream:
         status = children.run([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment)
+    if status < 0:  # it had no time to say why
+        return status, f"killed by {signal.Signals(-status).name}"
     return status, last_line(log) or f"no output, exit status {status}"
 
 

@@ -24,7 +24,7 @@ from alter.errors import AlterError, did_you_mean, first_line
 from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.backbone import QUANTISED, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import joined_experts, merged, one_adapter
-from alter.nn.decoding import end_tokens
+from alter.nn.decoding import Generation, end_tokens
 from alter.nn.files import WEIGHTS_FILE, read_config
 from alter.nn.hub import weight_files
 from alter.nn.model import MTAModel
@@ -187,6 +187,10 @@ class Exporter:
             )
             if task.choices and form != "adapter":
                 print(f"{folder}: other programs write its answers and do not choose, so an answer may be no choice.")
+            if form == "onnx" and not task.choices and self._beams():
+                print(
+                    f"{folder}: the loop in its README.md answers greedily, the run with {self._beams()['num_beams']} beams."
+                )
             written.append(folder)
         return written
 
@@ -220,11 +224,12 @@ class Exporter:
         self._card(usage, task, "onnx").save(out / "README.md")
 
     def _add_tokenizer(self, backbone: PreTrainedModel, task: Task, out: Path, where: Path, is_seq2seq: bool) -> None:
-        """Adds the tokenizer, and how an answer ends: at a line's end, greedily, as ALTER's do."""
+        """Adds the tokenizer, and how answers are decoded: to a line's end, as ALTER's are."""
         tokenizer = load_tokenizer(where)
         tokenizer.chat_template = None if is_seq2seq else _chat_template(tokenizer, task)
         tokenizer.save_pretrained(out)
         settings = backbone.generation_config.to_dict() | {
+            **self._beams(),
             "eos_token_id": sorted(end_tokens(backbone, answer_ends(tokenizer))),
             "pad_token_id": tokenizer.pad_token_id,
             "max_new_tokens": task.max_target_tokens,
@@ -235,6 +240,9 @@ class Exporter:
             "top_k": None,
         }
         GenerationConfig.from_dict(settings).save_pretrained(out)
+
+    def _beams(self) -> dict[str, Any]:
+        return Generation(**self.content.get("generation", {})).options()
 
     def _card(self, usage: str, task: Task, library: str) -> Any:
         return model_card(self.run, usage, [task.name], library, measured=self.folder == model_folder(self.run))

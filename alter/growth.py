@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from alter.writing import write_json, write_text
 from alter.yaml_file import dump
 
 CHECKS = 0.2  # of the draws, between two looks at validation
+# whatever the run's own stages were cut to
+WHOLE = {"limit_train_batches": 1.0, "check_val_every_n_epoch": 1, "max_steps": -1, "min_steps": None, "max_time": None}
 KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
 CONSOLIDATED = "consolidated-"  # folders of that name in the run's ADDED
 OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
@@ -71,6 +74,8 @@ def add_task(
     quiet()
     if draws is not None and draws < 1:
         raise AlterError(f"--draws: {draws} is below 1; give how many training examples to draw.")
+    if shots is not None and shots < 1:
+        raise AlterError(f"--shots: {shots} is below 1; give how many rows of a class to learn from.")
     content = _finished_run(run)
     task = Task.from_file(file, content["data"]["root"])
     _ = task.opened
@@ -86,7 +91,8 @@ def add_task(
         raise AlterError(f"{file}: the run has a task '{task.name}' already; give the new one another name.")
     named = backbone or _backbone(run)
     where = resolve_backbone(named)
-    data = _data({**content["data"], "tasks": [task], "shots": shots, **_drawn(run, content, draws)}, where)
+    task = task if shots is None else replace(task, shots=shots)  # of its own, also where all tasks train again
+    data = _data({**content["data"], "tasks": [task], "shots": None, **_drawn(run, content, draws)}, where)
     settings = {key: value for key, value in task.to_dict().items() if key != "where"}
     given = {"task": settings, "shots": shots, "draws": draws, "lr": lr}
     _claim(folder, given if task.name in known else {**given, "model of the run": _digest(run / "model")})
@@ -138,7 +144,7 @@ def newcomer_arguments(
     given |= {key: stage1[key] for key in KEPT if key in stage1}  # its schedule is its own: stage 1's may never fall
     arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
     whole = _drawn(run, content, draws)["examples_per_epoch"] is None
-    arguments["trainer"] |= {"max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
+    arguments["trainer"] |= {**WHOLE, "max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
     return arguments
 
 
@@ -229,8 +235,8 @@ def consolidate_run(run: Path) -> None:
     train(folder, arguments, data, named, Generation(**content.get("generation", {})))
     release(data)
     replace_model(folder / "model", run / "model")
-    shutil.rmtree(folder)
     measure(run, data=data)
+    shutil.rmtree(folder)  # last: while it is there, the same command goes on
 
 
 def _consolidate_with(run: Path, folder: Path) -> None:

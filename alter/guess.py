@@ -148,7 +148,8 @@ def fit_run(run: Path, predictor: Predictor, data: MultiTaskDataModule) -> None:
 def add_to_run(run: Path, predictor: Predictor, data: MultiTaskDataModule, task: str) -> None:
     """Lets a task that was added later join the run's task predictor; needs the data of that task alone."""
     if predictor.task_predictor is not None:
-        predictor.task_predictor = predictor.task_predictor.joined_by(*fit_kinds(predictor, data, [task]))
+        others = predictor.task_predictor.without(task)  # where an addition that was stopped had got as far as this
+        predictor.task_predictor = others.joined_by(*fit_kinds(predictor, data, [task]))
         predictor.task_predictor.save(run / "model" / TASK_PREDICTOR_FILE)
 
 

@@ -98,12 +98,17 @@ def answered_tasks(run: Path, folder: Path) -> list[str]:
     Raises:
         AlterError: it answers none of them.
     """
-    now, then = read_config(model_folder(run)), read_config(folder)
-    still = zip(then["tasks"], now["tasks"], strict=False)  # a task that joined later stands behind them
-    found = [name for name, same in still if name == same and name not in now.get("retired", [])]
+    found = still_answered(run, folder)
     if not found:
         raise AlterError(f"{folder}: all tasks of this model were removed from the run; leave the stage out.")
     return found
+
+
+def still_answered(run: Path, folder: Path) -> list[str]:
+    """The same, and none where all have left."""
+    now, then = read_config(model_folder(run)), read_config(folder)
+    still = zip(then["tasks"], now["tasks"], strict=False)  # a task that joined later stands behind them
+    return [name for name, same in still if name == same and name not in now.get("retired", [])]
 
 
 def run_recipe(run: Path) -> dict[str, Any]:

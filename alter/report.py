@@ -16,7 +16,7 @@ import yaml
 from alter import markup, pictures
 from alter.data import MultiTaskDataModule
 from alter.inside import expert_similarity, gates_by_task
-from alter.loading import load
+from alter.loading import load, still_answered
 from alter.metrics import metric
 from alter.predict import Predictor
 from alter.results import REFERENCES, spoken, verdict
@@ -64,7 +64,8 @@ def look_at_stage1(run: Path, data: MultiTaskDataModule, backbone: str) -> None:
         backbone: its folder.
     """
     found = json.loads((run / INSIDE).read_text(encoding="utf-8"))
-    if "shared" in found["routing"] and (run / "stage1" / "model").is_dir():
+    trained_first = run / "stage1" / "model"
+    if "shared" in found["routing"] and trained_first.is_dir() and still_answered(run, trained_first):
         first = load(run, backbone, stage="stage1")
         found["stage1"] = {"tasks": first.tasks, "routing": gates_by_task(first, data)["experts"]}
         write_json(run / INSIDE, found)

@@ -6,8 +6,10 @@ import argparse
 import os
 import re
 import shlex
+import site
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +80,7 @@ class Job:
         }
         lines = [f"#SBATCH --{key}{'=' + _quoted(value) if value else ''}" for key, value in options.items()]
         environment = []
-        if paths := _import_paths():
+        if paths := import_paths():
             environment.append(f"export PYTHONPATH={shlex.quote(os.pathsep.join(paths))}")
         if cores := self.asked.get("cpus-per-task"):
             # srun does not take it from the job by itself
@@ -159,11 +161,13 @@ def _quoted(value: str) -> str:
     return value if re.fullmatch(r"[\w./:%@,+=\[\]-]*", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
-def _import_paths() -> list[str]:
+def import_paths() -> list[str]:
     """Where Python finds modules here and would not by itself, such as a router in a file beside the recipe."""
-    own = (sys.prefix, sys.base_prefix, sys.exec_prefix)
-    paths = [str(Path(path).absolute()) for path in sys.path]
-    return list(dict.fromkeys(path for path in paths if not path.startswith(own)))
+    own = [*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))]
+    paths = [
+        Path(path).absolute() for path in sys.path if not path.endswith(".zip")
+    ]  # the library in one file, which is not there
+    return list(dict.fromkeys(str(path) for path in paths if not any(path.is_relative_to(place) for place in own)))
 
 
 def outside() -> dict[str, str]:

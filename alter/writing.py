@@ -76,6 +76,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
         AlterError: the folder is there and holds something.
     """
     refuse_full(folder)
+    folder = folder.absolute()  # ``.`` has no name
     beside = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     new = [parent for parent in folder.parents if not parent.exists()]

@@ -80,3 +80,11 @@ def test_cells_that_run_at_once_share_the_gpus_and_the_cores(tmp_path, monkeypat
     assert {share for share, _ in told} <= shares
     assert {threads for _, threads in told} == {"None" if processes == 1 else str(8 // processes)}
     assert {share["CUDA_VISIBLE_DEVICES"] for share in _shares(processes) if len(share) > 1} == shares - {"None"}
+
+
+def test_a_cell_that_is_killed_is_told_so_and_not_by_its_last_words(tmp_path, capsys):
+    cell = tmp_path / "a"
+    cell.mkdir()
+    code = "import os, signal; print('all is well', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    (failed,) = run_cells([cell], lambda cell: ["-c", code], lambda cell: cell.name, 1)
+    assert failed == f"{cell / LOG}: killed by SIGKILL"

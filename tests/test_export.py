@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import alter
 from alter.card import model_card
@@ -81,6 +81,17 @@ def test_a_plain_checkpoint_answers_the_same_in_a_process_without_alter(family, 
     limits = ModelCard.load(folder.parent / "sort" / "README.md").text.split("## Limits")[1]
     assert "it writes its answer to a classification and does not choose" in limits
     assert "calibrated" not in limits
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_plain_checkpoint_searches_with_the_runs_beams(family, tmp_path, words, monkeypatch):  # noqa: F811
+    run = make_run(tmp_path, words, family, shared=None)
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content | {"generation": {"num_beams": 4, "length_penalty": 0.6}}))
+    monkeypatch.chdir(tmp_path)
+    main(["export", "--run", "run", "--task", "echo"])
+    settings = GenerationConfig.from_pretrained("run/export/hf/echo")
+    assert (settings.num_beams, settings.length_penalty) == (4, 0.6)
 
 
 def test_dtype_halves_the_checkpoint_and_is_what_loads(tmp_path, words):  # noqa: F811

@@ -413,6 +413,76 @@ def test_consolidation_that_was_stopped_goes_on_and_ends_the_same(grown, monkeyp
     assert same(one, other)
 
 
+def test_consolidation_that_was_stopped_while_it_is_tested_trains_nothing_twice(grown, monkeypatch):
+    add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40", "--consolidate"]
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, "measure", stopped)
+        with pytest.raises(SystemExit):
+            main(add)
+    before = load_file("run/model/adapters.safetensors")
+    main(add)
+    assert same(before, load_file("run/model/adapters.safetensors"))
+    assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == ["echo", "sort", "new"]
+    assert not list(Path("run/added").glob("consolidated-*"))
+
+
+def test_a_task_that_learned_from_few_rows_is_consolidated_on_these(grown, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        growth, "train", lambda folder, given, data, *rest: seen.append(data.sizes) or train(folder, given, data, *rest)
+    )
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40", "--shots", "2", "--consolidate"])
+    joined, together = seen
+    assert joined == [4]  # two of each of two classes
+    assert together[-1] == 4
+    assert together[0] > 4
+
+
+def test_an_addition_joins_the_task_predictor_once_however_often_it_was_stopped(grown, monkeypatch):
+    add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, "evaluate", stopped)
+        with pytest.raises(SystemExit):
+            main(add)
+    before = [(kind.task, kind) for kind in alter.load("run").task_predictor.kinds]
+    assert any(task == "new" for task, _ in before)
+    main(add)
+    assert [(kind.task, kind) for kind in alter.load("run").task_predictor.kinds] == before
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [{"limit_train_batches": 0.25}, {"val_check_interval": 2, "check_val_every_n_epoch": None}, {"max_steps": 3}],
+)
+def test_a_newcomer_draws_what_it_is_told_however_the_runs_stages_were_cut(grown, trainer):
+    change_recipe(grown / "run", **{f"trainer__{key}": value for key, value in trainer.items()})
+    shutil.copytree("run", "other")
+    change_recipe(
+        grown / "other", **dict.fromkeys((f"trainer__{key}" for key in trainer if key != "val_check_interval"), None)
+    )
+    counted = []
+    for run in ("run", "other"):
+        main(["add-task", "--run", run, "--task", "new.yaml", "--draws", "80"])
+        counted.append(json.loads(Path(run, "added/new/progress.json").read_text())["added"]["tokens"])
+    assert counted[0] == counted[1]
+
+
+def test_a_run_whose_first_tasks_have_all_left_is_tested(grown):
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
+    for task in ("echo", "sort"):
+        main(["remove-task", "--run", "run", "--task", task])
+    main(["test", "--run", "run"])
+    assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == ["new"]
+
+
 def test_a_removals_consolidation_that_was_stopped_goes_on(grown, capsys, monkeypatch):
     remove = ["remove-task", "--run", "run", "--task", "echo", "--consolidate"]
     stopped_while_it_consolidates(monkeypatch, remove)
@@ -487,7 +557,7 @@ def test_what_cannot_be_added_is_one_sentence(grown, capsys):
         (["--run", "none", "--task", "new.yaml"], "no run here"),
         (["--run", "copy", "--task", "new.yaml"], "no model here"),
         (["--run", "hub", "--task", "new.yaml"], "name the run folder itself"),
-        (["--run", "run", "--task", "new.yaml", "--shots", "0"], "data.shots"),
+        (["--run", "run", "--task", "new.yaml", "--shots", "0"], "--shots: 0 is below 1"),
     ]:
         (sentence,) = refused(capsys, "add-task", *arguments)
         assert message in sentence

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from alter.cli import main
 from alter.recipe import read_recipe
+from alter.slurm import import_paths
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, fit, project, refused  # noqa: F401 (a fixture)
 
@@ -129,3 +131,20 @@ def test_a_folder_of_another_run_is_refused_before_the_queue(project, sbatch, ca
     (sentence,) = refused(capfd, "submit", "--config", "recipe.yaml", "--data.temperature", "3")
     assert "started with another recipe" in sentence
     assert not sbatch.exists()
+
+
+def test_import_paths_are_those_that_python_would_not_find_by_itself(monkeypatch, tmp_path):
+    library = Path(sysconfig.get_path("stdlib"))
+    beside = [
+        str(library.with_name(library.name + "-project")),
+        f"{sys.base_prefix}3/me",
+        str(Path(sys.prefix, "users", "me")),
+    ]
+    own = [
+        str(library),
+        str(library / "lib-dynload"),
+        sysconfig.get_path("purelib"),
+        str(library.parent / "python311.zip"),
+    ]
+    monkeypatch.setattr(sys, "path", [*own, *beside, str(tmp_path)])
+    assert import_paths() == [*beside, str(tmp_path)]

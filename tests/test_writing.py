@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,3 +75,14 @@ def test_a_folder_is_there_once_it_is_complete_or_not_at_all(tmp_path):
     with pytest.raises(AlterError, match="already there and not empty"), made_whole(folder):
         pass
     assert [file.name for file in folder.parent.iterdir()] == ["made"]
+
+
+def test_the_folder_one_is_in_may_be_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(AlterError, match="already there and not empty"), made_whole(Path(".")):
+        pass
+    (tmp_path / "file").unlink()
+    with made_whole(Path(".")) as beside:
+        (beside / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

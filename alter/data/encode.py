@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from alter.data.draw import MAX_MESSAGES, draw_shots, limited_rows, numbered_rows
-from alter.data.sources import SPLITS, Fields, Row
+from alter.data.sources import SPLITS, Fields, Row, writable
 from alter.data.task import Task
 from alter.errors import AlterError
 
@@ -178,7 +178,7 @@ class _Encoder:
 
 def prompt_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int]]:
     """Token ids of prompts: with what the tokenizer puts in front; ending in eos for an encoder, never for a decoder."""
-    ids = tokenizer(texts).input_ids
+    ids = tokenizer([writable(text) for text in texts]).input_ids
     end = tokenizer.eos_token_id
     if seq2seq:
         return [row if row[-1:] == [end] else [*row, end] for row in ids]
@@ -187,7 +187,7 @@ def prompt_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int
 
 def target_ids(texts: list[str], tokenizer: Any, seq2seq: bool) -> list[list[int]]:
     """Token ids of targets, ending in eos. A decoder's continues its prompt, hence the space."""
-    spaced = texts if seq2seq else [f" {text}" for text in texts]
+    spaced = [writable(text if seq2seq else f" {text}") for text in texts]
     return [[*row, tokenizer.eos_token_id] for row in tokenizer(spaced, add_special_tokens=False).input_ids]
 
 
@@ -269,7 +269,7 @@ def _token_ends(text: str, tokenizer: Any) -> list[int]:
     """The character behind each token; of a tokenizer in Python, which does not tell, behind each character."""
     if not tokenizer.is_fast:
         return list(range(1, len(text) + 1))
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    offsets = tokenizer(writable(text), add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return [end for _, end in offsets]
 
 
@@ -280,7 +280,9 @@ def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
 
 def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int, shots: int | None) -> str:
     plain = {
-        key: value for key, value in task.to_dict().items() if key not in ("where", "weight", "metrics", "license")
+        key: value
+        for key, value in task.to_dict().items()
+        if key not in ("where", "weight", "metrics", "license", "shots")
     }
     parts = [VERSION, plain, task.opened.fingerprint(), _tokenization(tokenizer), tokenizer.eos_token_id, seq2seq, seed]
     parts += [] if shots is None else [f"{shots} shots"]

@@ -123,7 +123,7 @@ class MultiTaskDataModule(LightningDataModule):
         for task in self.tasks:
             try:
                 self._folders[task.name] = encode_task(
-                    task, tokenizer, self.seq2seq, self.cache_dir, self.seed, self.shots
+                    task, tokenizer, self.seq2seq, self.cache_dir, self.seed, task.shots or self.shots
                 )
             except AlterError as error:
                 problems += error.messages
@@ -239,7 +239,7 @@ class MultiTaskDataModule(LightningDataModule):
         if scarce:
             classes = ", ".join(scarce)
             notes.append(
-                f"scarce: classes with fewer than 2 x {self.shots} different rows give what they have: {classes}"
+                f"scarce: classes with fewer than 2 x {self.shots or 'shots'} different rows give what they have: {classes}"
             )
         return "\n".join([table, *notes])
 

@@ -49,6 +49,7 @@ class Task:
             metrics compare with the whole of it.
         weight: multiplies the mixture rate.
         limit: most rows of a split, drawn by a seed.
+        shots: learns from this many rows of each class, in place of the mixture's own.
         license: of the data, for the model card.
         where: the file it was read from, for messages.
     """
@@ -65,6 +66,7 @@ class Task:
     truncate_target: bool = False
     weight: float = 1.0
     limit: dict[str, int] = field(default_factory=dict)
+    shots: int | None = None
     license: str | None = None
     where: str = "task"
 
@@ -110,8 +112,8 @@ class Task:
             yield f"{where}, key 'truncate_target': a choice is scored whole; remove the key and raise max_target_tokens."
         if not 0 < self.weight < math.inf:
             yield f"{where}, key 'weight': {self.weight} is no number above 0; to leave the task out, remove it from the recipe."
-        for key in ("max_prompt_tokens", "max_target_tokens"):
-            if getattr(self, key) < 1:
+        for key in ("max_prompt_tokens", "max_target_tokens", "shots"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 yield f"{where}, key '{key}': {getattr(self, key)} is below 1; give a positive number."
 
     @property

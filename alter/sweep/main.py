@@ -168,7 +168,7 @@ def _run_on_slurm(
 
 
 def _show(found: Sweep, best: bool) -> None:
-    from alter.sweep.table import rows, table, write_best
+    from alter.sweep.table import best_command, rows, table, write_best
 
     cells = rows(found)
     print(table(found, cells))
@@ -178,5 +178,5 @@ def _show(found: Sweep, best: bool) -> None:
     if file is None:
         print("No cell is done, so there is no best one yet.")
     else:
-        print(f"\nThe best recipe: alter fit --config {file}")
+        print(f"\nThe best recipe: {best_command(found, file)}")
         print(f"Its run, trained and not yet tested: alter test --run {found.cell(cells[0].number)}")

@@ -11,6 +11,8 @@ from typing import Any
 from alter.errors import AlterError
 from alter.recipe import Recipe
 from alter.run_folder import compared, differences
+from alter.schema import find_classes_in, import_name
+from alter.slurm import import_paths
 from alter.stage_settings import named_callbacks, stage_trainer
 from alter.sweep.points import Config, Point, check_points
 from alter.writing import write_json, write_text
@@ -31,6 +33,7 @@ class Sweep:
         mode: ``min`` or ``max``.
         start: the folder in which it was started, which a recipe's relative paths are from.
         test: whether the recipe tests at its end.
+        paths: where modules of the recipe's own are looked for.
     """
 
     folder: Path
@@ -39,6 +42,7 @@ class Sweep:
     mode: str
     start: str
     test: bool
+    paths: list[str]
 
     def cell(self, number: int) -> Path:
         """The run folder of a cell; its recipe stands beside, as NUMBER.yaml."""
@@ -86,6 +90,7 @@ def plan(folder: Path, recipe: Recipe, points: Sequence[Point], base: Path, dry_
         "mode": mode,
         "start": str(Path.cwd()),
         "test": recipe.config["test"],
+        "paths": import_paths(),
         "points": list(points),
         "recipe": recipe.config,
     }
@@ -95,7 +100,7 @@ def plan(folder: Path, recipe: Recipe, points: Sequence[Point], base: Path, dry_
             f"{file}: this sweep was started with other settings (it differs in {', '.join(changed[:5])}"
             f"{' and more' if len(changed) > 5 else ''}); give a new folder with --out, or remove {folder}."
         )
-    sweep = Sweep(folder, list(points), metric, mode, known["start"], known["test"])
+    sweep = Sweep(folder, list(points), metric, mode, known["start"], known["test"], known["paths"])
     if not dry_run:  # also of a sweep that goes on, perhaps elsewhere than it began
         for number, config in zip(sweep.numbers, configs, strict=True):
             sweep.cell(number).mkdir(parents=True, exist_ok=True)
@@ -114,7 +119,10 @@ def read_sweep(folder: Path) -> Sweep:
     if not file.is_file():
         raise AlterError(f"{folder}: no sweep is there (it has no {SWEEP}); name the folder that `alter sweep` told.")
     known = json.loads(file.read_text())
-    return Sweep(folder, known["points"], known["metric"], known["mode"], known["start"], known["test"])
+    for path in known["paths"]:
+        find_classes_in(Path(path))
+    names = ("points", "metric", "mode", "start", "test", "paths")
+    return Sweep(folder, **{name: known[name] for name in names})
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -131,8 +139,10 @@ def _monitor(config: Config) -> tuple[str, str]:
         raise AlterError(
             "stages: a sweep ranks by what the last one is validated by, and there is none; name stage1 or both."
         )
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
     trainer = stage_trainer(config, config["stages"][-1])
     for class_path, arguments in named_callbacks(trainer):
-        if class_path.endswith("ModelCheckpoint") and arguments.get("monitor"):
+        if arguments.get("monitor") and issubclass(import_name(class_path, "trainer.callbacks"), ModelCheckpoint):
             return arguments["monitor"], arguments.get("mode", "min")
     return "val/loss", "min"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -136,10 +138,24 @@ def write_best(sweep: Sweep, cells: Sequence[Row]) -> Path | None:
     best = next((row for row in cells if row.state == "done" and row.value is not None), None)
     if best is None:
         return None
-    config = read_yaml(sweep.recipe(best.number)) | {"run": str(sweep.folder / "best"), "test": sweep.test}
+    folder = sweep.folder if Path.cwd() == Path(sweep.start) else sweep.folder.absolute()
+    config = read_yaml(sweep.recipe(best.number)) | {"run": str(folder / "best"), "test": sweep.test}
     point = ", ".join(f"{key}={_shown(value)}" for key, value in best.point.items())
     head = (
         f"# The best of {len(cells)} cells, number {best.number:03d}: {sweep.metric} {best.value:.4f} with {point}.\n"
     )
     write_text(sweep.folder / BEST, head + dump(config))
     return sweep.folder / BEST
+
+
+def best_command(sweep: Sweep, file: Path) -> str:
+    """What runs ``best.yaml``: where the sweep was started, and with the modules that stood beside its recipe."""
+    modules = set(re.findall(r"class_path: (\w+)\.", file.read_text(encoding="utf-8")))
+    beside = [path for path in sweep.paths if path != sweep.start and any(_holds(path, module) for module in modules)]
+    paths = f"PYTHONPATH={shlex.quote(os.pathsep.join(beside))} " if beside else ""
+    place = "" if Path.cwd() == Path(sweep.start) else f"cd {shlex.quote(sweep.start)} && "
+    return f"{place}{paths}alter fit --config {shlex.quote(str(file.absolute() if place else file))}"
+
+
+def _holds(path: str, module: str) -> bool:
+    return any((Path(path) / name).exists() for name in (f"{module}.py", module))

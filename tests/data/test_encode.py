@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alter.data import Task, encode_choices
-from alter.data.encode import encode_prompt, encode_task
+from alter.data.encode import encode_prompt, encode_task, prompt_ids, target_ids
 from alter.errors import AlterError
 from tests.data.conftest import rows, task_dict, write_jsonl
 
@@ -235,3 +235,14 @@ def test_choices_that_the_tokenizer_cannot_tell_apart_are_refused(tmp_path, toke
     with pytest.raises(AlterError, match=r"key 'choices': '\u2265' and '\u2264' are the same tokens") as error:
         encode(task, tokenizer, tmp_path / "cache")
     assert len(error.value.messages) == 1
+
+
+@pytest.mark.parametrize("length", [3, 60])
+def test_half_an_emoji_is_a_question_mark_wherever_it_comes_from(tmp_path, tokenizer, length):
+    task = make(tmp_path, max_prompt_tokens=10, truncate="text")
+    cut = " ".join(["w5"] * length)
+    assert encode_prompt(task, {"text": f"{cut} \ud83d"}, tokenizer, False) == encode_prompt(
+        task, {"text": f"{cut} ?"}, tokenizer, False
+    )
+    assert target_ids(["w5 \ud83d"], tokenizer, False) == target_ids(["w5 ?"], tokenizer, False)
+    assert prompt_ids(["w5 \ud83d"], tokenizer, False) == prompt_ids(["w5 ?"], tokenizer, False)

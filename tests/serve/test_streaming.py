@@ -8,17 +8,14 @@ from hypothesis import strategies as st
 from alter.serve.streaming import Unfolding
 
 
-def by_bytes(cleans=False):
+def by_bytes():
     """A model whose tokens are the bytes of its answers, so that a letter may take several."""
-    return SimpleNamespace(
-        tokenizer=SimpleNamespace(clean_up_tokenization_spaces=cleans),
-        decode=lambda tokens: bytes(tokens).decode("utf-8", errors="replace").strip(),
-    )
+    return SimpleNamespace(decode=lambda tokens: bytes(tokens).decode("utf-8", errors="replace").strip())
 
 
-def told(text, cleans=False):
+def told(text):
     """The pieces told after each token, and what is told at the end."""
-    tokens, unfolding = list(text.encode()), Unfolding(by_bytes(cleans))
+    tokens, unfolding = list(text.encode()), Unfolding(by_bytes())
     return [unfolding.more(tokens[: n + 1]) for n in range(len(tokens))], unfolding.rest(text.strip())
 
 
@@ -33,9 +30,3 @@ def test_each_letter_is_told_with_its_last_token():
     pieces, rest = told("aé€ b")
     assert pieces == ["a", "", "é", "", "", "€", "", " b"]
     assert rest == ""
-
-
-def test_where_more_tokens_may_mend_the_text_all_is_told_at_the_end():
-    pieces, rest = told("do n't", cleans=True)
-    assert set(pieces) == {""}
-    assert rest == "do n't"

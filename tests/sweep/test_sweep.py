@@ -171,6 +171,50 @@ def test_a_checkpoint_without_a_monitor_chooses_nothing_in_a_sweep_either(projec
     assert (sweep.metric, sweep.mode) == (("val/score", "max") if chosen else ("val/loss", "min"))
 
 
+OWN = """
+from lightning.pytorch.callbacks import ModelCheckpoint
+from alter.nn import TaskSelector
+
+class KeepBest(ModelCheckpoint):
+    pass
+
+class OwnSelector(TaskSelector):
+    pass
+"""
+
+
+def test_modules_beside_the_recipe_are_found_by_retry_and_by_what_runs_the_best(project, capfd, monkeypatch):  # noqa: F811
+    change(
+        project,
+        stage1__model__init_args__router={"class_path": "own_module_of_sweep.OwnSelector"},
+        trainer__callbacks=[
+            {"class_path": "alter.callbacks.TaskMetrics"},
+            {
+                "class_path": "own_module_of_sweep.KeepBest",
+                "init_args": {"monitor": "val/score", "mode": "max", "filename": "best"},
+            },
+        ],
+    )
+    (project / "recipes").mkdir()
+    (project / "recipes" / "own_module_of_sweep.py").write_text(OWN)
+    before = list(sys.path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(project / "recipes")])
+    sweep = planned("data.temperature=1,2")
+    assert (sweep.metric, sweep.mode) == ("val/score", "max")
+    (sweep.cell(1) / "result.json").write_text(json.dumps({"value": 0.5, "seconds": 1}))
+    monkeypatch.setattr(sys, "path", before)
+    main(["sweep", "results", "out"])
+    beside = project / "recipes"
+    assert f"The best recipe: PYTHONPATH={beside} alter fit --config out/best.yaml" in capfd.readouterr().out
+    assert str(beside) in sys.path
+    monkeypatch.chdir(project.parent)
+    main(["sweep", "results", f"{project.name}/out"])
+    best = project / "out" / "best.yaml"
+    said = capfd.readouterr().out
+    assert f"The best recipe: cd {project} && PYTHONPATH={beside} alter fit --config {best}" in said
+    assert yaml.safe_load(best.read_text())["run"] == str(project / "out" / "best")
+
+
 def test_a_dry_run_shows_points_and_script_and_writes_nothing(project, capfd):  # noqa: F811
     flags = ("--slurm", "2", "--dry-run", "--time", "1:00:00", "--nodes", "2")
     main([*COMMAND, *RATES, "--set", "data.temperature=1,2", *flags])

@@ -150,7 +150,7 @@ def write_best(sweep: Sweep, cells: Sequence[Row]) -> Path | None:
 
 def best_command(sweep: Sweep, file: Path) -> str:
     """What runs ``best.yaml``: where the sweep was started, and with the modules that stood beside its recipe."""
-    modules = set(re.findall(r"class_path: (\w+)\.", file.read_text(encoding="utf-8")))
+    modules = set(re.findall(r"class_path: (\w+)\.", file.read_text(encoding="utf-8"))) - {"alter"}
     beside = [path for path in sweep.paths if path != sweep.start and any(_holds(path, module) for module in modules)]
     paths = f"PYTHONPATH={shlex.quote(os.pathsep.join(beside))} " if beside else ""
     place = "" if Path.cwd() == Path(sweep.start) else f"cd {shlex.quote(sweep.start)} && "

@@ -1822,7 +1822,7 @@ complete -c alter -n '_shtab_alter_using add-task' -s h -l help -d 'show this he
 complete -c alter -n '_shtab_alter_using add-task' -l run -xka "(__fish_complete_path (commandline -ct))" -d 'the run folder'
 complete -c alter -n '_shtab_alter_using add-task' -l task -xka "(__fish_complete_path (commandline -ct))" -d 'the task'"'"'s YAML file'
 complete -c alter -n '_shtab_alter_using add-task' -l shots -x -d 'learn from this many rows of each class; default all'
-complete -c alter -n '_shtab_alter_using add-task' -l draws -x -d 'training examples drawn; default as many as the run'"'"'s tasks had on average'
+complete -c alter -n '_shtab_alter_using add-task' -l draws -x -d 'training examples drawn; default an equal share of stage 1'"'"'s epochs, as the run'"'"'s tasks had'
 complete -c alter -n '_shtab_alter_using add-task' -l lr -x -d 'learning rate; default stage 1'"'"'s'
 complete -c alter -n '_shtab_alter_using add-task' -l consolidate -d 'train stage 2'"'"'s part again, for all tasks'
 complete -c alter -n '_shtab_alter_using add-task' -l backbone -x -d 'where the backbone is, when not where it was'

@@ -45,7 +45,7 @@ _shtab_alter_add_task_options=(
   "--run[the run folder]:run:_files"
   "--task[the task\'s YAML file]:FILE:_files"
   "--shots[learn from this many rows of each class\; default all]:shots:"
-  "--draws[training examples drawn\; default as many as the run\'s tasks had on average]:draws:"
+  "--draws[training examples drawn\; default an equal share of stage 1\'s epochs, as the run\'s tasks had]:draws:"
   "--lr[learning rate\; default stage 1\'s]:lr:"
   "--consolidate[train stage 2\'s part again, for all tasks]"
   "--backbone[where the backbone is, when not where it was]:backbone:"

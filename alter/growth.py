@@ -93,7 +93,7 @@ def add_task(
     where = resolve_backbone(named)
     task = task if shots is None else replace(task, shots=shots)  # of its own, also where all tasks train again
     data = _data({**content["data"], "tasks": [task], "shots": None, **_drawn(run, content, draws)}, where)
-    settings = {key: value for key, value in task.to_dict().items() if key != "where"}
+    settings = {key: value for key, value in task.to_dict().items() if key not in ("where", "shots")}
     given = {"task": settings, "shots": shots, "draws": draws, "lr": lr}
     _claim(folder, given if task.name in known else {**given, "model of the run": _digest(run / "model")})
     say(data.summary())

@@ -165,7 +165,11 @@ def put_back(target: Path) -> None:
 
 def stage_records(run: Path) -> dict[str, dict[str, Any]]:
     """What is known of each finished stage: seconds, trainable parameters, tokens, peak memory, validation loss."""
-    return {step: known for step, known in records(run).items() if step in STAGES}
+    found = {step: known for step, known in records(run).items() if step in STAGES}
+    earlier = {"metric": "val/loss", "mode": "min"}  # of records that do not say what was chosen by
+    return {
+        step: {"best": {**earlier, "value": known.get("validation_loss")}, **known} for step, known in found.items()
+    }
 
 
 def records(run: Path) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,11 @@ _FORKED = ("spawn", "fork", "notebook")
 
 
 def devices(trainer: Mapping[str, Any]) -> Any:
-    """A recipe's ``trainer.devices``, which Lightning takes for all there are: one where it names no strategy for several."""
+    """A recipe's ``trainer.devices``, which Lightning takes for all there are: one where neither it nor what started this says several."""
     named, strategy = trainer.get("devices") or "auto", trainer.get("strategy") or "auto"
-    return 1 if (named, strategy) == ("auto", "auto") else named
+    launched = max(int(os.environ.get(count, "1")) for count in ("SLURM_NTASKS", "LOCAL_WORLD_SIZE"))
+    several = launched > 1 or (trainer.get("num_nodes") or 1) > 1
+    return 1 if (named, strategy) == ("auto", "auto") and not several else named
 
 
 def check_strategy(strategy: str | Mapping[str, Any] | None, precision: str) -> list[str]:

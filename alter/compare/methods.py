@@ -79,6 +79,9 @@ def one_stage_of(config: Config, draws: int) -> Config:
     return config
 
 
+HARD = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
+
+
 def _without_length(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in trainer.items() if key not in ("max_epochs", "limit_train_batches")}
 
@@ -97,17 +100,19 @@ def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Training]]:
 def _shared(config: Config, budget: Budget) -> list[Training]:
     """One expert, in LoRA's usual scale."""
     config = one_stage_of(config, budget.draws)
-    _one_expert(config)
+    given = config["stage1"]["model"]["init_args"]
+    given["num_experts"] = 1
+    if not same_class(given["router"]["class_path"], "alter.nn.TaskSelector"):  # others may not serve one expert
+        given["router"] = copy.deepcopy(HARD)
+    _usual_scale(config)
     return [Training(config, budget=budget.parameters)]
 
 
-def _one_expert(config: Config) -> None:
-    """An adapter that answers alone: nothing routes, and alpha = rank; a recipe's alpha may make up for gates below one."""
-    given = config["stage1"]["model"]["init_args"]
-    given["num_experts"] = 1
-    given["router"] = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
-    if "alpha" in given["expert"]["init_args"]:
-        given["expert"]["init_args"]["alpha"] = None
+def _usual_scale(config: Config) -> None:
+    """An adapter that answers alone has alpha = rank; a recipe's alpha may make up for gates below one."""
+    arguments = config["stage1"]["model"]["init_args"]["expert"]["init_args"]
+    if "alpha" in arguments:
+        arguments["alpha"] = None
 
 
 def _expert(name: str, router: str) -> Callable[[Config, Budget], list[Training]]:
@@ -151,7 +156,9 @@ def _alone(config: Config, budget: Budget) -> list[Training]:
     for task in config["data"]["tasks"]:
         own = one_stage_of(config, max(1, round(budget.draws * budget.rates[task["name"]])))
         own["data"]["tasks"] = [task]
-        _one_expert(own)
+        own["stage1"]["model"]["init_args"]["router"] = copy.deepcopy(HARD)
+        own["stage1"]["model"]["init_args"].pop("num_experts", None)  # one a task
+        _usual_scale(own)
         runs.append(Training(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
     return runs
 

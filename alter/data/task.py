@@ -305,7 +305,10 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``from_dict`` takes back."""
-        return asdict(self)
+        content = asdict(self)
+        return {
+            key: value for key, value in content.items() if key != "shots" or value is not None
+        }  # as before there was it
 
 
 def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, root: str | None = None) -> list[Task]:

@@ -51,9 +51,9 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
     return text.replace(old, new, -1 if count is None else count)
 
 
-def _json(value: Any) -> str:
+def _json(value: Any, indent: int | None = None) -> str:
     """JSON as a model reads it; Jinja's own filter writes ``&`` and ``\u00f6`` for a web page."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=True)
 
 
 def _text(value: Any) -> Any:

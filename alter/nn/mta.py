@@ -229,7 +229,9 @@ class InlineMixture(MixtureOfTaskAdapters):
 
     def note_rows(self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Before the transformer block runs: how many rows there are, since OPT's makes one of rows and positions."""
-        self._rows = len(args[0] if args else kwargs["hidden_states"])
+        self._rows = (args[0] if args else kwargs["hidden_states"]).shape[
+            0
+        ]  # len would be a constant to an ONNX export
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[batch, seq, intermediate] -> [batch, seq, d]; or both without a dimension of rows."""

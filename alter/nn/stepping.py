@@ -6,6 +6,7 @@ that keep a window or a state, encoder-decoders, and routers that keep a positio
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ class StepDecoder:
         """Whether this decoding answers as ``decoding.generate`` does."""
         if model.is_seq2seq or any(router.reads_sequence for router in model.routers()):
             return False
+        if "past_key_values" not in inspect.signature(model.body.decoder.forward).parameters:
+            return False  # it has no cache
         layers = DynamicCache(config=model.backbone.config).layers
         settings = set(model.backbone.generation_config.to_diff_dict())
         return all(type(layer) is DynamicLayer for layer in layers) and settings <= HARMLESS

@@ -134,9 +134,9 @@ def _run(found: Sweep, options: argparse.Namespace, config: dict[str, Any], agai
             f"{found.folder}: the sweep was started in {found.start}, from where its recipe's paths are, and that folder is gone; "
             "put it back, or start the sweep anew."
         )
+    if options.slurm is None:
+        return _run_here(found, todo, options.local)
     with chdir(found.start):  # the recipes' relative paths are from there
-        if options.slurm is None:
-            return _run_here(found, todo, options.local)
         return _run_on_slurm(found, todo, job, config, options)
 
 
@@ -145,7 +145,8 @@ def _run_here(found: Sweep, todo: Sequence[int], processes: int) -> None:
     from alter.sweep.table import OVER, rows
 
     print(f"{len(found.points)} cells, {len(todo)} to run, in {found.folder}", flush=True)
-    run_here(found, todo, processes)
+    with chdir(found.start):  # the recipes' relative paths are from there
+        run_here(found, todo, processes)
     _show(found, best=True)
     failed = sum(row.state in OVER for row in rows(found))
     if failed:

@@ -119,6 +119,7 @@ def read_sweep(folder: Path) -> Sweep:
     if not file.is_file():
         raise AlterError(f"{folder}: no sweep is there (it has no {SWEEP}); name the folder that `alter sweep` told.")
     known = json.loads(file.read_text())
+    known = {"paths": [], **known}  # which earlier ones did not note
     for path in known["paths"]:
         find_classes_in(Path(path))
     names = ("points", "metric", "mode", "start", "test", "paths")

@@ -479,7 +479,7 @@ def test_one_adapter_is_one_whatever_the_recipes_router_and_number_of_experts(co
         runs = METHODS[name].plan(copy.deepcopy(recipe.config), planner.budget)
         for run in runs:
             planner.match(run)
-            assert run.config["stage1"]["model"]["init_args"]["num_experts"] == 1
+            assert run.config["stage1"]["model"]["init_args"].get("num_experts") in (None, 1)
             assert planner.count(run.config) == pytest.approx(run.budget, rel=0.1)
 
 

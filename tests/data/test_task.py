@@ -247,4 +247,4 @@ def test_whatever_stands_in_a_task_file_is_a_sentence_or_a_task(content):
 def test_json_in_a_prompt_is_what_a_person_would_write(tmp_path):
     task = make(tmp_path, prompt="{{ row | tojson }}")
     row = {"z": "Crohn's & Sjögren <b>", "a": [1, None]}
-    assert task.render_prompt(row) == '{"z": "Crohn\'s & Sjögren <b>", "a": [1, null]}'
+    assert task.render_prompt(row) == '{"a": [1, null], "z": "Crohn\'s & Sjögren <b>"}'

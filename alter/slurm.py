@@ -164,9 +164,8 @@ def _quoted(value: str) -> str:
 def import_paths() -> list[str]:
     """Where Python finds modules here and would not by itself, such as a router in a file beside the recipe."""
     own = [*site.getsitepackages(), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib"))]
-    paths = [
-        Path(path).absolute() for path in sys.path if not path.endswith(".zip")
-    ]  # the library in one file, which is not there
+    # a .zip is the library in one file, which is seldom there
+    paths = [Path(path).absolute() for path in sys.path if not path.endswith(".zip")]
     return list(dict.fromkeys(str(path) for path in paths if not any(path.is_relative_to(place) for place in own)))
 
 

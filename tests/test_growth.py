@@ -313,13 +313,7 @@ def test_a_newcomer_draws_what_each_first_task_did_in_stage_one(grown):
 def test_an_addition_that_was_stopped_after_it_joined_is_tested_by_the_same_command(grown, capsys, monkeypatch):
     add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
 
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(growth, "calibrate", stopped)
-        with pytest.raises(SystemExit):
-            main(add)
+    stopped_at(monkeypatch, "calibrate", add)
     assert alter.load("run").tasks == ["echo", "sort", "new"]  # it had joined
     before = load_file("run/model/adapters.safetensors")
     assert "lr" in " ".join(refused(capsys, *add, "--lr", "0.5"))  # what it was begun with
@@ -385,6 +379,18 @@ def test_removal_with_consolidation_trains_stage_two_for_those_that_are_left(gro
     assert not list((grown / "run" / "added").glob("consolidated*"))  # nothing is left of the way there
 
 
+def stopped_at(monkeypatch, step, command):
+    """Runs a command that is stopped where it comes to a function of ``growth``."""
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, step, stopped)
+        with pytest.raises(SystemExit):
+            main(command)
+
+
 def stopped_while_it_consolidates(monkeypatch, command):
     """Runs a command that is stopped at the consolidation's third step."""
     from alter.stages import ConsolidateModule
@@ -416,13 +422,7 @@ def test_consolidation_that_was_stopped_goes_on_and_ends_the_same(grown, monkeyp
 def test_consolidation_that_was_stopped_while_it_is_tested_trains_nothing_twice(grown, monkeypatch):
     add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40", "--consolidate"]
 
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(growth, "measure", stopped)
-        with pytest.raises(SystemExit):
-            main(add)
+    stopped_at(monkeypatch, "measure", add)
     before = load_file("run/model/adapters.safetensors")
     main(add)
     assert same(before, load_file("run/model/adapters.safetensors"))
@@ -445,13 +445,7 @@ def test_a_task_that_learned_from_few_rows_is_consolidated_on_these(grown, monke
 def test_an_addition_joins_the_task_predictor_once_however_often_it_was_stopped(grown, monkeypatch):
     add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
 
-    def stopped(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(growth, "evaluate", stopped)
-        with pytest.raises(SystemExit):
-            main(add)
+    stopped_at(monkeypatch, "evaluate", add)
     before = [(kind.task, kind) for kind in alter.load("run").task_predictor.kinds]
     assert any(task == "new" for task, _ in before)
     main(add)
@@ -507,13 +501,9 @@ def test_a_consolidation_of_another_model_is_not_gone_on_with(grown, capsys, mon
 def test_a_removal_that_was_stopped_goes_on(grown, capsys, monkeypatch, task):
     main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
 
-    def stopped(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(growth, "write_text", stopped)  # the model is without it, the recipe not yet
-        with pytest.raises(SystemExit):
-            main(["remove-task", "--run", "run", "--task", task])
+    stopped_at(
+        monkeypatch, "write_text", ["remove-task", "--run", "run", "--task", task]
+    )  # the model is without it, the recipe not yet
     after = trained(grown / "run")
     left = [name for name in ("echo", "sort", "new") if name != task]
     assert alter.load("run").tasks == left

@@ -16,11 +16,8 @@ from transformers import (
 )
 
 FAMILIES = ["t5", "bart", "gpt2", "llama", "qwen2", "gemma2"]
-ODD = [
-    "opt",
-    "lfm2",
-    "openai-gpt",
-]  # one that flattens rows, one that keeps a state beside keys and values, one without a cache
+# one that flattens rows, one that keeps a state beside keys and values, one without a cache
+ODD = ["opt", "lfm2", "openai-gpt"]
 _DECODER = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -48,8 +45,8 @@ def config(family):
             decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=1024,
             pad_token_id=0, bos_token_id=2, eos_token_id=1, decoder_start_token_id=2, forced_eos_token_id=None,
         )  # fmt: skip
-    if family == "gpt2":
-        return GPT2Config(
+    if family in ("gpt2", "openai-gpt"):
+        return (GPT2Config if family == "gpt2" else OpenAIGPTConfig)(
             vocab_size=100,
             n_embd=32,
             n_layer=4,
@@ -68,17 +65,6 @@ def config(family):
         return Lfm2Config(
             **_DECODER | {"block_auto_adjust_ff_dim": False},
             layer_types=["conv", "full_attention", "conv", "full_attention"],
-        )
-    if family == "openai-gpt":
-        return OpenAIGPTConfig(
-            vocab_size=100,
-            n_embd=32,
-            n_layer=4,
-            n_head=4,
-            n_positions=1024,
-            bos_token_id=2,
-            eos_token_id=1,
-            pad_token_id=0,
         )
     return {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[family](**_DECODER)
 

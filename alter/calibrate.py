@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alter.data import MultiTaskDataModule
+from alter.data.draw import spread
 from alter.loading import CALIBRATION_FILE
 from alter.predict import Predictor
 from alter.writing import write_json
@@ -61,8 +62,7 @@ def calibrate(
     for name in tasks or predictor.tasks:
         if not predictor.task(name).choices:
             continue
-        rows = data.examples(name, "validation")
-        rows = rows.select(range(0, len(rows), math.ceil(len(rows) / ROWS)))
+        rows = spread(data.examples(name, "validation"), ROWS)
         scores, labels = predictor.choice_scores(name, rows["prompt_ids"][:]), torch.tensor(rows["choice"][:])
         temperature = fit_temperature(scores, labels)
         found[name] = {

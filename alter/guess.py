@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alter.data import Task
+from alter.data.draw import spread
 from alter.data.sources import writable
 from alter.errors import AlterError
 from alter.nn.task_predictor import Features, Kind, TaskPredictor, text_features
@@ -112,8 +112,7 @@ def _decided(known: TaskPredictor, logits: Tensor, typical: Tensor, places: Sequ
 
 def texts_of(predictor: Predictor, data: MultiTaskDataModule, name: str, split: str, view: str, most: int) -> list[str]:
     """Texts of a task as somebody would give them without its name: whole prompts, or the values of their fields."""
-    rows = data.examples(name, split)
-    rows = rows.select(range(0, len(rows), math.ceil(len(rows) / most)))
+    rows = spread(data.examples(name, split), most)
     if view == "prompt":
         return rows["prompt"][:]
     return [joined(predictor.task(name), json.loads(text)) for text in rows["input"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from statistics import fmean
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from alter.data.draw import spread
 from alter.metrics import metric
 from alter.nn.backbone import load_tokenizer
 from alter.nn.decoding import Generation
@@ -42,8 +42,7 @@ class TaskMetrics(Callback):
         )
         scores = {}
         for task in data.tasks:
-            rows = data.examples(task.name, "validation")
-            rows = rows[:: math.ceil(len(rows) / (self.rows or len(rows)))]  # files are often sorted by the answer
+            rows = spread(data.examples(task.name, "validation"), self.rows)[:]
             answers = [answer.text for answer in predictor.answer(task.name, rows["prompt_ids"], probabilities=False)]
             name = task.metrics[0]
             scores[f"val/{name}/{task.name}"] = metric(name, answers, rows["target"], task.choices).value()

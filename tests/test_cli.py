@@ -31,10 +31,11 @@ STOPPER = "lightning.pytorch.callbacks.EarlyStopping"
 def tiny_backbone(folder, words, family):  # noqa: F811
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(words)
     model = tiny_model(family)
-    model.resize_token_embeddings(510)
+    model.resize_token_embeddings(max(510, len(tokenizer)))
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(words).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.fixture(params=["llama"])

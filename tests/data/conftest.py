@@ -11,16 +11,10 @@ def words(tmp_path):
     return make_words(tmp_path / "tokenizer")
 
 
-def make_words(folder):
-    vocabulary = {
-        "<pad>": 0,
-        "</s>": 1,
-        "<unk>": 2,
-        **{f"w{i}": i + 3 for i in range(500)},
-        "yes": 503,
-        "no": 504,
-        ":": 505,
-    }
+def make_words(folder, more=()):
+    """Writes the tokenizer; it knows ``more`` words than w0 to w499, yes and no."""
+    known = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(500)), "yes", "no", ":"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*known, *more]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(

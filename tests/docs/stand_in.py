@@ -1,6 +1,7 @@
 """Made-up rows with the columns of the public data sets that docs/data.md names, so that its commands can be run."""
 
 import random
+import re
 from functools import cache
 
 import pyarrow as pa
@@ -17,6 +18,11 @@ WORDS = [f"w{i}" for i in range(60)]
 def _choices(task):
     (file,) = TASKS.rglob(f"{task}.yaml")
     return yaml.safe_load(file.read_text())["choices"]
+
+
+def words_of_tasks():
+    """The words of the shipped task files, their prompts and choices among them."""
+    return sorted({word for file in TASKS.rglob("*.yaml") for word in re.findall(r"\w+|[^\w\s]+", file.read_text())})
 
 
 def _text(draw, length=8):

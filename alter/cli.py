@@ -148,14 +148,20 @@ def _export(options: argparse.Namespace) -> None:
 
 def _add_task(options: argparse.Namespace) -> None:
     from alter.growth import add_task
+    from alter.run_folder import changing
 
-    add_task(options.run, options.task, options.shots, options.draws, options.lr, options.consolidate, options.backbone)
+    with changing(options.run):
+        add_task(
+            options.run, options.task, options.shots, options.draws, options.lr, options.consolidate, options.backbone
+        )
 
 
 def _remove_task(options: argparse.Namespace) -> None:
     from alter.growth import remove_task
+    from alter.run_folder import changing
 
-    remove_task(options.run, options.task, options.consolidate, options.backbone)
+    with changing(options.run):
+        remove_task(options.run, options.task, options.consolidate, options.backbone)
 
 
 def _serve(options: argparse.Namespace) -> None:

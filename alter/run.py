@@ -30,7 +30,7 @@ from alter.predict import Predictor
 from alter.recipe import Recipe
 from alter.recipe_file import STAGES
 from alter.results import render_table, run_results
-from alter.run_folder import claim, is_first, record, records, replace_model, stage_records
+from alter.run_folder import changing, claim, is_first, record, records, replace_model, stage_records
 from alter.schema import refuse_foreign_sources
 from alter.training import release, say, train
 from alter.writing import write_json
@@ -40,8 +40,16 @@ def fit(recipe: Recipe) -> None:
     """Runs the stages that are not finished, then the test.
 
     Raises:
-        AlterError: the run folder holds another recipe, or something on the way is wrong with the input.
+        AlterError: the run folder holds another recipe, another process changes it, or something on the way is
+            wrong with the input.
     """
+    if is_first():
+        recipe.run.mkdir(parents=True, exist_ok=True)
+    with changing(recipe.run):
+        _fit(recipe)
+
+
+def _fit(recipe: Recipe) -> None:
     run = recipe.run
     quiet()
     claim(run, recipe)

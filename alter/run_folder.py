@@ -7,11 +7,14 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone, whole_name
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 STAGES = ("stage1", "stage2")
 ADDED = "added"  # a folder for each task that was added later
+LOCK = ".changing"
+PATIENCE = 10  # seconds; workers of a process that was killed have ended after 5
 # Keys that may differ between two calls for one run folder, since they do not change what is computed.
 UNCOMPARED = re.compile(
     r"run|stages.*|test|trunk_cache.*|data\.tasks\.\d+\.(license|where)|trainer\.(accelerator|devices|num_nodes|strategy)(\..*)?"
@@ -31,6 +36,26 @@ UNCOMPARED = re.compile(
 
 # Where things are, which changes no result either: a stopped run may go on elsewhere, and is then of the new place.
 PLACES = re.compile(r"backbone|data\.(root|cache_dir)|data\.tasks\.\d+\.source\.init_args\.(folder|root)")
+
+
+@contextmanager
+def changing(run: Path) -> Iterator[None]:
+    """Within, no other process trains the run, or adds a task to it, or takes one out.
+
+    Raises:
+        AlterError: one does.
+    """
+    if not (is_first() and run.is_dir()):  # several processes of one training are one; what is not there is not changed
+        yield
+        return
+    try:
+        held = FileLock(run / LOCK).acquire(timeout=PATIENCE)
+    except Timeout:
+        raise AlterError(
+            f"{run}: another process is changing this run; wait until it has ended, or take another run folder."
+        ) from None
+    with held:
+        yield
 
 
 def claim(run: Path, recipe: Recipe) -> None:

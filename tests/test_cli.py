@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import alter
+from alter import run_folder
 from alter.callbacks.preemption import Preemption
 from alter.cli import main
 from alter.data import MultiTaskDataModule
@@ -371,6 +372,24 @@ def test_a_run_folder_of_another_recipe_is_not_overwritten(project, capsys):
     assert "data.temperature" in sentence
     assert "--run" in sentence
     assert (project / "run" / "recipe.yaml").read_text() == before
+
+
+def test_a_run_that_another_process_changes_is_left_alone(project, capsys, monkeypatch):
+    monkeypatch.setattr(run_folder, "PATIENCE", 0)
+    fit("--test", "false")
+    before = {file: file.stat().st_mtime_ns for file in (project / "run").rglob("*")}
+    verbs = [
+        ["fit", "--config", "recipe.yaml"],
+        ["add-task", "--run", "run", "--task", "tasks/sort.yaml"],
+        ["remove-task", "--run", "run", "--task", "echo"],
+    ]
+    sentence = "run: another process is changing this run; wait until it has ended, or take another run folder."
+    with run_folder.changing(project / "run"):
+        for verb in verbs:
+            assert refused(capsys, *verb) == [f"alter: {sentence}"]
+    assert {file: file.stat().st_mtime_ns for file in (project / "run").rglob("*")} == before
+    main(verbs[-1])
+    assert "echo is no longer answered" in capsys.readouterr().out
 
 
 def test_a_recipe_mended_after_a_failed_start_is_taken(project, capsys):

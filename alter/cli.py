@@ -15,10 +15,11 @@ from io import TextIOWrapper
 
 from alter.arguments import parser
 from alter.errors import AlterError, disk_is_full
-from alter.stopping import stoppable
+from alter.stopping import GOES_ON, STOPPED, stoppable
+
+RESUMED = ("fit", "compare", "sweep", "add-task", "remove-task")  # verbs that go on where they were stopped
 
 
-@stoppable()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb; a mistake in the input is one sentence on stderr and exit code 2 (``--debug`` shows the traceback)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -26,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where it is not UTF-8, better an escape than no line
+    with stoppable(GOES_ON if arguments[:1] and arguments[0] in RESUMED else STOPPED):
+        _run_or_explain(arguments, debug)
+
+
+def _run_or_explain(arguments: list[str], debug: bool) -> None:
     try:
         _run(arguments)
     except AlterError as error:

@@ -8,17 +8,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOPPED = "alter: stopped; the same command goes on from the last checkpoint."
+GOES_ON = "alter: stopped; the same command goes on from the last checkpoint."
+STOPPED = "alter: stopped."
 STATUS = 130  # of a command that was stopped
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Lets SIGTERM stop a command as Ctrl+C does, by a KeyboardInterrupt, and so what it has started too; says it in a sentence."""
+def stoppable(said: str = GOES_ON) -> Iterator[None]:
+    """Lets SIGTERM stop a command as Ctrl+C does, by a KeyboardInterrupt, and so what it has started too; then says ``said``."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
+        print(said, file=sys.stderr)
         sys.exit(STATUS)

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from alter import cli
 from alter.callbacks import Interruption, interruption
 from alter.callbacks.preemption import KEPT
-from alter.stopping import STATUS, STOPPED
+from alter.stopping import GOES_ON, STATUS, STOPPED
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.held import hold, let_go, until_held
 from tests.test_cli import change, project  # noqa: F401 (a fixture)
@@ -37,6 +38,21 @@ def trainer():
     )
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [("fit", GOES_ON), ("add-task", GOES_ON), ("export", STOPPED), ("ls", STOPPED)]
+)
+def test_a_verb_that_does_not_go_on_does_not_say_so(verb, said, capsys, monkeypatch):
+    def run(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", run)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb])
+    assert stop.value.code == STATUS
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -136,7 +152,7 @@ def test_a_run_that_is_stopped_keeps_its_last_step_and_ends_as_an_uninterrupted_
         steps = [int(line.split(",")[0]) for line in (run / stage / "metrics.csv").read_text().splitlines()[1:]]
         assert kept["global_step"] in (max(steps), max(steps) + 1)
     said = (project / "log.txt").read_text()
-    assert said.count(STOPPED) == 2 * processes
+    assert said.count(GOES_ON) == 2 * processes
     assert "Traceback" not in said
     runs.finish("cut")
     ends_as(run, project / "whole")

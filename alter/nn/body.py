@@ -79,11 +79,12 @@ class Body:
 
         states = hidden_states.unsqueeze(0)
         token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
-        if self.is_seq2seq:
-            inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "decoder_input_ids": token}
-        else:
-            inputs = {"input_ids": token}
+        encoded = BaseModelOutput(last_hidden_state=states)
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+        encoded.router_logits = output.router_logits = (
+            None  # where blocks have experts of their own, as in Switch Transformers
+        )
+        inputs = {"encoder_outputs": encoded, "decoder_input_ids": token} if self.is_seq2seq else {"input_ids": token}
         with replaced_forward(self.decoder, lambda *_, **__: output):
             return self.backbone(**inputs, use_cache=False).logits.squeeze(0)
 

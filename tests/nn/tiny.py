@@ -12,12 +12,13 @@ from transformers import (
     OpenAIGPTConfig,
     OPTConfig,
     Qwen2Config,
+    SwitchTransformersConfig,
     T5Config,
 )
 
 FAMILIES = ["t5", "bart", "gpt2", "llama", "qwen2", "gemma2"]
-# one that flattens rows, one that keeps a state beside keys and values, one without a cache
-ODD = ["opt", "lfm2", "openai-gpt"]
+# one that flattens rows, one that keeps a state beside keys and values, one without a cache, one with experts of its own
+ODD = ["opt", "lfm2", "openai-gpt", "switch"]
 _DECODER = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -37,6 +38,12 @@ def config(family):
         return T5Config(
             vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4,
             feed_forward_proj="gated-gelu" if family == "t5" else "relu",  # as T5 1.1, and as T5
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+    if family == "switch":
+        return SwitchTransformersConfig(
+            vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_decoder_layers=4, num_heads=4,
+            num_sparse_encoder_layers=2, num_sparse_decoder_layers=2, num_experts=4, expert_capacity=64, router_jitter_noise=0.0,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
         )  # fmt: skip
     if family == "bart":

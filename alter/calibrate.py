@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alter.data import MultiTaskDataModule
-from alter.data.draw import spread
+from alter.data.draw import drawn
 from alter.loading import CALIBRATION_FILE
 from alter.predict import Predictor
 from alter.writing import write_json
 
 BOUNDS = (0.05, 20.0)  # validation that is all right would drive the temperature to zero
-ROWS = 256  # of validation, spread evenly over it: enough for one number, since every choice of each is scored
+ROWS = 256  # of validation, drawn from it: enough for one number, since every choice of each is scored
 
 
 def mean_surprise(scores: Tensor, labels: Tensor, temperature: float) -> float:
@@ -62,7 +62,7 @@ def calibrate(
     for name in tasks or predictor.tasks:
         if not predictor.task(name).choices:
             continue
-        rows = spread(data.examples(name, "validation"), ROWS)
+        rows = drawn(data.examples(name, "validation"), ROWS)
         scores, labels = predictor.choice_scores(name, rows["prompt_ids"][:]), torch.tensor(rows["choice"][:])
         temperature = fit_temperature(scores, labels)
         found[name] = {

@@ -9,6 +9,7 @@ import argparse
 import errno
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -122,7 +123,7 @@ def _cp(options: argparse.Namespace) -> None:
     from alter import shipped
 
     recipe, *tasks = shipped.copy_recipe(options.name, options.folder)
-    print(f"{recipe} and its {len(tasks)} task files. Next: alter fit --config {recipe}")
+    print(f"{recipe} and its {len(tasks)} task files. Next: alter fit --config {shlex.quote(str(recipe))}")
 
 
 def _init(options: argparse.Namespace) -> None:

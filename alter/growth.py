@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,8 @@ def add_task(
     if consolidate:
         _consolidate_with(run, folder)
     else:
-        print(f"\nThe other tasks answer as before. Next: alter predict --run {run} --task {task.name} --input FILE")
+        following = shlex.join(["alter", "predict", "--run", str(run), "--task", task.name, "--input", "FILE"])
+        print(f"\nThe other tasks answer as before. Next: {following}")
     return found
 
 

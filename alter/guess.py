@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alter.data import Task
-from alter.data.draw import spread
+from alter.data.draw import drawn
 from alter.data.sources import writable
 from alter.errors import AlterError
 from alter.nn.task_predictor import Features, Kind, TaskPredictor, text_features
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TASK_PREDICTOR_FILE = "task_predictor.safetensors"
 LEAST_PROBABILITY = 0.7  # below either, an input's task is not clear
 LEAST_TYPICAL = 0.01
-ROWS = {"train": 1000, "validation": 256}  # of a task, spread evenly over its split, to fit on
+ROWS = {"train": 1000, "validation": 256}  # of a task, drawn from its split, to fit on
 
 
 class Guess(NamedTuple):
@@ -112,7 +112,7 @@ def _decided(known: TaskPredictor, logits: Tensor, typical: Tensor, places: Sequ
 
 def texts_of(predictor: Predictor, data: MultiTaskDataModule, name: str, split: str, view: str, most: int) -> list[str]:
     """Texts of a task as somebody would give them without its name: whole prompts, or the values of their fields."""
-    rows = spread(data.examples(name, split), most)
+    rows = drawn(data.examples(name, split), most)
     if view == "prompt":
         return rows["prompt"][:]
     return [joined(predictor.task(name), json.loads(text)) for text in rows["input"]]

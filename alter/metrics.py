@@ -163,7 +163,12 @@ def _same(prediction: str, target: str) -> float:
 
 def _same_but_for_form(prediction: str, target: str) -> float:
     """1 when the texts agree but for case and whitespace."""
-    return float(prediction.casefold().split() == target.casefold().split())
+    return float(_plain_words(prediction) == _plain_words(target))
+
+
+def _plain_words(text: str) -> list[str]:
+    """Words in lower case, an accented letter always one sign."""
+    return unicodedata.normalize("NFC", text.casefold()).split()
 
 
 def _bare_tokens(text: str) -> list[str]:
@@ -198,6 +203,10 @@ def _rouge(name: str, predictions: Sequence[str], targets: Sequence[str], choice
     from torchmetrics.functional.text import rouge_score
 
     def row_score(prediction: str, target: str) -> float:
+        if not (
+            _words_for_rouge(prediction).split() and _words_for_rouge(target).split()
+        ):  # of signs alone, + is not -
+            return _same_but_for_form(prediction, target)
         scores = rouge_score(prediction, target, normalizer=_words_for_rouge, rouge_keys=name)
         return float(scores[f"{name}_fmeasure"])
 
@@ -238,7 +247,7 @@ def spans(text: str) -> list[tuple[str, str]]:
     if text.casefold().split() in ([], ["none"]):
         return []
     pieces = [piece.partition(":") for piece in text.split(";")]
-    plain = [(" ".join(kind.casefold().split()), " ".join(span.casefold().split())) for kind, _, span in pieces]
+    plain = [(" ".join(_plain_words(kind)), " ".join(_plain_words(span))) for kind, _, span in pieces]
     return [pair for pair in plain if any(pair)]
 
 

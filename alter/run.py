@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import shlex
 import time
 import warnings
 from pathlib import Path
@@ -112,7 +113,8 @@ def measure(
 def _last_words(run: Path, task: str, results: str = "results.json") -> str:
     """Where everything is, and what to do with it."""
     drawn = f"\nReport:  {run / report.REPORT}\n" if results == "results.json" else ""
-    return f"{drawn}Results: {run / results}\nNext:    alter predict --run {run} --task {task} --input FILE"
+    following = shlex.join(["alter", "predict", "--run", str(run), "--task", task, "--input", "FILE"])
+    return f"{drawn}Results: {run / results}\nNext:    {following}"
 
 
 def ready(

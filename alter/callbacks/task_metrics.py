@@ -9,7 +9,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from alter.data.draw import spread
+from alter.data.draw import drawn
 from alter.metrics import metric
 from alter.nn.backbone import load_tokenizer
 from alter.nn.decoding import Generation
@@ -24,7 +24,7 @@ class TaskMetrics(Callback):
     ``ModelCheckpoint`` with ``monitor: val/score``, ``mode: max``, ``filename: best`` and ``save_last: true``.
 
     Args:
-        rows: most rows of a task, spread evenly over its validation rows; None for all.
+        rows: most rows of a task, drawn from its validation rows; None for all.
         num_beams: of the answers.
         length_penalty: of the beams.
     """
@@ -42,7 +42,7 @@ class TaskMetrics(Callback):
         )
         scores = {}
         for task in data.tasks:
-            rows = spread(data.examples(task.name, "validation"), self.rows)[:]
+            rows = drawn(data.examples(task.name, "validation"), self.rows)[:]
             answers = [answer.text for answer in predictor.answer(task.name, rows["prompt_ids"], probabilities=False)]
             name = task.metrics[0]
             scores[f"val/{name}/{task.name}"] = metric(name, answers, rows["target"], task.choices).value()

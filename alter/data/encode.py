@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -14,11 +17,11 @@ from typing import Any
 from filelock import FileLock
 
 from alter.data.draw import MAX_MESSAGES, draw_shots, limited_rows, numbered_rows
-from alter.data.sources import SPLITS, Fields, Row, writable
+from alter.data.sources import SPLITS, Fields, Row, Source, writable
 from alter.data.task import Task
 from alter.errors import AlterError
 
-VERSION = 6  # raise whenever the same task would be encoded differently
+VERSION = 7  # raise whenever the same task would be encoded differently
 CHUNK = 1000
 
 
@@ -106,7 +109,8 @@ class _Encoder:
         self.seq2seq = seq2seq
         self.split = split
         self.problems: dict[str, tuple[str, int]] = {}  # what is wrong: its first sentence, and of how many rows
-        self.stats = {"rows": 0, "truncated": 0, "cut_targets": 0, "several_lines": 0, "tokens": 0, "longest": 0}
+        counted = ("rows", "truncated", "cut_targets", "several_lines", "unknown_signs", "tokens", "longest")
+        self.stats = dict.fromkeys(counted, 0)
 
     def encode(self, rows: Sequence[tuple[int, Row]]) -> Iterator[dict[str, Any]]:
         good = []
@@ -141,6 +145,9 @@ class _Encoder:
             size = len(prompt_ids) + len(target_ids)
             self.stats["rows"] += 1
             self.stats["several_lines"] += "\n" in target
+            self.stats["unknown_signs"] += (
+                self.tokenizer.unk_token_id in target_ids[:-1]
+            )  # the last is often the same, eos
             self.stats["tokens"] += size
             self.stats["longest"] = max(self.stats["longest"], size)
             yield {
@@ -148,7 +155,7 @@ class _Encoder:
                 "target_ids": target_ids,
                 "choice": self.task.choices.index(target) if self.task.choices else -1,
                 "prompt": prompt,
-                "input": json.dumps(self.task.inputs(row), ensure_ascii=False, default=str),
+                "input": writable(json.dumps(self.task.inputs(row), ensure_ascii=False, default=str)),
                 "target": target,
             }
 
@@ -245,6 +252,11 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
             "name the field to shorten, or raise max_prompt_tokens."
         )
     field = row[task.truncate]
+    if isinstance(field, Mapping):
+        raise AlterError(
+            f"{name}: the prompt has more than max_prompt_tokens {limit} tokens and the key 'truncate' names '{task.truncate}', which "
+            "has parts of its own; name a field that is a text or a list of words, or raise max_prompt_tokens."
+        )
     whole = field if isinstance(field, list) else str(field)
     ends = range(1, len(whole) + 1) if isinstance(whole, list) else _token_ends(whole, tokenizer)
     low, high = 0, len(ends)  # the most of the field that fits; tokens at the seam may merge, so search
@@ -286,7 +298,17 @@ def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int, shots: in
     }
     parts = [VERSION, plain, task.opened.fingerprint(), _tokenization(tokenizer), tokenizer.eos_token_id, seq2seq, seed]
     parts += [] if shots is None else [f"{shots} shots"]
+    parts += [*_own_code(task), *_own_code(task.opened)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _own_code(made: Task | Source) -> Iterator[str]:
+    """The module of a class that is not ALTER's, which may make other prompts or rows of the same settings."""
+    kind = type(made)
+    if not kind.__module__.startswith("alter."):
+        yield kind.__qualname__
+        with suppress(OSError, TypeError):  # typed into a shell
+            yield inspect.getsource(sys.modules[kind.__module__])
 
 
 @lru_cache(maxsize=1)  # most of the time of finding a task that is encoded; a mixture's tasks have one tokenizer

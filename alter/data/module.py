@@ -206,7 +206,7 @@ class MultiTaskDataModule(LightningDataModule):
     def summary(self) -> str:
         """A table of the tasks: sizes, rate, tokens, shortened prompts; below it, what an epoch and a batch are."""
         lines = [["task", "kind", "train", "valid.", "test", "rate", "tokens/row", "cut"]]
-        cut, cut_targets, several_lines, scarce = 0, 0, 0, list[str]()
+        cut, cut_targets, several_lines, unknown_signs, scarce = 0, 0, 0, 0, list[str]()
         for task, rate in zip(self.tasks, self.rates, strict=True):
             stats = self.statistics(task.name)
             rows = [stats[split]["rows"] for split in SPLITS]
@@ -214,6 +214,7 @@ class MultiTaskDataModule(LightningDataModule):
             cut += shortened
             cut_targets += sum(stats[split]["cut_targets"] for split in SPLITS)
             several_lines += sum(stats[split]["several_lines"] for split in SPLITS)
+            unknown_signs += sum(stats[split]["unknown_signs"] for split in SPLITS)
             if few := stats["train"].get("scarce"):
                 scarce.append(f"{task.name} ({few})")
             numbers = [*(f"{n:,}" for n in rows), f"{rate:.1%}", f"{stats['train']['tokens'] / rows[0]:.1f}"]
@@ -235,6 +236,11 @@ class MultiTaskDataModule(LightningDataModule):
             notes.append(
                 f"lines: {several_lines:,} targets have several, and an answer ends with its first;\n"
                 "       write them on one, such as {{ text | replace('\\n', ' ') }}"
+            )
+        if unknown_signs:
+            notes.append(
+                f"signs: {unknown_signs:,} targets have signs that the backbone's vocabulary lacks, so that no answer has them;\n"
+                "       write others; alter doctor shows a target"
             )
         if scarce:
             classes = ", ".join(scarce)

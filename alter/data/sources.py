@@ -11,6 +11,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,11 @@ Fields = Mapping[str, Any]  # a row that is only read
 
 class Source(ABC):
     """Rows of a task by split; streams them, so that data need not fit into memory."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "rows" in vars(cls) and "numbered" not in vars(cls):
+            cls.numbered = Source.numbered  # type: ignore[method-assign]  # of these rows, not a base class's
 
     @abstractmethod
     def rows(self, split: str) -> Iterator[Row]:
@@ -89,7 +95,7 @@ class Files(Source):
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of a split."""
-        return (row for _, row in self.numbered(split))
+        return (row for _, row in Files.numbered(self, split))  # whatever a subclass makes of them
 
     def numbered(self, split: str) -> Iterator[tuple[int, Row]]:
         """Yields the rows of a split with their numbers in the file, of which other splits may have some."""
@@ -293,11 +299,12 @@ def _read_csv(path: Path) -> Iterator[Row]:
         stream.seek(0)
         reader = csv.DictReader(stream, delimiter=_separator(header, path), strict=True)
         try:
-            _require_names(reader.fieldnames or (), f"{path}, line 1")
+            reader.fieldnames = next(filter(any, reader.reader), [])  # lines without a text may come before
+            _require_names(reader.fieldnames, f"{path}, line {reader.reader.line_num}")
             for row in reader:
                 if None in row or None in row.values():
                     raise AlterError(
-                        f"{path}, line {reader.line_num}: not as many fields as the header has ({len(reader.fieldnames or ())}); "
+                        f"{path}, line {reader.line_num}: not as many fields as the header has ({len(reader.fieldnames)}); "
                         f"quote fields that hold the separator {reader.reader.dialect.delimiter!r}."
                     )
                 yield row
@@ -308,9 +315,9 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _first_record(lines: Iterable[str]) -> str:
-    """The line of a CSV file's header, or the lines of one whose names have several."""
+    """The line of a CSV file's header, or the lines of one whose names have several, without empty ones before."""
     header = ""
-    for line in islice(lines, MOST_HEADER_LINES):
+    for line in islice(filter(lambda line: header or line.strip(), lines), MOST_HEADER_LINES):
         header += line
         if header.count('"') % 2 == 0:
             break
@@ -369,9 +376,20 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1000):
-                yield from batch.to_pylist()
+                yield from _with_texts(batch).to_pylist()
     except pyarrow.ArrowException as error:
         raise AlterError(f"{path}: not readable as Parquet ({first_line(error)}); write the file again.") from error
+
+
+def _with_texts(batch: Any) -> Any:
+    """A batch whose columns of bytes are texts where they can be; some programs write texts so."""
+    import pyarrow
+
+    for place, column in enumerate(batch.schema):
+        if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
+            with suppress(pyarrow.ArrowInvalid):  # a picture, say
+                batch = batch.set_column(place, column.name, batch.column(place).cast(pyarrow.string()))
+    return batch
 
 
 def _read_excel(path: Path) -> Iterator[Row]:
@@ -390,10 +408,13 @@ def _read_excel(path: Path) -> Iterator[Row]:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # as the file tells them, which some programs write wrongly; rows beyond would be lost
         lines = sheet.iter_rows(values_only=True)
-        names = ["" if name is None else str(name) for name in next(lines, ())]
+        first, header = next(
+            ((n, line) for n, line in enumerate(lines, 1) if any(line)), (1, ())
+        )  # empty rows may come before
+        names = ["" if name is None else str(name) for name in header]
         while names and not names[-1]:
             names.pop()
-        _require_names(names, f"{path}, row 1")
+        _require_names(names, f"{path}, row {first}")
         for line in lines:
             cells = ["" if cell is None else cell for cell in line[: len(names)]]
             if any(cell != "" for cell in cells):

@@ -174,7 +174,9 @@ class Task:
             if problems := check(found, arguments, where):
                 raise AlterError(*problems)
             return found(**arguments)
-        if not callable(found):
+        if not (
+            callable(found) and hasattr(found, "__qualname__")
+        ):  # such as functools.partial, whose code is not known
             raise AlterError(f"{where}: '{class_path}' is neither a Source nor a function; name one.")
         try:
             inspect.signature(found).bind("train", **arguments)
@@ -215,6 +217,7 @@ class Task:
         return target
 
     def _render(self, key: str, row: Fields, place: str) -> str:
+        row = {name: template.filled(value) for name, value in row.items()}
         try:
             return sources.writable(self._compiled[key].render({**row, "row": row}))
         except UndefinedError as error:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import StrictUndefined, nodes
+from jinja2 import StrictUndefined, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,6 +29,7 @@ FILTERS = (
     "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe",
     "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "wordcount",
 )  # fmt: skip
+OF_MAPPINGS = ("get", "items", "keys", "values")
 METHODS = (
     "capitalize", "count", "endswith", "find", "get", "index", "isalpha", "isdigit", "isnumeric", "items", "join", "keys", "lower",
     "lstrip", "removeprefix", "removesuffix", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper", "values",
@@ -37,6 +38,12 @@ METHODS = (
 
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "%"})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return filled(super().getattr(obj, attribute))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return filled(super().getitem(obj, argument))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if not all(isinstance(side, (int, float)) for side in (left, right)):
@@ -56,9 +63,24 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=True)
 
 
-def _text(value: Any) -> Any:
-    """What an output writes: of an empty cell of Parquet, or JSON's null or NaN, nothing, as of an empty cell of CSV."""
+def filled(value: Any) -> Any:
+    """An empty text in place of an empty cell of Parquet, or JSON's null or NaN, as of an empty cell of CSV."""
     return "" if is_missing(value) else value
+
+
+def _text(value: Any) -> Any:
+    """What an output writes.
+
+    Raises:
+        ValueError: nothing that can be read.
+    """
+    if isinstance(value, bytes):
+        raise ValueError("it writes bytes that are not UTF-8")
+    if callable(value) and not isinstance(value, StrictUndefined):
+        raise ValueError(
+            "it writes a method instead of calling it; add (), or write ['its name'] for a field of that name"
+        )
+    return filled(value)
 
 
 def environment() -> _Environment:
@@ -66,6 +88,15 @@ def environment() -> _Environment:
     made = _Environment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_text)
     made.globals.clear()
     made.filters = {name: made.filters[name] for name in FILTERS}
+    join = made.filters["join"]
+
+    @pass_eval_context
+    def joined(context: Any, words: Any, *arguments: Any, **named: Any) -> Any:
+        if isinstance(words, str):  # given in place of its words, as on the page of `alter serve`
+            return words
+        return join(context, [filled(word) for word in words], *arguments, **named)
+
+    made.filters["join"] = joined
     made.filters["replace"] = _replace
     made.filters["tojson"] = _json
     return made
@@ -88,5 +119,8 @@ def _problems(node: nodes.Node, loops: int) -> Iterator[str]:
         yield f"a call that is not one of the methods {', '.join(METHODS)}"
     if isinstance(node, nodes.Filter) and node.name not in FILTERS:
         yield f"the filter '{node.name}' is not one of {', '.join(FILTERS)}"
+    called = node.node if isinstance(node, nodes.Call) else None
     for child in node.iter_child_nodes():
+        if isinstance(child, nodes.Getattr) and child.attr in OF_MAPPINGS and child is not called:
+            yield f"'.{child.attr}' is a method that is not called (add (), or write ['{child.attr}'] for a field of that name)"
         yield from _problems(child, loops)

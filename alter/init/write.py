@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -95,8 +96,8 @@ def init(folder: Path, files: Sequence[Path], backbone: str, answer: str | None 
             *(f"         {file}" for file in targets[1:]),
             "Correct there what is guessed wrong.",
             "",
-            f"Next: alter doctor --config {recipe}",
-            f"      alter fit --config {recipe}",
+            f"Next: alter doctor --config {shlex.quote(str(recipe))}",
+            f"      alter fit --config {shlex.quote(str(recipe))}",
         ]
     )
 

@@ -129,7 +129,7 @@ class Server:
         chat: bool,
     ) -> Response:
         asked.refuse_unsupported()
-        jobs = await self._jobs(asked.model, texts, param, limit=longest, streams=asked.stream)
+        jobs = await self._jobs(asked.model, texts, param, limit=longest, streams=bool(asked.stream))
         envelope = Envelope(_model_of(jobs), chat)
         self._submit(jobs)
         if asked.stream:
@@ -386,7 +386,7 @@ def create_app(
     limits = limits or Limits()
     server = Server(predictor, limits)
     app = FastAPI(
-        title="ALTER", lifespan=server.lifespan, docs_url=None, redoc_url=None
+        title="ALTER", lifespan=server.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
     )  # their pages load from elsewhere
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("GET", "/", server.index),

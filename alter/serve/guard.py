@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 
 from alter.serve.errors import failure
 
@@ -61,6 +62,8 @@ class Guard:
         except TimeoutError:
             refused = failure(408, f"The request's body did not come within {self.timeout:g} seconds.")
             return await refused(scope, receive, with_headers)
+        except ClientDisconnect:
+            return  # nobody is left to be answered
         if body is None:
             refused = failure(413, f"The request's body is larger than {self.max_bytes} bytes; send less at a time.")
             refused.headers["connection"] = "close"  # what is left of it is not read
@@ -86,6 +89,8 @@ class Guard:
         body = bytearray()
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
             body += message.get("body", b"")
             if len(body) > self.max_bytes:
                 return None

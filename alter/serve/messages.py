@@ -53,7 +53,7 @@ class CompletionRequest(Request):
 
     prompt: Input | list[Input]
     max_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
 
 
@@ -79,7 +79,7 @@ class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
 
     @property

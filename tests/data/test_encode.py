@@ -237,6 +237,38 @@ def test_choices_that_the_tokenizer_cannot_tell_apart_are_refused(tmp_path, toke
     assert len(error.value.messages) == 1
 
 
+def test_targets_with_signs_that_the_vocabulary_lacks_are_counted(tmp_path, tokenizer):
+    task = make(tmp_path, choices=None, metrics=[])
+    labels = ("w5 \u2265 w6", "w7", "\u2265")
+    write_jsonl(tmp_path / "t.train.jsonl", [{"text": "w1", "label": label} for label in labels])
+    found, folder = encode(task, tokenizer, tmp_path / "cache")
+    stats = json.loads((folder / "stats.json").read_text())
+    assert [stats[split]["unknown_signs"] for split in stats] == [2, 0, 0]
+    assert found["train"][0]["target"] == "w5 \u2265 w6"
+
+
+def test_code_of_ones_own_has_tokens_of_its_own(tmp_path, tokenizer):
+    class Loud(Task):
+        def render_prompt(self, row, place=""):
+            return "w9"
+
+    arguments = make(tmp_path).to_dict()
+    plain, own = (
+        {row["prompt"] for row in encode(kind(**arguments), tokenizer, tmp_path / "cache")[0]["train"]}
+        for kind in (Task, Loud)
+    )
+    assert own == {"w9"}
+    assert "w9" not in plain
+
+
+def test_only_a_text_or_a_list_is_shortened(tmp_path, tokenizer):
+    task = make(tmp_path, prompt="{{ part.text }} :", max_prompt_tokens=4, truncate="part")
+    with pytest.raises(
+        AlterError, match="'truncate' names 'part', which has parts of its own; name a field that is a text"
+    ):
+        encode_prompt(task, {"part": {"text": "w1 " * 9}}, tokenizer, False)
+
+
 @pytest.mark.parametrize("length", [3, 60])
 def test_half_an_emoji_is_a_question_mark_wherever_it_comes_from(tmp_path, tokenizer, length):
     task = make(tmp_path, max_prompt_tokens=10, truncate="text")

@@ -46,6 +46,35 @@ def test_a_sheet_keeps_numbers_and_skips_what_is_empty(tmp_path):
     assert list(read_file(file)) == [{"text": "a", "stars": 5}, {"text": "b", "stars": ""}]
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.xlsx"])
+def test_empty_lines_before_the_names_are_passed_over(tmp_path, name):
+    rows = [{"text": "a; b", "label": "x"}, {"text": "c", "label": "y"}]
+    if name == "x.csv":
+        (tmp_path / name).write_text('\n\ntext;label\n"a; b";x\nc;y\n')
+    else:
+        (book := openpyxl.Workbook()).active.append([None, None])
+        for line in (["text", "label"], ["a; b", "x"], ["c", "y"]):
+            book.active.append(line)
+        book.save(tmp_path / name)
+    assert list(read_file(tmp_path / name)) == rows
+
+
+def test_parquet_bytes_are_texts_where_they_can_be(tmp_path):
+    rows = [{"text": "ä".encode(), "picture": b"\xff\x00", "label": "x"}, {"text": None, "picture": b"a", "label": "y"}]
+    found = list(read_file(write(tmp_path / "x.parquet", rows)))
+    assert found == [{**rows[0], "text": "ä"}, rows[1]]
+
+
+def test_a_subclass_that_gives_other_rows_is_asked_for_them(tmp_path):
+    class Shouted(Files):
+        def rows(self, split):
+            return ({"text": row["text"].upper()} for row in super().rows(split))
+
+    file = write(tmp_path / "x.csv", [{"text": "a"}, {"text": "b"}])
+    source = Shouted(train=str(file), validation=str(file), test=str(file))
+    assert list(source.numbered("train")) == [(1, {"text": "A"}), (2, {"text": "B"})]
+
+
 def test_a_sheet_is_read_whole_whatever_size_the_file_tells(tmp_path):
     """Some programs write that it is one cell."""
     file = write(tmp_path / "x.xlsx", [{"text": f"w{i}", "label": "a"} for i in range(30)])

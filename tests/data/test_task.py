@@ -186,6 +186,51 @@ def test_nothing_is_an_empty_text(tmp_path):
     assert make(tmp_path, prompt="{{ text }}:").render_prompt({"text": float("nan")}) == ":"
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), ""])
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("{{ text | trim }}:", ":"),
+        ("{{ text | replace('a', 'b') }}{{ 'N: ' ~ text }}:", "N: :"),
+        ("{{ [text, label] | join('+') }}:", "+yes:"),
+        ("{{ text | default('none', true) }}:", "none:"),
+        ("{% if text %}Note:{% endif %}{{ text | truncate(10) }}:", ":"),
+        ("{{ row['text'] | trim }}{{ row.get('text') }}:", ":"),
+        ("{{ part.text | trim }}{{ part['text'] | string }}{{ parts | map(attribute='text') | join('+') }}:", ":"),
+    ],
+)
+def test_what_is_missing_is_an_empty_text_to_filters_and_tests_too(tmp_path, nothing, prompt, expected):
+    row = {"text": nothing, "label": "yes", "part": {"text": nothing}, "parts": [{"text": nothing}]}
+    assert make(tmp_path, prompt=prompt).render_prompt(row) == expected
+
+
+def test_a_missing_answer_is_no_answer(tmp_path):
+    task = make(tmp_path, choices=None, metrics=[], target="{{ label | replace('x', ' ') }}")
+    with pytest.raises(AlterError, match="the target is empty"):
+        task.render_target({"label": None})
+
+
+def test_a_text_in_place_of_its_words_stays_as_it_is(tmp_path):
+    task = make(tmp_path, prompt="{{ tokens | join(' ') }}:")
+    assert task.render_prompt({"tokens": ["take", "aspirin"]}) == "take aspirin:"
+    assert task.render_prompt({"tokens": "take aspirin"}) == "take aspirin:"
+
+
+def test_a_method_that_is_not_called_is_refused(tmp_path):
+    with pytest.raises(
+        AlterError, match=r"key 'prompt': '.values' is a method that is not called \(add \(\), or write \['values'\]"
+    ):
+        make(tmp_path, prompt="{{ lab.values | trim }}")
+    with pytest.raises(AlterError, match="it writes a method instead of calling it"):
+        make(tmp_path, prompt="{{ text.lower }}").render_prompt({"text": "a"})
+    with pytest.raises(AlterError, match="it writes bytes that are not UTF-8"):
+        make(tmp_path, prompt="{{ text }}").render_prompt({"text": b"\xff"})
+    task = make(
+        tmp_path, prompt="{{ lab['values'] }} {{ lab.title }} {% for name in lab.keys() %}{{ name }}{% endfor %}"
+    )
+    assert task.render_prompt({"lab": {"values": 5.1, "title": "K"}}) == "5.1 K valuestitle"
+
+
 def test_a_column_named_row_is_reached_through_the_row(tmp_path):
     task = make(tmp_path, prompt="{{ row['row'] }}: {{ row['the text'] }}")
     assert task.fields == ["row", "the text"]

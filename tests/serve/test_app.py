@@ -162,6 +162,31 @@ def test_probabilities_and_routing_are_those_of_the_model(predictor, alone):
         assert told[0][1]["choices"] == told[1][1]["choices"]
 
 
+def test_a_stream_of_null_is_none_and_a_path_leads_nowhere_else(predictor, alone):
+    with serving(predictor) as address:
+        whole = client(address).completions.create(model="echo", prompt=TEXTS[0], stream=None)
+        assert whole.choices[0].text == alone.generate(TEXTS[:1], task="echo")[0]
+        for method, path in (("POST", "/v1/completions/"), ("GET", "/health/")):
+            assert ask(address, method, path, {})[0] == 404  # not to another host, as a proxy may name this one
+
+
+def test_a_body_that_is_cut_off_is_not_answered(predictor):
+    with serving(predictor) as address:
+        place = urlsplit(address)
+        body = json.dumps({"model": "echo", "prompt": TEXTS[0]}).encode()
+        with socket.create_connection((place.hostname, place.port), timeout=20) as gone:
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: {len(body) + 9}\r\n\r\n"
+            gone.sendall(head.encode() + body)
+
+        def statuses():
+            families = text_string_to_metric_families(ask(address, "GET", "/metrics")[1].decode())
+            labels = [sample.labels for family in families for sample in family.samples if "status" in sample.labels]
+            return {own["status"] for own in labels if own["endpoint"] == "/v1/completions"}
+
+        until(statuses)
+        assert statuses() == {"499"}
+
+
 def test_keys_are_compared_in_constant_time(predictor, monkeypatch):
     compared = []
 

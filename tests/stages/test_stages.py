@@ -1,6 +1,7 @@
 """What trains and what stays, stage by stage, with a real Trainer on a tiny backbone."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -296,10 +297,14 @@ def test_states_of_a_mixed_precision_are_not_read_in_another(backbone, tmp_path)
 
 
 def test_task_metrics_answer_rows_that_are_spread_over_the_validation(monkeypatch):
-    """Files are often sorted by the label: the first rows would all be of one."""
+    """Files are sorted by the label, or have them in turn: the first rows, or every fourth, would all be of one."""
     asked, logged = {}, {}
 
-    rows_of = {"validation": Dataset.from_dict({"prompt_ids": [[i] for i in range(10)], "target": list("0123456789")})}
+    rows_of = {
+        "validation": Dataset.from_dict(
+            {"prompt_ids": [[i] for i in range(400)], "target": [str(i) for i in range(400)]}
+        )
+    }
     data = SimpleNamespace(
         tokenizer="nowhere",
         tasks=[SimpleNamespace(name="a", metrics=["exact_match"], choices=None)],
@@ -318,7 +323,12 @@ def test_task_metrics_answer_rows_that_are_spread_over_the_validation(monkeypatc
     module = SimpleNamespace(
         model=None, log_dict=logged.update, log=lambda name, value, **_: logged.update({name: value})
     )
-    for rows, places in ((3, [0, 4, 8]), (4, [0, 3, 6, 9]), (None, list(range(10))), (99, list(range(10)))):
+    for rows in (100, None, 999):
         TaskMetrics(rows).on_validation_epoch_end(SimpleNamespace(datamodule=data), module)
-        assert asked["a"] == places
+        assert asked["a"] == sorted(set(asked["a"]))
+        assert len(asked["a"]) == min(rows or 400, 400)
+        if rows == 100:
+            of_half, of_class = Counter(i // 200 for i in asked["a"]), Counter(i % 4 for i in asked["a"])
+            assert max(of_half.values()) < 65
+            assert max(of_class.values()) < 40
         assert logged == {"val/exact_match/a": 1.0, "val/score": 1.0}

@@ -22,7 +22,7 @@ from alter.nn.decoding import Generation
 from alter.precision import choose_precision
 from alter.recipe_file import DATA_SKIP, SET_BY_RUN, STAGES, TRAINER_SKIP, check_content, read_content
 from alter.recipe_values import check_lengths, check_ranges, check_values
-from alter.schema import find_classes_in, import_name, same_class, template_base
+from alter.schema import find_classes_in, import_name, named_arguments, same_class, template_base
 from alter.shipped import shipped_recipes
 from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
 from alter.stages import StageModule
@@ -183,37 +183,40 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
 
 
 def _restore_defaults(config: Namespace, contents: Iterable[Any], flags: Sequence[tuple[str, str]]) -> None:
-    """Gives an argument that nobody has named its class's own default.
+    """Gives an argument that nobody has named for the class its own default.
 
-    The parser takes over what the class that stands there by default has under the same name: for an ``AdjacentSelector``
-    without arguments it would be the temperature of ``TaskSelector``.
+    The parser takes over what the class that stood there before has under the same name, be it the default one or an earlier
+    file's: for an ``AdjacentSelector`` without arguments it would be the temperature of ``TaskSelector``.
     """
     for stage, parts in DEFAULTS.items():
         for part, default in parts.items():
             chosen = config.get(f"{stage}.model.init_args.{part}")
-            if not isinstance(chosen, Namespace) or same_class(chosen.class_path, default["class_path"]):
+            arguments = chosen.get("init_args") if isinstance(chosen, Namespace) else None
+            if arguments is None:
                 continue
-            arguments = chosen.get("init_args")
-            if arguments is None:  # it has none in common with the default
+            before, named, changed = default["class_path"], set[str](), False
+            for given in [*(_part_of(content, stage, part) for content in contents), {"class_path": chosen.class_path}]:
+                if not same_class(given.get("class_path", before), before):
+                    before, named, changed = given["class_path"], set(), True
+                named |= (given.get("init_args") or {}).keys()
+            if not changed:
                 continue
-            named = {name for content in contents for name in _arguments_of(content, stage, part)}
             for flag, value in flags:
                 keys = flag.removeprefix("--").replace(".init_args", "").split(".")
                 if value.lstrip().startswith("{") and keys == [stage, "model", part][: len(keys)]:
                     named.update(arguments.keys())  # one value for all of them: as the parser has read it
                 elif keys[:-1] == [stage, "model", part]:
                     named.add(keys[-1])
-            inherited = inspect.signature(import_name(default["class_path"], stage)).parameters
-            for name, own in inspect.signature(import_name(chosen.class_path, stage)).parameters.items():
-                if name in inherited and name not in named and own.default is not own.empty:
+            for name, own in named_arguments(import_name(chosen.class_path, stage)).items():
+                if name in arguments and name not in named and own.default is not own.empty:
                     arguments[name] = own.default
 
 
-def _arguments_of(content: Any, stage: str, part: str) -> Iterable[str]:
-    """The names of the arguments that a recipe file gives a stage's expert or router."""
-    for key in (stage, "model", "init_args", part, "init_args"):
+def _part_of(content: Any, stage: str, part: str) -> Mapping[str, Any]:
+    """What a recipe file says of a stage's expert or router."""
+    for key in (stage, "model", "init_args", part):
         content = content.get(key) if isinstance(content, Mapping) else None
-    return content if isinstance(content, Mapping) else ()
+    return {"class_path": content} if isinstance(content, str) else content if isinstance(content, Mapping) else {}
 
 
 def _read_files(files: Sequence[Path]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:

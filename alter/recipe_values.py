@@ -19,7 +19,7 @@ from alter.nn.model import check_shared_experts, check_task_experts
 from alter.precision import check_precision
 from alter.run_folder import STAGES
 from alter.schema import check, import_name
-from alter.stage_settings import named_callbacks, stage_trainer
+from alter.stage_settings import named_callbacks, stage_epochs, stage_trainer
 from alter.strategy import check_strategy
 
 Config = Mapping[str, Any]
@@ -32,6 +32,7 @@ UNFIT = {  # keys of the trainer that work against what a run is, with what to d
     "overfit_batches": "a mixture draws other batches in every epoch; leave it out, and learn from few rows with "
     "data.limit: {train: 32}",
 }
+AVERAGING = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")  # callbacks of Lightning
 LARGEST_SEED = 2**32 - 1  # of numpy
 
 
@@ -137,7 +138,11 @@ def _check_trainer(trainer: Config, where: str) -> Iterator[str]:
             f"{where}.precision: {trainer['precision']} would convert the adapters too; write precision: bf16 for the frozen "
             f"backbone alone, or {where}.precision: bf16-mixed."
         )
-    for _, arguments in named_callbacks(trainer):
+    if trainer.get("limit_val_batches") == 0:
+        yield f"{where}.limit_val_batches: without a validation nothing says which model is best; leave it out."
+    for name, arguments in named_callbacks(trainer):
+        if name.rpartition(".")[2] in AVERAGING:
+            yield f"{where}.callbacks: {name} averages weights beside the model, which a stage does not keep; leave it out."
         if arguments.get("dirpath") is not None:
             yield (
                 f"{where}.callbacks: a stage's checkpoints lie in its own folder, where the same command finds them and no other "
@@ -149,7 +154,13 @@ def _check_trainer(trainer: Config, where: str) -> Iterator[str]:
 
 
 def _check_length(trainer: Config, stage: str) -> Iterator[str]:
-    """Lightning would train for a thousand epochs."""
+    """Lightning would train for a thousand epochs, and in few of them never validate."""
+    epochs, every = stage_epochs(trainer), trainer.get("check_val_every_n_epoch")
+    if epochs is not None and isinstance(every, int) and every > epochs:
+        yield (
+            f"trainer.check_val_every_n_epoch: {every} is more than the epochs of {stage}, {epochs}, and without a validation nothing "
+            "says which model is best; give as many at most."
+        )
     if trainer.get("max_epochs") is None and trainer.get("max_steps") in (None, -1) and trainer.get("max_time") is None:
         yield f"trainer.max_epochs: nothing says when {stage} ends; write max_epochs: 1, or max_steps or max_time."
 

@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,26 @@ def find_classes_in(folder: Path) -> None:
     """Lets a recipe name a class of a module that lies in a folder: beside it, or where one is."""
     if str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
+
+
+def named_arguments(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class by name, those that it hands on to its base classes as ``**kwargs`` among them."""
+    found: dict[str, inspect.Parameter] = {}
+    for maker in _makers(cls):
+        for name, parameter in list(inspect.signature(maker.__init__).parameters.items())[1:]:  # type: ignore[misc]
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                found.setdefault(name, parameter)
+    return found
+
+
+def _makers(cls: type) -> Iterator[type]:
+    """The class and its base classes down to the first that takes no ``**kwargs``, whose ``__init__`` sees the arguments."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            yield base
+            kinds = [parameter.kind for parameter in inspect.signature(base.__init__).parameters.values()]  # type: ignore[misc]
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                return
 
 
 def check(
@@ -39,11 +59,7 @@ def check(
     Returns:
         a sentence for each unknown key, missing key and value that does not fit its type.
     """
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(cls).parameters.items()
-        if name not in skip and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
+    parameters = {name: parameter for name, parameter in named_arguments(cls).items() if name not in skip}
     problems = []
     for key, value in given.items():
         if key not in parameters:
@@ -90,14 +106,18 @@ def _parser(cls: type, key: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    others = set(inspect.signature(cls).parameters) - {key}
-    parser.add_class_arguments(cls, skip=others, instantiate=False, fail_untyped=False)
+    owner = next((maker for maker in _makers(cls) if key in inspect.signature(maker.__init__).parameters), cls)  # type: ignore[misc]
+    others = set(named_arguments(owner)) - {key}
+    parser.add_class_arguments(owner, skip=others, instantiate=False, fail_untyped=False)
     return parser
 
 
 @cache  # asked for each key of a class
 def _hints(cls: type, include_extras: bool = False) -> dict[str, Any]:
-    return typing.get_type_hints(cls.__init__, include_extras=include_extras)  # type: ignore[misc]  # it is the class's own
+    found: dict[str, Any] = {}
+    for maker in reversed(list(_makers(cls))):
+        found |= typing.get_type_hints(maker.__init__, include_extras=include_extras)  # type: ignore[misc]
+    return found
 
 
 def template_base(cls: type, key: str) -> type | None:

@@ -169,6 +169,10 @@ def train(
         for file in [*checkpoints.rglob(".*.part"), checkpoints / KEPT]:  # of a killed run
             file.unlink(missing_ok=True)
     best = _best(cli.trainer)
+    if best["value"] is None and cli.trainer.global_step:
+        say(
+            f"{folder.name}: ended before a validation, so that its last weights are kept; set trainer.val_check_interval."
+        )
     facts = {
         "seconds": cli.throughput.elapsed,
         "trainable_parameters": cli.model.trainable_parameters(),

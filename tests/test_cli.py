@@ -246,6 +246,53 @@ def test_a_class_without_arguments_has_its_own_defaults(project, given, flags, t
     assert config["stage1"]["model"]["init_args"]["router"]["init_args"]["temperature"] == temperature
 
 
+@pytest.mark.parametrize(
+    ("overlay", "flags", "expected"),
+    [
+        ({"class_path": "alter.nn.HydraLoRA"}, [], 32),
+        ({"class_path": "alter.nn.LoRA"}, ["--stage1.model.expert", "alter.nn.HydraLoRA"], 32),
+        ({"class_path": "alter.nn.HydraLoRA"}, ["--stage1.model.expert.rank", "3"], 3),
+        ({"class_path": "alter.nn.HydraLoRA", "init_args": {"rank": 5}}, [], 5),
+        ({"class_path": "alter.nn.LoRA", "init_args": {"alpha": 2.0}}, [], 4),
+        ({"class_path": "alter.nn.experts.LoRA"}, [], 4),
+    ],
+)
+def test_another_class_in_an_overlay_or_a_flag_leaves_the_first_ones_arguments(project, overlay, flags, expected):
+    """The recipe has LoRA with rank 4. An overlay of a comparison or a sweep means the same."""
+    Path("o.yaml").write_text(yaml.safe_dump({"stage1": {"model": {"init_args": {"expert": overlay}}}}))
+    config = read_recipe(["--config", "recipe.yaml", "--config", "o.yaml", *flags]).config
+    assert config["stage1"]["model"]["init_args"]["expert"]["init_args"]["rank"] == expected
+
+
+OWN_EXPERT = """
+from alter.nn import LoRA
+
+class Gained(LoRA):
+    def __init__(self, gain: float = 1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.gain = gain
+"""
+
+
+def test_an_expert_that_hands_its_arguments_on_is_the_same_in_both_stages_and_in_a_file(project, monkeypatch):
+    (project / "handing_on.py").write_text(OWN_EXPERT)
+    monkeypatch.syspath_prepend(str(project))
+    change(
+        project,
+        stage1__model__init_args__expert={"class_path": "handing_on.Gained", "init_args": {"gain": 2.0, "rank": 3}},
+    )
+    fit("--test", "false")
+    parts = json.loads((project / "run" / "model" / "alter.json").read_text())["parts"]
+    assert parts["experts"]["init_args"] == {"gain": 2.0, "rank": 3, "alpha": None}
+    assert alter.load(project / "run").classify(["w1 w2"], task="sort")
+
+
+def test_an_optimizer_that_does_not_fit_is_one_sentence(project, capsys):
+    change(project, stage1__model__init_args__optimizer={"class_path": "torch.optim.LBFGS"})
+    (sentence,) = refused(capsys)
+    assert "optimizer: it does not fit this model (LBFGS doesn't support per-parameter options" in sentence
+
+
 @pytest.mark.parametrize("settings", [{"limit_train_batches": 3}, {"accumulate_grad_batches": 4}])
 def test_every_stage_has_a_line_in_the_log(project, settings):
     given = {f"trainer__{key}": value for key, value in settings.items()}
@@ -607,6 +654,9 @@ def test_predict_refuses_bad_input(project, capsys, arguments, content, message)
         ({"trunk_cache__max_gb": 0}, "trunk_cache.max_gb: 0.0 is no number above 0; to keep nothing, write trunk_cache.enabled: false"),
         ({"trainer__val_check_interval": 0}, "trainer.val_check_interval: 0 is not above 0"),
         ({"stage2__trainer__accumulate_grad_batches": 0}, "stage2.trainer.accumulate_grad_batches: 0 is not above 0"),
+        ({"stage1__trainer": {"check_val_every_n_epoch": 3}}, "trainer.check_val_every_n_epoch: 3 is more than the epochs of stage1, 2"),
+        ({"trainer__limit_val_batches": 0}, "trainer.limit_val_batches: without a validation nothing says"),
+        ({"trainer__callbacks": [{"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging"}]}, "trainer.callbacks: lightning.pytorch.callbacks.EMAWeightAveraging averages weights"),
         ({"trainer__fast_dev_run": True}, "trainer.fast_dev_run: it would leave a run that counts as trained"),
         ({"trainer__overfit_batches": 1}, "trainer.overfit_batches: a mixture draws other batches in every epoch"),
         ({"trainer__enable_checkpointing": False}, "trainer.enable_checkpointing: without checkpoints there is no best model"),

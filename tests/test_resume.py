@@ -7,6 +7,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from alter.callbacks import Interruption
 from alter.checkpoints import CheckedCheckpoints
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import KEEPER, change, fit, project, refused, template  # noqa: F401 (a fixture)
@@ -103,6 +104,40 @@ def test_what_is_left_before_each_checkpoint_is_written_goes_on_to_the_same_end(
         shutil.copytree(folder, project, dirs_exist_ok=True)
         fit(*flags)
         ends_as(project / "run", project / "whole")
+
+
+STOPPER = "lightning.pytorch.callbacks.EarlyStopping"
+
+
+def test_what_early_stopping_has_ended_does_not_go_on(project):  # noqa: F811
+    stopper = {"class_path": STOPPER, "init_args": {"monitor": "val/loss", "patience": 1, "min_delta": 9.0}}
+    change(
+        project,
+        data__examples_per_epoch=60,
+        data__max_tokens=48,
+        trainer__val_check_interval=2,
+        trainer__callbacks=[stopper],
+    )
+    fit("--run", "whole", "--test", "false", "--stages", "[stage1]")
+    assert len(logs(project / "whole")["stage1"].splitlines()) < 40  # not to its end
+    shutil.copytree(project / "whole", project / "run")
+    (project / "run" / "progress.json").unlink()  # killed before it was noted
+    shutil.rmtree(project / "run" / "stage1" / "model")
+    shutil.rmtree(project / "run" / "model")
+    fit("--run", "run", "--test", "false", "--stages", "[stage1]")
+    ends_as(project / "run", project / "whole")
+
+
+def test_ctrl_c_in_the_last_of_max_steps_leaves_no_validation_out(project, monkeypatch):  # noqa: F811
+    change(project, data__max_tokens=48, trainer__max_epochs=-1, trainer__max_steps=6, trainer__val_check_interval=2)
+    flags = ("--test", "false", "--stages", "[stage1]")
+    fit("--run", "whole", *flags)
+    with monkeypatch.context() as patched:
+        patched.setattr(Interruption, "_any_asked", lambda self, trainer: trainer.global_step == 6)
+        with pytest.raises(SystemExit):
+            fit("--run", "run", *flags)
+    fit("--run", "run", *flags)
+    ends_as(project / "run", project / "whole")
 
 
 def with_files_beside_the_tasks(project):  # noqa: F811

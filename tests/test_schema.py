@@ -38,6 +38,17 @@ def test_a_value_is_refused_exactly_where_it_does_not_fit_its_hint(key, fits, mi
         assert said.startswith(f"f.yaml: x: the key '{key}' is {value!r}, which is not ")
 
 
+def test_arguments_that_are_handed_on_to_a_base_class_are_keys_too():
+    class Own(Settings):
+        def __init__(self, factor: float = 1.0, **kwargs) -> None:
+            super().__init__(**{"count": 2, **kwargs})
+
+    assert check(Own, {"factor": 2.0, "count": 3, "kind": "b"}, "f.yaml: x") == []
+    said = check(Own, {"count": "3", "knid": "b"}, "f.yaml: x")
+    assert said[0].startswith("f.yaml: x: the key 'count' is '3', which is not int")
+    assert "unknown key 'knid'; the keys are factor, count, share" in said[1]
+
+
 def test_keys_that_are_unknown_or_missing_are_named():
     class Needy:
         def __init__(self, first: int, second: int = 2) -> None: ...

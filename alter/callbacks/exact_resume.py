@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class ExactResume(Callback):
-    """A validation that was still to come, folders that were moved, and where an epoch stands on other processes."""
+    """A validation that was still to come, an early end, folders that were moved, where an epoch stands on other processes."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Where validation follows the batch at whose end a checkpoint is written, lets the resumed run begin with it.
@@ -28,13 +28,15 @@ class ExactResume(Callback):
             done = validation["total"]["completed"]
             validation["total"].update(ready=done + 1, started=done + 1, processed=done)
             validation["current"].update(ready=0, started=0, processed=0, completed=0)
+        checkpoint["should_stop"] = trainer.should_stop
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lets ``ModelCheckpoint`` go on where the run folder was moved or is named by another path.
+        """Ends what ``EarlyStopping`` has ended, and lets ``ModelCheckpoint`` go on where the run folder was moved.
 
-        It keeps absolute paths, and forgets the best checkpoint and its score where they do not fit. Callbacks' states are
+        That keeps absolute paths, and forgets the best checkpoint and its score where they do not fit. Callbacks' states are
         loaded after this.
         """
+        trainer.should_stop = checkpoint.get("should_stop", False)
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
             if isinstance(callback, ModelCheckpoint) and state and state["dirpath"] != callback.dirpath:

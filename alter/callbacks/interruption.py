@@ -18,6 +18,11 @@ TOLD = "alter: stops after this batch, or the validation that runs, with a check
 SAME_SIGNAL_SECONDS = 1.0  # within which several are one: a terminal or a launcher and a parent may send it both
 
 
+def is_over(trainer: Trainer) -> bool:
+    """Whether the last of ``max_steps`` is done: what validation there is still to be would not follow in a run that goes on."""
+    return trainer.global_step >= trainer.max_steps > 0
+
+
 class Interruption(Checkpoint):
     """Lets all processes write a checkpoint after the same batch and stop.
 
@@ -64,7 +69,7 @@ class Interruption(Checkpoint):
         Raises:
             KeyboardInterrupt: then.
         """
-        if self._any_asked(trainer):
+        if self._any_asked(trainer) and not is_over(trainer):
             trainer.save_checkpoint(self.file)
             raise KeyboardInterrupt
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from alter.callbacks.interruption import is_over
 from alter.requeue import Requeue
 
 KEPT = "preempted.ckpt"
@@ -43,7 +44,7 @@ class Preemption(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Where any process has been signalled, all stop here."""
-        if not self.requeue.listens:
+        if not self.requeue.listens or is_over(trainer):
             return
         if trainer.strategy.reduce_boolean_decision(self.requeue.asked, all=False):
             trainer.save_checkpoint(self.file)

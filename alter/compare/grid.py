@@ -201,6 +201,11 @@ def _epochs(config: Config, stage: str) -> float:
             f"{stage}.trainer: a comparison shares out the examples drawn, so give the length as max_epochs and, as a "
             "share such as 0.3, limit_train_batches."
         )
+    if isinstance(trainer.get("val_check_interval"), int):
+        raise AlterError(
+            f"{stage}.trainer: the epochs of a comparison's methods have unlike numbers of batches, so give val_check_interval as a "
+            "share of the epoch, such as 0.25."
+        )
     return epochs * limit
 
 

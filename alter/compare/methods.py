@@ -66,6 +66,9 @@ class Method:
     trains: bool = True
 
 
+ONE_EPOCH = {"max_epochs": 1, "limit_train_batches": 1.0, "check_val_every_n_epoch": 1}
+
+
 def one_stage_of(config: Config, draws: int) -> Config:
     """The recipe with stage 1 alone, which gets the draws of both and ends as the recipe does, by stage 2's schedule."""
     config = copy.deepcopy(config)
@@ -74,7 +77,7 @@ def one_stage_of(config: Config, draws: int) -> Config:
     first |= {key: last[key] for key in ("schedule", "warmup") if key in last}
     del config["stage2"]  # a cell goes on when what it does not use has changed
     config["data"]["examples_per_epoch"] = draws
-    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1.0}
+    config["trainer"] |= ONE_EPOCH
     config["stage1"]["trainer"] = _without_length(config["stage1"]["trainer"])
     return config
 
@@ -83,7 +86,7 @@ HARD = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
 
 
 def _without_length(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in trainer.items() if key not in ("max_epochs", "limit_train_batches")}
+    return {key: value for key, value in trainer.items() if key not in ONE_EPOCH}
 
 
 def _stage1(**arguments: Any) -> Callable[[Config, Budget], list[Training]]:
@@ -142,7 +145,7 @@ def _one_stage(config: Config, budget: Budget) -> list[Training]:
     """All parts at once: stage 1 makes the experts without a step, stage 2 trains everything at stage 1's rate."""
     config = copy.deepcopy(config)
     config["data"]["examples_per_epoch"] = budget.draws
-    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 1.0}
+    config["trainer"] |= ONE_EPOCH
     config["stage1"]["trainer"] = {**_without_length(config["stage1"]["trainer"]), "max_steps": 0}
     config["stage2"]["trainer"] = _without_length(config["stage2"]["trainer"])
     first, second = (config[stage]["model"]["init_args"] for stage in ("stage1", "stage2"))

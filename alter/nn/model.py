@@ -134,8 +134,8 @@ class MTAModel(nn.Module):
     def add_shared(self, expert: Expert, num_shared: int, router: Router, keep: float = 0.9) -> None:
         """Stage 2: shared experts and the gate over the task experts' mixture and them.
 
-        What the task experts change is divided by ``keep``, where the gate starts there, so that their share of it is what all
-        of it was: the model answers nearly as it did before, exactly where experts do not act before an activation.
+        What the task experts change is divided by their first share, ``keep`` unless the gate leaves some experts out, so that
+        it is what all of it was: the model answers nearly as it did before, exactly where experts do not act before an activation.
 
         Args:
             expert: template of the shared experts.
@@ -148,10 +148,11 @@ class MTAModel(nn.Module):
         """
         check_shared_experts(num_shared, keep, expert, router)
         row = torch.tensor([keep, *[(1 - keep) / num_shared] * num_shared])
+        share = float(router.first_gates(row)[0])
         for layer in self.layers.values():
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
-            if keep > 0 and router.starts_at_prior:
-                layer.experts.strengthen(1 / keep, layer.frozen)
+            if share > 0 and router.starts_at_prior:
+                layer.experts.strengthen(1 / share, layer.frozen)
         self._place_adapters()
 
     def add_newcomer(self, task: str, expert: Expert | None = None, own: float = 0.8, keep: float = 0.8) -> None:

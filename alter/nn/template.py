@@ -20,6 +20,14 @@ class Template(nn.Module):
     named in a recipe, copied for every layer, and written into JSON.
     """
 
+    _given: dict[str, Any]
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Notes the arguments that are given by name."""
+        made = super().__new__(cls)
+        object.__setattr__(made, "_given", given)  # some may be for a base class alone, by its subclass's **kwargs
+        return made
+
     def fresh(self) -> Self:
         """Returns an unbuilt copy, for one more layer."""
         return copy.deepcopy(self)
@@ -47,7 +55,7 @@ class Template(nn.Module):
         # a class without an __init__ of its own has torch's, with *args and **kwargs
         named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         parameters = inspect.signature(type(self)).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.kind in named]
+        names = dict.fromkeys([*(parameter.name for parameter in parameters if parameter.kind in named), *self._given])
         module = type(self).__module__
         return {  # ALTER's own by their public name, so that a model outlives a change of files
             "class_path": f"{'alter.nn' if module.startswith('alter.nn.') else module}.{type(self).__qualname__}",

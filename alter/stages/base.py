@@ -325,7 +325,12 @@ class StageModule(LightningModule):
             for part, parameters in self.model.part_parameters().items()
             if (trainable := [p for p in parameters if p.requires_grad])
         ]
-        optimizer = self.make_optimizer(groups)
+        try:
+            optimizer = self.make_optimizer(groups)
+        except ValueError as error:  # such as one that takes matrices alone
+            raise AlterError(
+                f"optimizer: it does not fit this model ({error}); take another, such as torch.optim.AdamW."
+            ) from error
         fused = _to_be_fused(optimizer)
         for group in optimizer.param_groups:
             group["lr"] *= rates[group["name"]]

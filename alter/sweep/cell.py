@@ -33,7 +33,9 @@ def main() -> None:
             return
         (cell / FAILED).unlink(missing_ok=True)
         try:
-            known = _run(sweep.recipe(options.number), flags)
+            known = _run(
+                sweep.recipe(options.number), [*flags, "--run", str(cell.absolute())]
+            )  # wherever the sweep has moved
             if not is_helper():
                 write_json(cell / RESULT, known)
         except Exception as error:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from alter.errors import AlterError
@@ -151,7 +152,7 @@ def _run_here(found: Sweep, todo: Sequence[int], processes: int) -> None:
     failed = sum(row.state in OVER for row in rows(found))
     if failed:
         raise AlterError(
-            f"{failed} of {len(found.points)} cells have failed; to try them again: alter sweep retry {found.folder}"
+            f"{failed} of {len(found.points)} cells have failed; to try them again: alter sweep retry {quote(str(found.folder))}"
         )
 
 
@@ -165,7 +166,7 @@ def _run_on_slurm(
         print(f"\n{script}", end="")
         return
     print(f"Job array {submit_array(found, todo, script)}: {len(todo)} of {len(found.points)} cells.")
-    print(f"Where they stand: alter sweep status {found.folder}")
+    print(f"Where they stand: alter sweep status {quote(str(found.folder))}")
 
 
 def _show(found: Sweep, best: bool) -> None:
@@ -177,7 +178,8 @@ def _show(found: Sweep, best: bool) -> None:
         return
     file = write_best(found, cells)
     if file is None:
-        print("No cell is done, so there is no best one yet.")
+        known = "measured by a validation" if any(row.state == "done" for row in cells) else "done"
+        print(f"No cell is {known}, so there is no best one yet.")
     else:
         print(f"\nThe best recipe: {best_command(found, file)}")
-        print(f"Its run, trained and not yet tested: alter test --run {found.cell(cells[0].number)}")
+        print(f"Its run, trained and not yet tested: alter test --run {quote(str(found.cell(cells[0].number)))}")

@@ -118,7 +118,7 @@ def table(sweep: Sweep, cells: Sequence[Row]) -> str:
         if row.state in OVER:
             text.append(f"cell {row.number:03d} {row.state}: {row.said} ({sweep.cell(row.number) / LOG})")
     if any(row.state in OVER for row in cells):
-        text.append(f"To try these again: alter sweep retry {sweep.folder}")
+        text.append(f"To try these again: alter sweep retry {shlex.quote(str(sweep.folder))}")
     return "\n".join(text)
 
 

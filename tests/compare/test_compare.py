@@ -30,6 +30,7 @@ from alter.home import alter_home
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.recipe import read_recipe
 from alter.run_folder import stage_records
+from alter.stage_settings import stage_trainer
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, project, refused  # noqa: F401 (a fixture)
 
@@ -354,6 +355,16 @@ def test_an_overlay_keeps_the_arguments_of_the_same_class_by_whichever_name(tmp_
     }
 
 
+@pytest.mark.parametrize("name", ["stage1", "shared", "one_stage", "alone", "full"])
+def test_a_method_of_one_epoch_is_validated_in_it(compared, name):
+    rare = {"max_epochs": 2, "check_val_every_n_epoch": 2}
+    change(compared, stage1__trainer=rare, stage2__trainer=rare)
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    for training in METHODS[name].plan(copy.deepcopy(recipe.config), Planner(recipe).budget):
+        for stage in training.config["stages"]:
+            assert stage_trainer(training.config, stage)["check_val_every_n_epoch"] == 1
+
+
 def test_one_stage_learns_in_its_second_stage_alone(compared, cells_here):
     found = compare("--methods", "one_stage", "--seeds", "1")["methods"]["one_stage"]
     run = Path("out/cells/one_stage/seed13/run")
@@ -579,6 +590,7 @@ def test_a_backbone_that_trains_is_counted(compared, cells_here):
         (["--stages", "[stage1]"], "stages"),
         (["--trainer.limit_train_batches", "3"], "limit_train_batches"),
         (["--trainer.max_epochs", "-1"], "give the length as max_epochs"),
+        (["--trainer.val_check_interval", "2"], "give val_check_interval as a share of the epoch"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(compared, capsys, arguments, said):

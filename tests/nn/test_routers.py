@@ -101,6 +101,46 @@ def test_a_hard_selector_takes_the_likeliest_expert_alone_and_learns_nothing():
     assert not any(parameter.requires_grad for parameter in router.parameters())
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("make", [lambda k: TopK(k=k), lambda k: ModSquad(k=k), lambda k: TaskSelector(hard=k == 1)])
+def test_the_first_gates_are_those_that_a_new_router_gives(make, k):
+    router = build(make(k), prior=PRIOR[:1]).eval()
+    gates = router(torch.zeros(1, 1, D), Routing(torch.tensor([0])))  # a state that the gates' small weights don't see
+    torch.testing.assert_close(gates.flatten(), make(k).first_gates(PRIOR[0]), atol=1e-5, rtol=0)
+
+
+def test_fixed_gates_need_no_parameter():
+    class Fixed(TaskSelector):
+        def build(self, shape):
+            self.register_buffer("gates", shape.prior.clone())
+
+        def forward(self, hidden_states, routing):
+            return self.gates[routing.rows(hidden_states.shape[0])].unsqueeze(1)
+
+    torch.testing.assert_close(build(Fixed()).task_gates(1), PRIOR[1])
+
+
+def test_arguments_that_are_handed_on_to_a_base_class_are_described_too():
+    class Sharp(TopK):
+        def __init__(self, sharpen=1.0, **kwargs):
+            super().__init__(**kwargs)
+            self.sharpen = sharpen
+
+    class One(TopK):
+        def __init__(self, **kwargs):
+            super().__init__(k=1, **kwargs)
+
+    for router, expected in (
+        (Sharp(k=1, noise=0.5), {"sharpen": 1.0, "k": 1, "noise": 0.5}),
+        (Sharp(2.0), {"sharpen": 2.0}),
+        (One(noise=0.5), {"noise": 0.5}),
+    ):
+        given = router.fresh().describe()["init_args"]
+        assert given == expected
+        made = type(router)(**given)
+        assert (made.k, made.noise) == (router.k, router.noise)
+
+
 def test_rows_of_one_example_stand_together():
     routing = Routing(torch.tensor([5, 7]), prompt=torch.tensor([[1.0], [2.0]]))
     assert routing.rows(6).tolist() == [5, 5, 5, 7, 7, 7]

@@ -234,6 +234,19 @@ def test_a_callback_may_be_named_by_its_class_alone(project, capfd):  # noqa: F8
     assert planned("data.temperature=1,2").metric == "val/loss"
 
 
+def test_a_cell_of_a_sweep_that_has_moved_trains_in_its_new_place(project, capfd):  # noqa: F811
+    planned("data.temperature=1,2")
+    for number, done in ((1, {"result.json": {"value": 0.5, "seconds": 1}}), (2, {"failed.json": {"said": "x"}})):
+        (Path("out/cells") / f"{number:03d}").mkdir(parents=True, exist_ok=True)
+        for name, content in done.items():
+            (Path("out/cells") / f"{number:03d}" / name).write_text(json.dumps(content))
+    Path("out").rename("my sweep")
+    main(["sweep", "retry", "my sweep"])
+    assert Path("my sweep/cells/002/stage1/model").is_dir()
+    assert not Path("out").exists()
+    assert "Its run, trained and not yet tested: alter test --run 'my sweep/cells/00" in capfd.readouterr().out
+
+
 def test_a_sweep_whose_start_is_gone_is_told_as_that(project, capfd):  # noqa: F811
     planned("data.temperature=1,2")
     file = Path("out/sweep.json")

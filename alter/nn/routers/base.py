@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Self
 
 import torch
@@ -138,6 +139,10 @@ class Router(Template):
     starts_at_prior = True
     reads_linearly = False
 
+    def first_gates(self, prior: Tensor) -> Tensor:
+        """The gates that a new router makes of its prior, [..., experts]: the prior, unless it leaves some experts out."""
+        return prior
+
     @property
     def reads_task_alone(self) -> bool:
         """Whether the gates depend on nothing but the task."""
@@ -153,7 +158,9 @@ class Router(Template):
         if not self.reads_task_alone:
             what = "prompt" if self.reads_prompt else "first position" if self.reads_sequence else "token"
             raise AlterError(f"{type(self).__name__} reads every {what}, so a task has no fixed gates.")
-        device = next(self.parameters()).device
+        device = next(
+            chain(self.parameters(), self.buffers()), torch.empty(0)
+        ).device  # one of fixed gates may have neither
         return self(torch.zeros(1, 1, 1, device=device), Routing(torch.tensor([task_id], device=device))).flatten()
 
     @property

@@ -54,6 +54,9 @@ class ModSquad(Router):
     def check_experts(self, num_experts: int) -> None:
         self._require("k", 1 <= self.k <= num_experts, f"give 1 to {num_experts}, the number of experts")
 
+    def first_gates(self, prior: Tensor) -> Tensor:
+        return keep_largest(prior, self.k)
+
     def build(self, shape: RouterShape) -> None:
         self.check_experts(shape.num_experts)
         self.weight = nn.Parameter(torch.empty(shape.num_tasks, shape.num_experts, shape.hidden_size))

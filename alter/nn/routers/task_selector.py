@@ -32,6 +32,9 @@ class TaskSelector(Router):
     def check(self) -> None:
         self._require_temperature()
 
+    def first_gates(self, prior: Tensor) -> Tensor:
+        return _largest_alone(prior) if self.hard else prior
+
     def build(self, shape: RouterShape) -> None:
         theta = shape.prior.clamp_min(1e-6).log() * self.temperature
         self.theta = nn.Parameter(theta, requires_grad=not self.hard)
@@ -39,5 +42,10 @@ class TaskSelector(Router):
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         theta = self.theta[routing.rows(hidden_states.shape[0])].unsqueeze(1)
         if self.hard:
-            return torch.zeros_like(theta).scatter(-1, theta.argmax(-1, keepdim=True), 1.0)
+            return _largest_alone(theta)
         return (theta / self.temperature).softmax(-1)
+
+
+def _largest_alone(values: Tensor) -> Tensor:
+    """1 at the largest of the last dimension, 0 elsewhere."""
+    return torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)

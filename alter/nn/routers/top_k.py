@@ -48,6 +48,9 @@ class TopK(Router):
     def check_experts(self, num_experts: int) -> None:
         self._require("k", 1 <= self.k <= num_experts, f"give 1 to {num_experts}, the number of experts")
 
+    def first_gates(self, prior: Tensor) -> Tensor:
+        return keep_largest(prior, self.k)
+
     def build(self, shape: RouterShape) -> None:
         self.check_experts(shape.num_experts)
         self.gate = nn.Linear(shape.hidden_size, shape.num_experts)

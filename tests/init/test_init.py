@@ -17,7 +17,7 @@ from alter.cli import main
 from alter.data import Task
 from alter.errors import AlterError
 from alter.init.write import init
-from tests.data.conftest import words, write_jsonl  # noqa: F401 (a fixture)
+from tests.data.conftest import make_words, words, write_jsonl  # noqa: F401 (a fixture)
 from tests.test_cli import tiny_backbone
 
 ROOT = Path(__file__).parents[2]
@@ -196,8 +196,9 @@ def test_every_kind_of_file_and_task_is_told_and_written(files, tmp_path, capsys
     assert "alter fit --config mine/recipe.yaml" in out
 
 
-def test_fit_works_on_the_result_unedited(files, tmp_path, words):  # noqa: F811
-    tiny_backbone(tmp_path / "backbone", words, "llama")
+def test_fit_works_on_the_result_unedited(files, tmp_path):
+    tokenizer = make_words(tmp_path / "tokenizer", ["refund", "delivery", "0", "1", "2"])
+    tiny_backbone(tmp_path / "backbone", tokenizer, "llama")
     main(["init", "mine", *map(str, files), "--backbone", "backbone"])
     main(["fit", "--config", "mine/recipe.yaml"])
     results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())

@@ -203,7 +203,7 @@ def _rouge(name: str, predictions: Sequence[str], targets: Sequence[str], choice
     from torchmetrics.functional.text import rouge_score
 
     def row_score(prediction: str, target: str) -> float:
-        if not (
+        if name != "rouge2" and not (
             _words_for_rouge(prediction).split() and _words_for_rouge(target).split()
         ):  # of signs alone, + is not -
             return _same_but_for_form(prediction, target)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import Trainer
 
@@ -195,21 +196,31 @@ def _restore_defaults(config: Namespace, contents: Iterable[Any], flags: Sequenc
             if arguments is None:
                 continue
             before, named, changed = default["class_path"], set[str](), False
-            for given in [*(_part_of(content, stage, part) for content in contents), {"class_path": chosen.class_path}]:
+            said = (_part_of(content, stage, part) for content in [*contents, *_contents_of(flags)])
+            for given in [*said, {"class_path": chosen.class_path}]:
                 if not same_class(given.get("class_path", before), before):
                     before, named, changed = given["class_path"], set(), True
                 named |= (given.get("init_args") or {}).keys()
             if not changed:
                 continue
-            for flag, value in flags:
+            for flag, _ in flags:
                 keys = flag.removeprefix("--").replace(".init_args", "").split(".")
-                if value.lstrip().startswith("{") and keys == [stage, "model", part][: len(keys)]:
-                    named.update(arguments.keys())  # one value for all of them: as the parser has read it
-                elif keys[:-1] == [stage, "model", part]:
+                if keys[:-1] == [stage, "model", part]:
                     named.add(keys[-1])
             for name, own in named_arguments(import_name(chosen.class_path, stage)).items():
                 if name in arguments and name not in named and own.default is not own.empty:
                     arguments[name] = own.default
+
+
+def _contents_of(flags: Sequence[tuple[str, str]]) -> Iterable[Any]:
+    """What flags with a mapping say, such as ``--stage1.model.router '{class_path: ..., init_args: ...}'``, as a file would."""
+    for flag, value in flags:
+        keys = flag.removeprefix("--").replace(".init_args", "").split(".")
+        if keys[0] in DEFAULTS and value.lstrip().startswith("{"):
+            content = yaml.safe_load(value)
+            for key in reversed([*keys[:2], *(["init_args"] if keys[2:] else []), *keys[2:]]):
+                content = {key: content}
+            yield content
 
 
 def _part_of(content: Any, stage: str, part: str) -> Mapping[str, Any]:

@@ -156,7 +156,7 @@ def _check_trainer(trainer: Config, where: str) -> Iterator[str]:
 def _check_length(trainer: Config, stage: str) -> Iterator[str]:
     """Lightning would train for a thousand epochs, and in few of them never validate."""
     epochs, every = stage_epochs(trainer), trainer.get("check_val_every_n_epoch")
-    if epochs is not None and isinstance(every, int) and every > epochs:
+    if epochs and isinstance(every, int) and every > epochs:
         yield (
             f"trainer.check_val_every_n_epoch: {every} is more than the epochs of {stage}, {epochs}, and without a validation nothing "
             "says which model is best; give as many at most."

@@ -69,7 +69,8 @@ def check(
         else:
             problems += _check_value(cls, key, value, where)
     if required:
-        missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in given]
+        own = inspect.signature(cls).parameters  # it may give its base classes some itself
+        missing = [n for n, p in parameters.items() if n in own and p.default is p.empty and n not in given]
         problems += [f"{where}: the key '{name}' is missing; add it." for name in missing]
     return problems
 

@@ -252,6 +252,12 @@ def test_a_class_without_arguments_has_its_own_defaults(project, given, flags, t
         ({"class_path": "alter.nn.HydraLoRA"}, [], 32),
         ({"class_path": "alter.nn.LoRA"}, ["--stage1.model.expert", "alter.nn.HydraLoRA"], 32),
         ({"class_path": "alter.nn.HydraLoRA"}, ["--stage1.model.expert.rank", "3"], 3),
+        ({"class_path": "alter.nn.LoRA"}, ["--stage1.model.expert", '{"class_path": "alter.nn.HydraLoRA"}'], 32),
+        (
+            {"class_path": "alter.nn.LoRA"},
+            ["--stage1.model", "{init_args: {expert: {class_path: alter.nn.HydraLoRA, init_args: {rank: 6}}}}"],
+            6,
+        ),
         ({"class_path": "alter.nn.HydraLoRA", "init_args": {"rank": 5}}, [], 5),
         ({"class_path": "alter.nn.LoRA", "init_args": {"alpha": 2.0}}, [], 4),
         ({"class_path": "alter.nn.experts.LoRA"}, [], 4),

@@ -35,6 +35,9 @@ def trainer():
         save_checkpoint=saved.append,
         saved=saved,
         is_global_zero=True,
+        should_stop=False,
+        global_step=1,
+        max_steps=-1,
     )
     for number, handler in before.items():
         signal.signal(number, handler)

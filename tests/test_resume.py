@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from lightning import Callback
 from safetensors.torch import load_file, save_file
 
 from alter.callbacks import Interruption
@@ -128,8 +129,21 @@ def test_what_early_stopping_has_ended_does_not_go_on(project):  # noqa: F811
     ends_as(project / "run", project / "whole")
 
 
-def test_ctrl_c_in_the_last_of_max_steps_leaves_no_validation_out(project, monkeypatch):  # noqa: F811
-    change(project, data__max_tokens=48, trainer__max_epochs=-1, trainer__max_steps=6, trainer__val_check_interval=2)
+class StopsAtSix(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= 6
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"trainer__max_epochs": -1, "trainer__max_steps": 6},
+        {"trainer__max_epochs": 9, "trainer__callbacks": ["tests.test_resume.StopsAtSix"]},
+    ],
+    ids=["max_steps", "callback"],
+)
+def test_ctrl_c_in_the_last_step_leaves_no_validation_out(project, monkeypatch, end):  # noqa: F811
+    change(project, data__max_tokens=48, trainer__val_check_interval=2, **end)
     flags = ("--test", "false", "--stages", "[stage1]")
     fit("--run", "whole", *flags)
     with monkeypatch.context() as patched:

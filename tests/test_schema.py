@@ -49,6 +49,19 @@ def test_arguments_that_are_handed_on_to_a_base_class_are_keys_too():
     assert "unknown key 'knid'; the keys are factor, count, share" in said[1]
 
 
+def test_what_a_class_gives_its_base_class_itself_is_not_missing():
+    class Needy:
+        def __init__(self, first: int, second: int = 2) -> None: ...
+
+    class Giving(Needy):
+        def __init__(self, name: str, **kwargs) -> None:
+            super().__init__(first=1, **kwargs)
+
+    assert check(Giving, {"name": "x", "second": 3}, "f.yaml") == []
+    (said,) = check(Giving, {"second": 3}, "f.yaml")
+    assert said == "f.yaml: the key 'name' is missing; add it."
+
+
 def test_keys_that_are_unknown_or_missing_are_named():
     class Needy:
         def __init__(self, first: int, second: int = 2) -> None: ...

@@ -28,7 +28,8 @@ class ExactResume(Callback):
             done = validation["total"]["completed"]
             validation["total"].update(ready=done + 1, started=done + 1, processed=done)
             validation["current"].update(ready=0, started=0, processed=0, completed=0)
-        checkpoint["should_stop"] = trainer.should_stop
+        else:
+            checkpoint["should_stop"] = trainer.should_stop
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Ends what ``EarlyStopping`` has ended, and lets ``ModelCheckpoint`` go on where the run folder was moved.

@@ -19,8 +19,9 @@ SAME_SIGNAL_SECONDS = 1.0  # within which several are one: a terminal or a launc
 
 
 def is_over(trainer: Trainer) -> bool:
-    """Whether the last of ``max_steps`` is done: what validation there is still to be would not follow in a run that goes on."""
-    return trainer.global_step >= trainer.max_steps > 0
+    """Whether the last step is done, so that what validation there is still to be would not follow in a run that goes on."""
+    stopped = trainer.should_stop and trainer.fit_loop._can_stop_early
+    return stopped or trainer.global_step >= trainer.max_steps > 0
 
 
 class Interruption(Checkpoint):

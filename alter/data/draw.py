@@ -17,7 +17,7 @@ MAX_MESSAGES = 5
 
 def drawn(rows: Any, most: int | None) -> Any:
     """At most so many rows of a data set, always the same; None for all. At random, since files have their classes in some order."""
-    if most is None or most >= len(rows):
+    if not most or most >= len(rows):
         return rows
     return rows.select(sorted(heapq.nsmallest(most, range(len(rows)), lambda n: stable_fraction(f"{MEASURED}:{n}"))))
 

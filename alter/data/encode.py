@@ -145,9 +145,10 @@ class _Encoder:
             size = len(prompt_ids) + len(target_ids)
             self.stats["rows"] += 1
             self.stats["several_lines"] += "\n" in target
-            self.stats["unknown_signs"] += (
-                self.tokenizer.unk_token_id in target_ids[:-1]
-            )  # the last is often the same, eos
+            if (
+                not self.task.choices
+            ):  # one of which is the answer, whatever its tokens; the last token is eos, often the same
+                self.stats["unknown_signs"] += self.tokenizer.unk_token_id in target_ids[:-1]
             self.stats["tokens"] += size
             self.stats["longest"] = max(self.stats["longest"], size)
             yield {
@@ -303,12 +304,12 @@ def _fingerprint(task: Task, tokenizer: Any, seq2seq: bool, seed: int, shots: in
 
 
 def _own_code(made: Task | Source) -> Iterator[str]:
-    """The module of a class that is not ALTER's, which may make other prompts or rows of the same settings."""
-    kind = type(made)
-    if not kind.__module__.startswith("alter."):
-        yield kind.__qualname__
-        with suppress(OSError, TypeError):  # typed into a shell
-            yield inspect.getsource(sys.modules[kind.__module__])
+    """The modules of a class and its base classes that are not ALTER's, which may make other prompts or rows of the same settings."""
+    for kind in type(made).__mro__:
+        if kind.__module__.partition(".")[0] not in ("alter", "abc", "builtins", "typing"):
+            yield kind.__qualname__
+            with suppress(OSError, TypeError):  # typed into a shell
+                yield inspect.getsource(sys.modules[kind.__module__])
 
 
 @lru_cache(maxsize=1)  # most of the time of finding a task that is encoded; a mixture's tasks have one tokenizer

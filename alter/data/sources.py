@@ -11,7 +11,6 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -95,10 +94,16 @@ class Files(Source):
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yields the rows of a split."""
-        return (row for _, row in Files.numbered(self, split))  # whatever a subclass makes of them
+        numbered = (
+            self._numbered if type(self).numbered is Source.numbered else self.numbered
+        )  # else it would ask this again
+        return (row for _, row in numbered(split))
 
     def numbered(self, split: str) -> Iterator[tuple[int, Row]]:
         """Yields the rows of a split with their numbers in the file, of which other splits may have some."""
+        return self._numbered(split)
+
+    def _numbered(self, split: str) -> Iterator[tuple[int, Row]]:
         place = self.splits[split]
         if split != "train" and isinstance(place, str):
             yield from enumerate(self._read(place), 1)
@@ -376,20 +381,18 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1000):
-                yield from _with_texts(batch).to_pylist()
+                for row in batch.to_pylist():
+                    yield {name: _text_where_it_is(value) for name, value in row.items()}
     except pyarrow.ArrowException as error:
         raise AlterError(f"{path}: not readable as Parquet ({first_line(error)}); write the file again.") from error
 
 
-def _with_texts(batch: Any) -> Any:
-    """A batch whose columns of bytes are texts where they can be; some programs write texts so."""
-    import pyarrow
-
-    for place, column in enumerate(batch.schema):
-        if pyarrow.types.is_binary(column.type) or pyarrow.types.is_large_binary(column.type):
-            with suppress(pyarrow.ArrowInvalid):  # a picture, say
-                batch = batch.set_column(place, column.name, batch.column(place).cast(pyarrow.string()))
-    return batch
+def _text_where_it_is(value: Any) -> Any:
+    """Bytes as the text that some programs write so; a picture, say, stays bytes."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
 def _read_excel(path: Path) -> Iterator[Row]:

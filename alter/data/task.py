@@ -217,7 +217,6 @@ class Task:
         return target
 
     def _render(self, key: str, row: Fields, place: str) -> str:
-        row = {name: template.filled(value) for name, value in row.items()}
         try:
             return sources.writable(self._compiled[key].render({**row, "row": row}))
         except UndefinedError as error:

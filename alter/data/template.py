@@ -7,10 +7,11 @@ Tasks come with downloaded models too, so a template is code of somebody else's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, nodes, pass_eval_context
+from jinja2 import StrictUndefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,6 +30,11 @@ FILTERS = (
     "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse", "round", "safe",
     "select", "selectattr", "sort", "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "wordcount",
 )  # fmt: skip
+OF_TEXT = (  # filters that make or take a text
+    "capitalize", "d", "default", "e", "escape", "lower", "replace", "safe", "string", "title", "trim", "truncate", "upper",
+    "wordcount",
+)  # fmt: skip
+AS_TEXT = "as text"  # a filter that no template can name
 OF_MAPPINGS = ("get", "items", "keys", "values")
 METHODS = (
     "capitalize", "count", "endswith", "find", "get", "index", "isalpha", "isdigit", "isnumeric", "items", "join", "keys", "lower",
@@ -40,10 +46,15 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "%"})
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        return filled(super().getattr(obj, attribute))
+        return super().getattr(_filled(obj), attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        return filled(super().getitem(obj, argument))
+        return super().getitem(_filled(obj), argument)
+
+    def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
+        for concatenation in source.find_all(nodes.Concat):  # which would write None
+            concatenation.nodes = [nodes.Filter(part, AS_TEXT, [], [], None, None) for part in concatenation.nodes]
+        return super()._generate(source, *arguments, **options)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if not all(isinstance(side, (int, float)) for side in (left, right)):
@@ -63,24 +74,49 @@ def _json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent, sort_keys=True)
 
 
-def filled(value: Any) -> Any:
+def _filled(value: Any) -> Any:
     """An empty text in place of an empty cell of Parquet, or JSON's null or NaN, as of an empty cell of CSV."""
     return "" if is_missing(value) else value
 
 
 def _text(value: Any) -> Any:
-    """What an output writes.
+    """What is written of a value, or handed to what makes a text of it.
 
     Raises:
         ValueError: nothing that can be read.
     """
     if isinstance(value, bytes):
-        raise ValueError("it writes bytes that are not UTF-8")
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError("it writes bytes that are not UTF-8") from error
     if callable(value) and not isinstance(value, StrictUndefined):
         raise ValueError(
             "it writes a method instead of calling it; add (), or write ['its name'] for a field of that name"
         )
-    return filled(value)
+    return _filled(value)
+
+
+def _of_text(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is given a text, whatever stands in the row."""
+    place = int(hasattr(make, "jinja_pass_arg"))  # behind what Jinja hands some of its own
+
+    @wraps(make)
+    def made(*arguments: Any, **options: Any) -> Any:
+        return make(*arguments[:place], _text(arguments[place]), *arguments[place + 1 :], **options)
+
+    return made
+
+
+def _of_words(join: Callable[..., Any]) -> Callable[..., Any]:
+    """``join``, which leaves a text that is given in place of its words, as on the page of ``alter serve``, as it is."""
+
+    @wraps(join)
+    def joined(context: Any, words: Any, *arguments: Any, **options: Any) -> Any:
+        words = _text(words)
+        return words if isinstance(words, str) else join(context, map(_text, words), *arguments, **options)
+
+    return joined
 
 
 def environment() -> _Environment:
@@ -88,16 +124,10 @@ def environment() -> _Environment:
     made = _Environment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_text)
     made.globals.clear()
     made.filters = {name: made.filters[name] for name in FILTERS}
-    join = made.filters["join"]
-
-    @pass_eval_context
-    def joined(context: Any, words: Any, *arguments: Any, **named: Any) -> Any:
-        if isinstance(words, str):  # given in place of its words, as on the page of `alter serve`
-            return words
-        return join(context, [filled(word) for word in words], *arguments, **named)
-
-    made.filters["join"] = joined
     made.filters["replace"] = _replace
+    made.filters |= {name: _of_text(made.filters[name]) for name in OF_TEXT}
+    made.filters["join"] = _of_words(made.filters["join"])
+    made.filters[AS_TEXT] = _text
     made.filters["tojson"] = _json
     return made
 

@@ -62,7 +62,10 @@ def test_empty_lines_before_the_names_are_passed_over(tmp_path, name):
 def test_parquet_bytes_are_texts_where_they_can_be(tmp_path):
     rows = [{"text": "ä".encode(), "picture": b"\xff\x00", "label": "x"}, {"text": None, "picture": b"a", "label": "y"}]
     found = list(read_file(write(tmp_path / "x.parquet", rows)))
-    assert found == [{**rows[0], "text": "ä"}, rows[1]]
+    assert found == [
+        {**rows[0], "text": "ä"},
+        {**rows[1], "picture": "a"},
+    ]  # each by itself, whatever else is in the file
 
 
 def test_a_subclass_that_gives_other_rows_is_asked_for_them(tmp_path):
@@ -73,6 +76,14 @@ def test_a_subclass_that_gives_other_rows_is_asked_for_them(tmp_path):
     file = write(tmp_path / "x.csv", [{"text": "a"}, {"text": "b"}])
     source = Shouted(train=str(file), validation=str(file), test=str(file))
     assert list(source.numbered("train")) == [(1, {"text": "A"}), (2, {"text": "B"})]
+
+    class Numbered(Files):
+        def numbered(self, split):
+            return ((10 * n, row) for n, row in super().numbered(split))
+
+    source = Numbered(train=str(file), validation=str(file), test=str(file))
+    assert list(source.numbered("train")) == [(10, {"text": "a"}), (20, {"text": "b"})]
+    assert list(source.rows("train")) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_a_sheet_is_read_whole_whatever_size_the_file_tells(tmp_path):

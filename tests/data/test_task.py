@@ -193,15 +193,38 @@ def test_nothing_is_an_empty_text(tmp_path):
         ("{{ text | trim }}:", ":"),
         ("{{ text | replace('a', 'b') }}{{ 'N: ' ~ text }}:", "N: :"),
         ("{{ [text, label] | join('+') }}:", "+yes:"),
-        ("{{ text | default('none', true) }}:", "none:"),
-        ("{% if text %}Note:{% endif %}{{ text | truncate(10) }}:", ":"),
-        ("{{ row['text'] | trim }}{{ row.get('text') }}:", ":"),
+        ("{{ text | default('none', true) }}{{ text | truncate(10) }}{{ text.strip() }}:", "none:"),
+        ("{{ row['text'] | trim }}{{ row.get('text') | upper }}{{ row.get('text') ~ '' }}:", ":"),
         ("{{ part.text | trim }}{{ part['text'] | string }}{{ parts | map(attribute='text') | join('+') }}:", ":"),
+        (
+            "{% for word in words %}{{ word | upper }};{% endfor %}{{ words | first | trim }}{{ words | map('trim') | join('+') }}:",
+            ";A;+a:",
+        ),
+        ("{% for name, value in part.items() %}{{ name ~ '=' ~ value }};{% endfor %}", "text=;"),
     ],
 )
-def test_what_is_missing_is_an_empty_text_to_filters_and_tests_too(tmp_path, nothing, prompt, expected):
-    row = {"text": nothing, "label": "yes", "part": {"text": nothing}, "parts": [{"text": nothing}]}
+def test_what_is_missing_makes_an_empty_text_wherever_a_text_is_made(tmp_path, nothing, prompt, expected):
+    row = {
+        "text": nothing,
+        "label": "yes",
+        "part": {"text": nothing},
+        "parts": [{"text": nothing}],
+        "words": [nothing, "a"],
+    }
     assert make(tmp_path, prompt=prompt).render_prompt(row) == expected
+
+
+def test_what_is_missing_stays_what_it_is_to_numbers_tests_and_json(tmp_path):
+    nan = float("nan")
+    assert (
+        make(tmp_path, prompt="{{ age | round(1) }}{{ 'old' if age > 65 else 'young' }}").render_prompt({"age": nan})
+        == "young"
+    )
+    assert make(tmp_path, prompt="{{ 'unknown' if age is none else age }}").render_prompt({"age": None}) == "unknown"
+    assert (
+        make(tmp_path, prompt="{{ age | tojson }} {{ row | tojson }}").render_prompt({"age": None})
+        == 'null {"age": null}'
+    )
 
 
 def test_a_missing_answer_is_no_answer(tmp_path):
@@ -222,9 +245,10 @@ def test_a_method_that_is_not_called_is_refused(tmp_path):
     ):
         make(tmp_path, prompt="{{ lab.values | trim }}")
     with pytest.raises(AlterError, match="it writes a method instead of calling it"):
-        make(tmp_path, prompt="{{ text.lower }}").render_prompt({"text": "a"})
+        make(tmp_path, prompt="{{ text.lower | trim }}").render_prompt({"text": "a"})
     with pytest.raises(AlterError, match="it writes bytes that are not UTF-8"):
-        make(tmp_path, prompt="{{ text }}").render_prompt({"text": b"\xff"})
+        make(tmp_path, prompt="{{ text | trim }}").render_prompt({"text": b"\xff"})
+    assert make(tmp_path, prompt="{{ text | upper }}").render_prompt({"text": "ä".encode()}) == "Ä"
     task = make(
         tmp_path, prompt="{{ lab['values'] }} {{ lab.title }} {% for name in lab.keys() %}{{ name }}{% endfor %}"
     )

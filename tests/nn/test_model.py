@@ -384,6 +384,18 @@ def test_stage_two_starts_where_stage_one_ended(family, task_expert, keep):
     assert moved < learned * (1e-3 if isinstance(task_expert, Bottleneck) else 0.05)
 
 
+@PAIR
+@pytest.mark.parametrize("gate", [TopK(k=1), TopK(k=2), ModSquad(k=1), TaskSelector(hard=True)], ids=name)
+def test_stage_two_starts_where_stage_one_ended_under_a_gate_that_leaves_experts_out(family, gate):
+    model = make(family, Bottleneck(rank=4), TaskGate(), noise=0.001)
+    batch = train_batch(model)
+    before = logits(model, batch)
+    with model.adapters_disabled():
+        learned = (before - logits(model, batch)).norm()
+    model.add_shared(LoRA(rank=4), 2, gate, keep=0.6)
+    assert (logits(model.eval(), batch) - before).norm() < learned * 0.03
+
+
 def test_experts_stay_as_they_are_under_a_gate_that_starts_anywhere():
     model = make("llama")
     before = [p.clone() for p in model.part_parameters()["experts"]]

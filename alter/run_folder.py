@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from alter.cells import is_helper
 from alter.errors import AlterError
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone, whole_name
 from alter.nn.files import CONFIG_FILE
@@ -45,7 +46,7 @@ def changing(run: Path) -> Iterator[None]:
     Raises:
         AlterError: one does.
     """
-    if not (is_first() and run.is_dir()):  # several processes of one training are one; what is not there is not changed
+    if is_helper() or not run.is_dir():  # several processes of one training are one; what is not there is not changed
         yield
         return
     try:

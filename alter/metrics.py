@@ -203,9 +203,8 @@ def _rouge(name: str, predictions: Sequence[str], targets: Sequence[str], choice
     from torchmetrics.functional.text import rouge_score
 
     def row_score(prediction: str, target: str) -> float:
-        if name != "rouge2" and not (
-            _words_for_rouge(prediction).split() and _words_for_rouge(target).split()
-        ):  # of signs alone, + is not -
+        worded = all(_words_for_rouge(text).split() for text in (prediction, target))
+        if name != "rouge2" and not worded:  # of signs alone, + is not -
             return _same_but_for_form(prediction, target)
         scores = rouge_score(prediction, target, normalizer=_words_for_rouge, rouge_keys=name)
         return float(scores[f"{name}_fmeasure"])

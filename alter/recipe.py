@@ -204,7 +204,7 @@ def _restore_defaults(config: Namespace, contents: Iterable[Any], flags: Sequenc
             if not changed:
                 continue
             for flag, _ in flags:
-                keys = flag.removeprefix("--").replace(".init_args", "").split(".")
+                keys = _keys_of(flag)
                 if keys[:-1] == [stage, "model", part]:
                     named.add(keys[-1])
             for name, own in named_arguments(import_name(chosen.class_path, stage)).items():
@@ -215,12 +215,17 @@ def _restore_defaults(config: Namespace, contents: Iterable[Any], flags: Sequenc
 def _contents_of(flags: Sequence[tuple[str, str]]) -> Iterable[Any]:
     """What flags with a mapping say, such as ``--stage1.model.router '{class_path: ..., init_args: ...}'``, as a file would."""
     for flag, value in flags:
-        keys = flag.removeprefix("--").replace(".init_args", "").split(".")
+        keys = _keys_of(flag)
         if keys[0] in DEFAULTS and value.lstrip().startswith("{"):
             content = yaml.safe_load(value)
             for key in reversed([*keys[:2], *(["init_args"] if keys[2:] else []), *keys[2:]]):
                 content = {key: content}
             yield content
+
+
+def _keys_of(flag: str) -> list[str]:
+    """The keys that a flag names, without ``init_args``, which may be left out."""
+    return flag.removeprefix("--").replace(".init_args", "").split(".")
 
 
 def _part_of(content: Any, stage: str, part: str) -> Mapping[str, Any]:

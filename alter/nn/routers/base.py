@@ -158,9 +158,8 @@ class Router(Template):
         if not self.reads_task_alone:
             what = "prompt" if self.reads_prompt else "first position" if self.reads_sequence else "token"
             raise AlterError(f"{type(self).__name__} reads every {what}, so a task has no fixed gates.")
-        device = next(
-            chain(self.parameters(), self.buffers()), torch.empty(0)
-        ).device  # one of fixed gates may have neither
+        own = chain(self.parameters(), self.buffers(), [torch.empty(0)])  # fixed gates may be neither
+        device = next(own).device
         return self(torch.zeros(1, 1, 1, device=device), Routing(torch.tensor([task_id], device=device))).flatten()
 
     @property

@@ -117,9 +117,8 @@ class Answerer:
         for row, task in enumerate(tasks):
             groups.setdefault(_together(task, probabilities[row]), []).append(row)
         answers: dict[int, Answer] = {}
-        for (how, _), rows in sorted(
-            groups.items(), key=lambda group: group[0][0] == "generate"
-        ):  # the short work first
+        short_work_first = sorted(groups.items(), key=lambda group: group[0][0] == "generate")
+        for (how, _), rows in short_work_first:
             own, given = [tasks[row] for row in rows], [prompts[row] for row in rows]
             if how == "generate":
                 found = self._generated(own, given, [limits[row] for row in rows], watch and _renumbered(watch, rows))

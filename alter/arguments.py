@@ -129,4 +129,6 @@ def parser(flags: argparse.ArgumentParser | None = None) -> argparse.ArgumentPar
             "--import", dest="modules", action="append", default=[], metavar="MODULE",
             help="import a module of your own first, where the run uses a router or expert from it",
         )  # fmt: skip
+    for verb in verbs.choices.values():
+        verb.set_defaults(parser=verb)
     return parser

@@ -13,6 +13,7 @@ from alter.data import Task
 from alter.loading import model_folder, run_recipe
 from alter.nn.embedded import EMBEDDED
 from alter.nn.files import read_config
+from alter.schema import foreign_module
 
 ALTER = "alter-mta"  # the library, as the hub names them
 UNKNOWN = "not stated in the task file"
@@ -129,8 +130,8 @@ def _task_table(tasks: Sequence[Task]) -> Iterator[str]:
 
 
 def _origin(task: Task) -> str:
-    """Where the rows come from, without this machine's folders."""
-    arguments = task.source.get("init_args") or {}
+    """Where the rows come from, without this machine's folders, and of a source that is not ALTER's without its arguments."""
+    arguments = {} if foreign_module(task.source) else task.source.get("init_args") or {}
     named = [Path(str(value)).name for key, value in arguments.items() if key in ("train", "path", "name") and value]
     return " ".join([str(task.source.get("class_path", "")), *named])
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alter.machine import GPUS, visible_gpus
+from alter.machine import GPUS, is_first, visible_gpus
 from alter.slurm import outside
 from alter.stopping import STATUS
 
@@ -31,23 +31,15 @@ def only_one(folder: Path, wait: bool = False) -> Iterator[None]:
 
     A process that a cell's training has started to help it is within already.
     """
-    if is_helper():
+    if not is_first():
         yield
         return
-    lock = FileLock(folder / ".lock", timeout=-1 if wait else 2)  # longer than `is_running` holds it
     try:
-        lock.acquire()
+        held = FileLock(folder / ".lock").acquire(timeout=-1 if wait else 2)  # longer than `is_running` holds it
     except Timeout:
         sys.exit(BUSY)
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
-
-
-def is_helper() -> bool:
-    """Whether a training of several processes has started this one, and another is its first."""
-    return any(os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "SLURM_PROCID"))
 
 
 def is_running(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from alter.arguments import parser
-from alter.errors import AlterError, disk_is_full
+from alter.errors import AlterError, did_you_mean, disk_is_full
 from alter.stopping import GOES_ON, STOPPED, stoppable
 
 RESUMED = ("fit", "compare", "sweep", "add-task", "remove-task")  # verbs that go on where they were stopped
@@ -81,7 +81,10 @@ def _run(arguments: list[str]) -> None:
         if getattr(importlib.import_module(module), name)(arguments[1:] or ["--help"]) is False:
             sys.exit(1)
         return
-    options = parser().parse_args(arguments)
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:  # told with the verb's own usage, where argparse would print that of all verbs
+        known = [option for action in options.parser._actions for option in action.option_strings]
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}.{did_you_mean(unknown[0], known)}")
     _import(getattr(options, "modules", []))
     VERBS[options.verb](options)
 
@@ -104,7 +107,6 @@ def _import(modules: Sequence[str]) -> None:
 def _fit(arguments: list[str]) -> None:
     if not arguments:
         raise AlterError("fit: --config is missing; name a recipe, such as one that alter ls lists.")
-    arguments = ["--print_config=comments" if a == "--print_config" else a for a in arguments]
     from alter.requeue import REQUEUE
 
     REQUEUE.listen()
@@ -134,13 +136,15 @@ def _init(options: argparse.Namespace) -> None:
 
 def _test(options: argparse.Namespace) -> None:
     from alter import run
+    from alter.run_folder import changing
 
-    if options.no_task_id:
-        from alter.unnamed import measure_unnamed
+    with changing(options.run):  # its results and what calibrates its answers
+        if options.no_task_id:
+            from alter.unnamed import measure_unnamed
 
-        measure_unnamed(options.run, *run.ready(options.run, backbone=options.backbone), options.split)
-    else:
-        run.measure(options.run, split=options.split, backbone=options.backbone)
+            measure_unnamed(options.run, *run.ready(options.run, backbone=options.backbone), options.split)
+        else:
+            run.measure(options.run, split=options.split, backbone=options.backbone)
 
 
 def _export(options: argparse.Namespace) -> None:

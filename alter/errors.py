@@ -6,6 +6,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+MOST_QUOTED = 200  # characters of another library's message
+
 
 class AlterError(Exception):
     """A mistake in the input that its author can mend.
@@ -31,10 +33,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, without its end; the error's name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200].rstrip(".") if lines else type(error).__name__
+def in_short(error: BaseException) -> str:
+    """Another library's message on one line, as much of it as a sentence bears; the error's name where it has none."""
+    message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return message if len(message) <= MOST_QUOTED else f"{message[:MOST_QUOTED]}..."
 
 
 def disk_is_full(error: BaseException | None) -> bool:

@@ -44,10 +44,10 @@ def evaluate(
         keep(name, predictions)
         with predictor.model.adapters_disabled():
             untouched = answers(predictor, data, name, split)
-        found: dict[str, list[str] | None] = {"backbone": untouched, "majority": None, "tfidf": None}
+        found: dict[str, list[str] | None] = {"majority": None, "backbone": untouched, "tfidf": None}
         if task.choices:
             labels = train["target"]
             found["majority"] = references.majority(labels, len(rows))
             found["tfidf"] = references.tfidf(train["prompt"], labels, rows["prompt"][:])
-        results[name] = task_results(name, task.metrics, targets, predictions, found, task.choices, task.kind)
+        results[name] = task_results(task.metrics, targets, predictions, found, task.choices)
     return results

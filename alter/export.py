@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from alter.answering import answer_ends
 from alter.card import model_card
 from alter.data import Task
-from alter.errors import AlterError, did_you_mean, first_line
+from alter.data.encode import prompt_ids
+from alter.errors import AlterError, did_you_mean, in_short
 from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.backbone import QUANTISED, load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.collapse import joined_experts, merged, one_adapter
@@ -31,6 +32,8 @@ from alter.nn.model import MTAModel
 from alter.publish import example_call, publish, write_recipe
 from alter.writing import made_whole, refuse_full
 
+# Messages for which a chat template has to make a task's prompts: of several lines, with blanks around, and long.
+SAMPLES = ("one line\n  and another", " ends in blanks \n", "long " * 100)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF_USAGE = """
 A plain checkpoint: transformers, or what reads its checkpoints, is all it needs.
@@ -261,13 +264,22 @@ def _chat_template(tokenizer: Any, task: Task) -> str | None:
     if len(task.fields) != 1:
         return None
     (field,) = task.fields
-    template = f"{{%- set {field} = messages[-1]['content'] -%}}\n{task.prompt.strip()}"
-    message = {"role": "user", "content": "one line\n  and another"}
-    try:
-        made = tokenizer.apply_chat_template([message], chat_template=template, tokenize=False)
-        return template if made == task.render_prompt({field: message["content"]}) else None
-    except (TemplateError, AlterError):  # a field whose name is no identifier, or that is no text
-        return None
+    starts = prompt_ids(["x"], tokenizer, seq2seq=False)[0][:1] == [tokenizer.bos_token_id]
+    first = "{{- bos_token -}}\n" if starts else ""
+    for end in ("", ".rstrip()"):  # ALTER's prompts end in no blanks
+        template = f"{{%- set {field} = messages[-1]['content']{end} -%}}\n{first}{task.prompt.strip()}"
+        with contextlib.suppress(TemplateError, AlterError):  # a field whose name is no identifier, or that is no text
+            if all(_prompts_alike(tokenizer, task, template, {field: sample}) for sample in SAMPLES):
+                return template
+    return None
+
+
+def _prompts_alike(tokenizer: Any, task: Task, template: str, row: dict[str, str]) -> bool:
+    """Whether a chat of one message has the text and the tokens of the task's prompt."""
+    chat, prompt = [{"role": "user", "content": next(iter(row.values()))}], task.render_prompt(row)
+    made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    ids = tokenizer(made, add_special_tokens=False).input_ids
+    return bool(made.endswith(prompt) and ids == prompt_ids([prompt], tokenizer, seq2seq=False)[0])
 
 
 def _refuse_unfit(model: MTAModel, form: str, names: Sequence[str]) -> None:
@@ -382,7 +394,7 @@ def write_onnx(model: PreTrainedModel, out: Path) -> None:
             ExportedModel(found, exporter.export_format, config=model.config).save_pretrained(out)
     except Exception as error:  # the exporter raises whatever the tracing met
         raise AlterError(
-            f"--format onnx: the exporter does not translate {type(model).__name__} ({first_line(error)}); take --format hf."
+            f"--format onnx: the exporter does not translate {type(model).__name__} ({in_short(error)}); take --format hf."
         ) from error
 
 

@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import TASK_PREDICTOR_FILE, add_to_run, read_task_predictor
 from alter.loading import CALIBRATION_FILE, answered_tasks, load, model_folder, run_recipe
-from alter.machine import peak_memory_bytes
 from alter.nn.backbone import is_seq2seq, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
@@ -28,9 +27,9 @@ from alter.nn.model import MTAModel
 from alter.recipe_values import check_lengths
 from alter.results import render_table, run_results
 from alter.run import measure, quiet
-from alter.run_folder import ADDED, differences, put_back, record, records, replace_model
+from alter.run_folder import ADDED, differences, measured_in, peak_memory, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
-from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache
+from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache, watching
 from alter.strategy import ONE_DEVICE
 from alter.training import release, say, train
 from alter.writing import write_json, write_text
@@ -40,7 +39,7 @@ CHECKS = 0.2  # of the draws, between two looks at validation
 # whatever the run's own stages were cut to
 WHOLE = {"limit_train_batches": 1.0, "check_val_every_n_epoch": 1, "max_steps": -1, "min_steps": None, "max_time": None}
 KEPT = ("loss_average", "gradient_checkpointing", "skip_bad_batches")  # of how the run's stages trained
-CONSOLIDATED = "consolidated-"  # folders of that name in the run's ADDED
+CONSOLIDATED = ".consolidated-"  # folders of that name in the run's ADDED, as no task is called
 OWN, KEEP = 0.8, 0.8  # a newcomer's own expert among the task experts, and these among all, at the start
 
 
@@ -104,7 +103,6 @@ def add_task(
         generation = Generation(**content.get("generation", {}))
         facts = train(folder, arguments, data, named, generation)[0]
         release(data)
-        _carry_on(run / "model", folder / "model")
         epochs = arguments["trainer"]["max_epochs"]
         record(folder, "added", **facts, **data.mixture()["mixture"][task.name], draws=data.draws * epochs)
     if task.name not in known:
@@ -115,14 +113,13 @@ def add_task(
     write_json(folder / "borrowed.json", found)
     if task.choices:
         _add_to(run / "model" / CALIBRATION_FILE, calibrate(predictor, data, [task.name]))
-        predictor = load(run)
     add_to_run(run, predictor, data, task.name)
     results = evaluate(predictor, data, tasks=[task.name])
-    _keep_results(run, results)
+    _change_results(run, lambda before: {**before, **results})
     trained = records(folder)["added"]
     seconds = {"training": trained["seconds"], "test": time.perf_counter() - started}
-    memory = max(peak_memory_bytes(), trained["peak_memory_bytes"])
-    found_out = run_results(results, {}, memory, trained["trainable_parameters"])
+    host, device = peak_memory([trained])
+    found_out = run_results(results, {}, host, trained["trainable_parameters"], peak_device_memory=device)
     print(render_table({**found_out, "seconds": seconds}))  # it is no stage of the run
     print(f"\n{describe(task.name, found)}")
     record(folder, "tested", seconds["test"])
@@ -142,20 +139,22 @@ def newcomer_arguments(
     optimizer = copy.deepcopy(stage1["optimizer"])
     if lr is not None:
         optimizer["init_args"]["lr"] = lr
-    given = {"expert": _newcomer_expert(content), "own": OWN, "keep": KEEP, "optimizer": optimizer}
+    given = {"expert": _newcomer_expert(run, content), "own": OWN, "keep": KEEP, "optimizer": optimizer}
     given |= {key: stage1[key] for key in KEPT if key in stage1}  # its schedule is its own: stage 1's may never fall
     arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
     whole = _drawn(run, content, draws)["examples_per_epoch"] is None
-    arguments["trainer"] |= {**WHOLE, "max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
+    length = {**WHOLE, "max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
+    trainer = watching(stage_trainer(content, "stage1"), [task])
+    arguments["trainer"] = {**trainer, **ONE_DEVICE, **length}
     return arguments
 
 
-def _newcomer_expert(content: Mapping[str, Any]) -> dict[str, Any]:
+def _newcomer_expert(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The run's kind of expert; a LoRA is scaled so that with its share of the mixture it counts as much as alone."""
     expert: dict[str, Any] = copy.deepcopy(content["stage1"]["model"]["init_args"]["expert"])
     arguments = expert.get("init_args", {})
     if "alpha" in arguments:
-        share = OWN * (KEEP if "stage2" in content["stages"] else 1.0)
+        share = OWN * (KEEP if _has_shared(run) else 1.0)
         arguments["alpha"] = (arguments["alpha"] or arguments["rank"]) / share
     return expert
 
@@ -176,9 +175,8 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
     content = _finished_run(run)
     if consolidate:
         _require_consolidable(run, content)
-        if (
-            name not in _names(content) and _consolidation(run, _names(content)).is_dir()
-        ):  # stopped while it consolidated
+        stopped_in_it = name not in _names(content) and _consolidation(run, _names(content)).is_dir()
+        if stopped_in_it:
             consolidate_run(run)
             return
     named = backbone or _backbone(run)
@@ -190,7 +188,9 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
         _take_out(run, model, name, named)
     left = [task for task in content["data"]["tasks"] if task["name"] != name]
     write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": left}}))
-    _drop_results(run, name)
+    if consolidate:  # from here on the same command goes on with it
+        _consolidation(run, [task["name"] for task in left]).mkdir(parents=True, exist_ok=True)
+    _change_results(run, lambda before: {task: found for task, found in before.items() if task != name})
     if trained_together:
         print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(users)}.")
     else:
@@ -233,7 +233,7 @@ def consolidate_run(run: Path) -> None:
     stage2 = content["stage2"]["model"]["init_args"]
     own = {key: stage2[key] for key in ("task_expert_lr", "optimizer", "schedule", "warmup", *KEPT) if key in stage2}
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
-    arguments["trainer"] |= {**content["stage2"]["trainer"], **ONE_DEVICE}
+    arguments["trainer"] = {**watching(stage_trainer(content, "stage2"), names), **ONE_DEVICE}
     train(folder, arguments, data, named, Generation(**content.get("generation", {})))
     release(data)
     replace_model(folder / "model", run / "model")
@@ -304,10 +304,13 @@ def _digest(model: Path) -> str:
 
 def _require_consolidable(run: Path, content: Mapping[str, Any]) -> None:
     refuse_foreign_sources(content["data"]["tasks"], run / "recipe.yaml")
-    if read_config(run / "model")["num_shared"] == 0:
-        raise AlterError(
-            f"{run}: --consolidate trains stage 2's part again, and the run has none (stages: {content['stages']}); leave it out."
-        )
+    if not _has_shared(run):
+        raise AlterError(f"{run}: --consolidate trains stage 2's part again, and the run has none; leave it out.")
+
+
+def _has_shared(run: Path) -> bool:
+    """Whether the run's model has what stage 2 brings."""
+    return bool(read_config(run / "model")["num_shared"] > 0)
 
 
 def _epochs(content: Mapping[str, Any]) -> int:
@@ -364,7 +367,15 @@ def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:
     content = run_recipe(run)
     if [task["name"] for task in content["data"]["tasks"]] != [task["name"] for task in tasks]:
         names = {task["name"]: task for task in tasks}
-        write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": list(names.values())}}))
+        shots = content["data"][
+            "shots"
+        ]  # are of the tasks that were there; the new one has learned from all that it was given
+        earlier = {
+            task["name"]: {**task, "shots": task.get("shots") or shots} for task in content["data"]["tasks"] if shots
+        }
+        joined = {**content["data"], "tasks": list({**names, **earlier}.values()), "shots": None}
+        write_text(run / "recipe.yaml", dump({**content, "data": joined}))
+    _carry_on(run / "model", folder / "model")
     _replace(folder / "model", run)
 
 
@@ -385,15 +396,11 @@ def _drop_from(file: Path, name: str) -> None:
         write_json(file, {key: value for key, value in json.loads(file.read_text()).items() if key != name})
 
 
-def _keep_results(run: Path, tasks: Mapping[str, Any]) -> None:
-    file = run / "results.json"
+def _change_results(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes the tasks of ``results.json``; what else was measured, of other rows or without names, is of other tasks."""
+    file, *others = measured_in(run)
+    for outdated in others:
+        outdated.unlink()
     if file.is_file():
         results = json.loads(file.read_text())
-        write_json(file, {**results, "tasks": {**results["tasks"], **tasks}})
-
-
-def _drop_results(run: Path, name: str) -> None:
-    file = run / "results.json"
-    if file.is_file():
-        results = json.loads(file.read_text())
-        write_json(file, {**results, "tasks": {key: value for key, value in results["tasks"].items() if key != name}})
+        write_json(file, {**results, "tasks": change(results["tasks"])})

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from alter.data import Task
 from alter.data.draw import drawn
-from alter.data.sources import writable
+from alter.data.files import writable
 from alter.errors import AlterError
 from alter.nn.task_predictor import Features, Kind, TaskPredictor, text_features
 
@@ -166,5 +165,5 @@ def shares(guesses: Sequence[Guess], name: str) -> dict[str, float]:
     """How a task's inputs were guessed: the shares ``right``, ``wrong`` and ``unclear``."""
     right = sum(found.task == name for found in guesses)
     unclear = sum(found.task is None for found in guesses)
-    parts = torch.tensor([right, len(guesses) - right - unclear, unclear]) / len(guesses)
-    return dict(zip(("right", "wrong", "unclear"), parts.tolist(), strict=True))
+    parts = {"right": right, "wrong": len(guesses) - right - unclear, "unclear": unclear}
+    return {part: count / len(guesses) for part, count in parts.items()}

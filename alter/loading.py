@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alter.data import Task
-from alter.errors import AlterError, first_line
+from alter.errors import AlterError, in_short
 from alter.guess import read_task_predictor
 from alter.nn.backbone import QUANTISED, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
@@ -65,7 +65,7 @@ def _checked_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         raise AlterError(
-            f"device: there is no '{device}' here ({first_line(error)}); leave it out for the machine's own, or give cpu."
+            f"device: there is no '{device}' here ({in_short(error)}); leave it out for the machine's own, or give cpu."
         ) from error
     return device
 

@@ -1,4 +1,4 @@
-"""What this machine is, and how much of its memory was taken."""
+"""What this process and its machine are, and how much of its memory was taken."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ import sys
 from pathlib import Path
 
 GPUS = "CUDA_VISIBLE_DEVICES"
+# By which torchrun, Lightning, SLURM, LSF and Open MPI number the processes that they start: over all nodes, or in two parts.
+RANKS = ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+def is_first() -> bool:
+    """Whether this is the one process of a training, or the first of several, which writes; known before any has met another."""
+    return rank_variable() is None
+
+
+def rank_variable() -> str | None:
+    """The variable of the environment by which this is not the first of several processes; None where it is."""
+    return next((rank for rank in RANKS if os.environ.get(rank, "0") != "0"), None)
 
 
 def peak_memory_bytes() -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,24 +73,16 @@ def metric(
     Raises:
         AlterError: for an unknown name or no rows.
     """
-    problems = check_names([name])
-    if problems:
-        raise AlterError(*problems)
+    if name not in KNOWN and recalled_choice(name) is None:
+        raise AlterError(
+            f"There is no metric '{name}'.{did_you_mean(name, KNOWN)} Known: {', '.join(KNOWN)}, recall[CHOICE]."
+        )
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
     if not targets:
         raise AlterError(f"{name} has no rows to measure: give the split at least one row.")
     make: Callable[..., Metric] = KNOWN.get(name, _recall)
     return make(name, predictions, targets, choices)
-
-
-def check_names(names: Iterable[str]) -> list[str]:
-    """Returns one sentence for each name that is no metric; the caller puts file and key before it."""
-    return [
-        f"There is no metric '{name}'.{did_you_mean(name, KNOWN)} Known: {', '.join(KNOWN)}, recall[CHOICE]."
-        for name in names
-        if name not in KNOWN and recalled_choice(name) is None
-    ]
 
 
 def recalled_choice(name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,10 +185,8 @@ def confusion(targets: Sequence[str], answers: Sequence[str], most: int = 25) ->
         answers: what was answered.
         most: classes that are shown; the rarer ones are one class.
     """
-    counts: dict[str, int] = {}
-    for label in [*targets, *answers]:
-        counts[label] = counts.get(label, 0) + 1
-    kept = sorted(sorted(counts, key=lambda label: -counts[label])[:most])
+    counts = Counter([*targets, *answers])
+    kept = sorted(label for label, _ in counts.most_common(most))
     names = [*kept, f"{len(counts) - most} others"] if len(counts) > most else kept
     places = {label: kept.index(label) if label in kept else len(kept) for label in counts}
     table = np.zeros((len(names), len(names)))

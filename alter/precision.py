@@ -8,6 +8,7 @@ from typing import Any
 
 from alter.errors import AlterError, did_you_mean
 from alter.nn.backbone import PRECISIONS
+from alter.run_folder import has_begun
 from alter.yaml_file import read_yaml
 
 AUTO = "auto"
@@ -50,9 +51,9 @@ def choose_precision(config: Mapping[str, Any], here: bool = True) -> str:
     """
     if config["precision"] != AUTO:
         return str(config["precision"])
-    begun = Path(config["run"]).expanduser() / "recipe.yaml"
+    run = Path(config["run"]).expanduser()
     try:
-        known = read_yaml(begun).get("precision") if begun.is_file() else None
+        known = read_yaml(run / "recipe.yaml").get("precision") if has_begun(run) else None
     except (AlterError, AttributeError):
         known = None  # not a recipe; what is done about it is decided where the folder is claimed
     if known in PRECISIONS:

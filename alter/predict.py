@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from alter.answering import Answer, Answerer
 from alter.data import Task, encode_prompt
-from alter.data.encode import prompt_ids
+from alter.data.encode import batched, prompt_ids
 from alter.errors import AlterError
 from alter.guess import Guess, guess
 from alter.nn.task_predictor import TaskPredictor
 
 Text = str | Mapping[str, Any]
-Item = TypeVar("Item")
 
 
 class Predictor(Answerer):
@@ -268,10 +266,3 @@ def _refuse_to_write(*args: Any, **kwargs: Any) -> None:
         "hf: transformers cannot read what it would write of a backbone with adapters; call save_pretrained of the model "
         "that alter.load returned, or write a plain checkpoint of one task by alter export."
     )
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of up to ``size`` items."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

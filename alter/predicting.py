@@ -79,7 +79,7 @@ def _open(name: str) -> TextIO:
 
 def _rows(name: str) -> Iterator[dict[str, Any]]:
     """The rows of a table, told by its ending; of anything else, the objects of JSON lines."""
-    from alter.data.sources import TABLES, read_file
+    from alter.data.files import TABLES, read_file
 
     if Path(name).suffix.lower() in TABLES and Path(name).is_file():
         yield from read_file(Path(name))
@@ -94,7 +94,7 @@ def _rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def _objects(stream: TextIO, name: str) -> Iterator[dict[str, Any]]:
-    from alter.data.sources import json_lines
+    from alter.data.files import json_lines
 
     for number, line, row in json_lines(stream, name):
         if not isinstance(row, dict):

@@ -80,10 +80,16 @@ def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]
     (out / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
+def _is_place(path: Any) -> bool:
+    return isinstance(path, str) and (path.startswith(("/", ".", "~")) or "\\" in path or Path(path).is_dir())
+
+
 def _published(source: dict[str, Any]) -> dict[str, Any]:
     """A source with files by name alone; of one that is not ALTER's, whose arguments may say anything, no more than its name."""
     if foreign_module(source):
         return {"class_path": source["class_path"]}
     arguments = {key: value for key, value in (source.get("init_args") or {}).items() if key not in PLACES}
     names = {key: Path(arguments[key]).name for key in FILES if isinstance(arguments.get(key), str)}
+    if _is_place(arguments.get("path")):  # of a data set's folder, where a hub has ``owner/name``
+        names["path"] = Path(arguments["path"]).name
     return {**source, "init_args": {**arguments, **names}}

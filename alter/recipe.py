@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +32,7 @@ DEFAULTS = {  # named here too, so that their arguments are flags even where a r
     "stage1": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.TaskSelector"}},
     "stage2": {"expert": {"class_path": "alter.nn.LoRA"}, "router": {"class_path": "alter.nn.SharedGate"}},
 }
+PRINT = "--print_config"
 SECTIONS = ("trunk_cache", "generation", "data", "trainer", *STAGES)
 
 
@@ -145,7 +145,12 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
 
     Raises:
         AlterError: with every mistake found, before anything is loaded or written.
+        SystemExit: after ``--print_config`` among the arguments, which prints the recipe.
     """
+    printed = [a for a in arguments if a.partition("=")[0] == PRINT]
+    if printed and printed[-1] not in (PRINT, f"{PRINT}=comments", f"{PRINT}=skip_default"):
+        raise AlterError(f"the command line: {printed[-1]}: it takes skip_default, or nothing.")
+    arguments = [a for a in arguments if a not in printed]
     arguments = [_find_config(a, previous) for a, previous in zip(arguments, [None, *arguments[:-1]], strict=True)]
     files = [Path(value) for flag, value in _flag_values(arguments) if flag == "--config"]
     for folder in dict.fromkeys([Path(), *(file.parent for file in files)]):  # modules are looked for in this order
@@ -175,6 +180,10 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
         problems += error.messages
     if config is not None:
         _restore_defaults(config, [content for _, content in contents], _flag_values(arguments))
+        if printed:  # not by the parser itself, which knows nothing of these defaults
+            options = {"skip_unset": False, "with_comments": True, "skip_validation": True}
+            print(parser.dump(config, **options, skip_default=printed[-1].endswith("=skip_default")), end="")
+            raise SystemExit
         plain = config.as_dict()
         problems += check_values(plain)
         problems += [] if problems else check_ranges(plain)
@@ -311,7 +320,7 @@ def _stage_flags(arguments: Sequence[str]) -> list[str]:
         found = re.fullmatch(r"--(stage[12])\.model\.(?:init_args\.)?(\w+)", flag)
         if found is None or found[2] == "class_path":
             continue
-        known = [key for key in inspect.signature(STAGES[found[1]]).parameters if key not in SET_BY_RUN]
+        known = [key for key in named_arguments(STAGES[found[1]]) if key not in SET_BY_RUN]
         where = f"the command line: {flag}"
         if found[2] not in known:
             problems.append(
@@ -326,7 +335,14 @@ def _stage_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _unknown_flag(error: Exception, parser: ArgumentParser) -> str | None:
-    """What to say where the error is a flag that no recipe has; else None."""
+    """What to say where the error is a flag that no recipe has, or what is no flag; else None."""
+    if found := re.search(r"nrecognized arguments: ([^-\s]\S*)", str(error)):
+        remedy = (
+            f"name a recipe by --config {found[1]}"
+            if Path(found[1]).suffix in (".yaml", ".yml")
+            else "quote a value with blanks"
+        )
+        return f"the command line: '{found[1]}' belongs to no flag; {remedy}."
     found = re.search(r"nrecognized arguments: (--[^\s=]+)", str(error))
     if found is None:
         return None

@@ -19,7 +19,7 @@ from alter.inside import expert_similarity, gates_by_task
 from alter.loading import load, still_answered
 from alter.metrics import metric
 from alter.predict import Predictor
-from alter.results import REFERENCES, spoken, verdict
+from alter.results import REFERENCES, marked, spoken
 from alter.run_folder import ADDED, records
 from alter.writing import write_json, write_text
 from alter.yaml_file import dump
@@ -176,19 +176,11 @@ class _Report:
         rows = []
         for task, metrics in self.results["tasks"].items():
             for name, entry in metrics.items():
-                others = [self._reference(entry, reference) for reference in REFERENCES]
+                others = [marked(entry, reference) for reference in REFERENCES]
                 interval = f"{entry['low']:.3f} to {entry['high']:.3f}"
                 rows.append([task, name, f"{entry['n']:,}", f"**{entry['value']:.3f}**", interval, *others])
         yield markup.table(head, rows)
         yield "<p>References on the same rows. * above the model; ~ the intervals overlap.</p>"
-
-    @staticmethod
-    def _reference(entry: Mapping[str, Any], reference: str) -> str:
-        other = entry["references"].get(reference)
-        if other is None:
-            return "-"
-        mark = verdict(entry, other).mark
-        return f"{other['value']:.3f} [{other['low']:.3f}, {other['high']:.3f}] {mark}".rstrip()
 
     def curves(self) -> Iterator[str]:
         lines: dict[str, list[tuple[float, float]]] = {}

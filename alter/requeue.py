@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 PATIENCE = 60.0  # seconds from the signal to the end of the step at most; SLURM's default lead here is 90
-INTERACTIVE = 4294967280  # step ids from here on are SLURM's own, such as that of an allocation's shell
+INTERACTIVE = 4294967280  # step ids from here on are SLURM's own
+SHELL = "4294967290"  # that of an allocation's shell
 
 
 def leave_allocation() -> None:
@@ -48,11 +49,12 @@ class Requeue:
         self._timer: threading.Timer | None = None
 
     def listen(self) -> None:
-        """Takes the signal from now on, in a job of SLURM; elsewhere it stays what it was.
+        """Takes the signal from now on, in a job of SLURM; elsewhere, as in an allocation's shell, it stays what it was.
 
         SIGTERM, by which SLURM ends a job that has been requeued, then ends this process at once.
         """
-        if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        in_job = "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ
+        if in_job and os.environ.get("SLURM_STEP_ID") != SHELL:
             self._process = os.getpid()
             self.listens, self.asked = True, False
             signal.signal(signal.SIGUSR1, self._signalled)

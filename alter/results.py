@@ -7,68 +7,49 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from alter import terminal
-from alter.errors import AlterError
-from alter.metrics import bootstrap_interval, check_names, metric
+from alter.metrics import bootstrap_interval, metric
 
 REFERENCES = {"majority": "majority", "backbone": "backbone", "tfidf": "TF-IDF"}  # key in the file -> name in the table
 STEPS = ("data", "stage1", "stage2", "test")
-_CLASSIFICATION_ONLY = ("majority", "tfidf")
 _DIGITS = 6
 
 
 def task_results(
-    task_name: str,
     metrics: Sequence[str],
     targets: Sequence[str],
     predictions: Sequence[str],
     references: Mapping[str, Sequence[str] | None],
     choices: Sequence[str] | None,
-    kind: str,
 ) -> dict[str, Any]:
     """Measures one task's model and references on the same rows.
 
     Args:
-        task_name: for error messages.
         metrics: names from `alter.metrics.KNOWN`.
         targets: what is right, one a row.
         predictions: what the model answered.
-        references: what each of `REFERENCES` answered; a missing one, or None, becomes null.
+        references: what each of `REFERENCES` answered; None where it makes no sense.
         choices: the labels of a classification, else None.
-        kind: "classification" or "generation"; the majority and TF-IDF make no sense for a generation and become null.
 
     Returns:
         `{metric: {"value", "low", "high", "n", "references": {name: {"value", "low", "high"} or None}}}`.
     """
-    if kind not in ("classification", "generation"):
-        raise ValueError(f"kind is '{kind}', not 'classification' or 'generation'")
-    surplus = set(references) - set(REFERENCES)
-    if surplus:
-        raise ValueError(f"unknown references {sorted(surplus)}; known are {list(REFERENCES)}")
-    problems = check_names(metrics)
-    if not targets:
-        problems.append("The split has no rows to measure: give it at least one.")
-    if problems:
-        raise AlterError(*(f"Task '{task_name}', metrics: {problem}" for problem in problems))
-    answers = {
-        name: None if kind == "generation" and name in _CLASSIFICATION_ONLY else references.get(name)
-        for name in REFERENCES
-    }
     return {
         name: {
-            **_measure(name, predictions, targets, choices),
+            **with_interval(name, predictions, targets, choices),
             "n": len(targets),
             "references": {
-                reference: None if answer is None else _measure(name, answer, targets, choices)
-                for reference, answer in answers.items()
+                reference: None if answer is None else with_interval(name, answer, targets, choices)
+                for reference, answer in references.items()
             },
         }
         for name in metrics
     }
 
 
-def _measure(
+def with_interval(
     name: str, predictions: Sequence[str], targets: Sequence[str], choices: Sequence[str] | None
 ) -> dict[str, float]:
+    """A metric's value with its bootstrap interval."""
     measured = metric(name, predictions, targets, choices)
     low, high = bootstrap_interval(measured)
     return {"value": round(measured.value(), _DIGITS), "low": round(low, _DIGITS), "high": round(high, _DIGITS)}
@@ -135,21 +116,17 @@ def render_table(results: Mapping[str, Any]) -> str:
     lines = [heads.rstrip(), "-" * room]
     for task, metrics in results["tasks"].items():
         ns = {entry["n"] for entry in metrics.values()}
-        lines.append(_cut(room, f"{task}  (n = {', '.join(f'{n:,}' for n in sorted(ns))})"))
+        lines.append(terminal.cut(f"{task}  (n = {', '.join(f'{n:,}' for n in sorted(ns))})", room))
         for name, entry in metrics.items():
-            others = "".join(f"{_marked_cell(entry, reference, full):<{cell}}" for reference in REFERENCES)
+            others = "".join(f"{marked(entry, reference, full):<{cell}}" for reference in REFERENCES)
             if len(name) > 11:  # a name such as recall[out of scope] stands above its numbers
-                lines.append(_cut(room, f"  {name}"))
+                lines.append(terminal.cut(f"  {name}", room))
                 name = ""
             lines.append(f"  {name:<12}{measured(entry):<24}{others}".rstrip())
     lines.append("-" * room)
     for note in _notes(results):
         lines += textwrap.wrap(note, room, subsequent_indent="  ", break_on_hyphens=False)
     return "\n".join(lines) + "\n"
-
-
-def _cut(room: int, line: str) -> str:
-    return line if len(line) <= room else line[: room - 3] + "..."
 
 
 def measured(entry: Mapping[str, float] | None, interval: bool = True) -> str:
@@ -159,7 +136,8 @@ def measured(entry: Mapping[str, float] | None, interval: bool = True) -> str:
     return f"{entry['value']:.3f}" + (f" [{entry['low']:.3f}, {entry['high']:.3f}]" if interval else "")
 
 
-def _marked_cell(entry: Mapping[str, Any], reference: str, interval: bool = True) -> str:
+def marked(entry: Mapping[str, Any], reference: str, interval: bool = True) -> str:
+    """A reference's cell: its value, and how it stands to the model."""
     other = entry["references"].get(reference)
     return "-" if other is None else f"{measured(other, interval)} {verdict(entry, other).mark}".rstrip()
 

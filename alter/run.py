@@ -23,7 +23,7 @@ from alter.errors import AlterError
 from alter.evaluate import evaluate
 from alter.guess import fit_run
 from alter.loading import load, run_recipe
-from alter.machine import peak_device_memory_bytes, peak_memory_bytes
+from alter.machine import is_first
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.nn.decoding import Generation
 from alter.precision import slow_precision
@@ -31,7 +31,7 @@ from alter.predict import Predictor
 from alter.recipe import Recipe
 from alter.recipe_file import STAGES
 from alter.results import render_table, run_results
-from alter.run_folder import changing, claim, is_first, record, records, replace_model, stage_records
+from alter.run_folder import changing, claim, measured_in, peak_memory, record, records, replace_model, stage_records
 from alter.schema import refuse_foreign_sources
 from alter.training import release, say, train
 from alter.writing import write_json
@@ -45,7 +45,12 @@ def fit(recipe: Recipe) -> None:
             wrong with the input.
     """
     if is_first():
-        recipe.run.mkdir(parents=True, exist_ok=True)
+        try:
+            recipe.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AlterError(
+                f"{recipe.run}: the run folder cannot be made ({error.strerror}); name another by --run."
+            ) from error
     with changing(recipe.run):
         _fit(recipe)
 
@@ -89,12 +94,13 @@ def measure(
     if split == "test":
         seconds["test"] = time.perf_counter() - started
     trained = list(stage_records(run).values())
+    host, device = peak_memory(trained)
     results = run_results(
         tasks,
         seconds,
-        max([peak_memory_bytes(), *(known["peak_memory_bytes"] for known in trained)]),
+        host,
         max((known["trainable_parameters"] for known in trained), default=0),
-        peak_device_memory=peak_device_memory_bytes(),
+        peak_device_memory=device,
     )
     name = "results.json" if split == "test" else f"results.{split}.json"
     write_json(run / name, results)
@@ -166,8 +172,8 @@ def _run_stage(stage: str, recipe: Recipe, backbone: str, data: MultiTaskDataMod
     generation = Generation(**recipe.config["generation"])
     facts, cli = train(folder, recipe.stage_args(stage, backbone), data, recipe.config["backbone"], generation)
     if cli.trainer.is_global_zero:
-        for outdated in ("results.json", report.REPORT):  # of an earlier stage
-            (recipe.run / outdated).unlink(missing_ok=True)
+        for outdated in [*measured_in(recipe.run), recipe.run / report.REPORT]:  # of an earlier stage
+            outdated.unlink(missing_ok=True)
         replace_model(folder / "model", recipe.run / "model")
         record(recipe.run, stage, **facts)
     cli.trainer.strategy.barrier()

@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import distributions
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from alter.cells import is_helper
 from alter.errors import AlterError
+from alter.machine import is_first, peak_device_memory_bytes, peak_memory_bytes
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone, whole_name
 from alter.nn.files import CONFIG_FILE
 from alter.writing import write_json, write_text
@@ -41,12 +41,13 @@ PLACES = re.compile(r"backbone|data\.(root|cache_dir)|data\.tasks\.\d+\.source\.
 
 @contextmanager
 def changing(run: Path) -> Iterator[None]:
-    """Within, no other process trains the run, or adds a task to it, or takes one out.
+    """Within, no other process trains or tests the run, or adds a task to it, or takes one out.
 
     Raises:
         AlterError: one does.
     """
-    if is_helper() or not run.is_dir():  # several processes of one training are one; what is not there is not changed
+    # Several processes of one training are one, and what is not there is not changed.
+    if not is_first() or not run.is_dir():
         yield
         return
     try:
@@ -69,6 +70,7 @@ def claim(run: Path, recipe: Recipe) -> None:
             write_text(run / "recipe.yaml", dump(moved))
         return
     run.mkdir(parents=True, exist_ok=True)
+    (run / "progress.json").unlink(missing_ok=True)  # of a start that ended before there was anything to keep
     (run / "env.txt").write_text(_environment())
     write_text(run / "recipe.yaml", recipe.text)
 
@@ -80,7 +82,7 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
         AlterError: it holds one of another recipe.
     """
     file = run / "recipe.yaml"
-    if not (file.is_file() and any(_has_begun(run, stage) for stage in STAGES)):
+    if not has_begun(run):
         return False
     before, now = _with_whole_name(read_yaml(file)), _with_whole_name(recipe.config)
     differing = differences(before, now)
@@ -88,7 +90,8 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
     changed = [key for key in compared(differing) if not open_keys.fullmatch(key)]
     if "backbone" in differing and not _is_backbone_of(run, now["backbone"]):
         changed.insert(0, "backbone")
-    if any(key.startswith("data.tasks") for key in changed) and _has_grown(run):
+    finished = set(recipe.config["stages"]) <= records(run).keys()  # else a stage would train the first tasks again
+    if (any(key.startswith("data.tasks") for key in changed) or not finished) and _has_grown(run):
         raise AlterError(
             f"{file}: tasks have joined or left this run since it was trained, so it is no longer the recipe's; use it as it is "
             f"(alter test --run {run}), go on with alter add-task and alter remove-task, or give a new folder with --run to "
@@ -100,6 +103,11 @@ def begun_with(run: Path, recipe: Recipe) -> bool:
             f"{' and more' if len(changed) > 5 else ''}); give a new folder with --run, or remove {run} to start again."
         )
     return True
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a folder holds a run that has come as far as a checkpoint."""
+    return (run / "recipe.yaml").is_file() and any(_has_begun(run, stage) for stage in STAGES)
 
 
 def _with_whole_name(config: Any) -> Any:
@@ -169,6 +177,11 @@ def _environment() -> str:
     return "\n".join([f"# {machine}", *versions, ""])
 
 
+def measured_in(run: Path) -> list[Path]:
+    """The files of what was measured of a run: on test rows, on others, and without tasks' names."""
+    return [run / "results.json", *run.glob("results.*.json")]
+
+
 def replace_model(source: Path, target: Path) -> None:
     """Copies a stage's model to where ``alter.load`` reads, never leaving half of one there."""
     beside, before = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
@@ -191,11 +204,14 @@ def put_back(target: Path) -> None:
 
 def stage_records(run: Path) -> dict[str, dict[str, Any]]:
     """What is known of each finished stage: seconds, trainable parameters, tokens, peak memory, validation loss."""
-    found = {step: known for step, known in records(run).items() if step in STAGES}
-    earlier = {"metric": "val/loss", "mode": "min"}  # of records that do not say what was chosen by
-    return {
-        step: {"best": {**earlier, "value": known.get("validation_loss")}, **known} for step, known in found.items()
-    }
+    return {step: known for step, known in records(run).items() if step in STAGES}
+
+
+def peak_memory(known: Iterable[Mapping[str, Any]]) -> tuple[int, int | None]:
+    """The most memory taken by this process or by one of some records: of the host, and of GPUs or None."""
+    peaks = [(peak_memory_bytes(), peak_device_memory_bytes())]
+    peaks += [(record["peak_memory_bytes"], record.get("peak_device_memory_bytes")) for record in known]
+    return max(host for host, _ in peaks), max((device for _, device in peaks if device is not None), default=None)
 
 
 def records(run: Path) -> dict[str, dict[str, Any]]:
@@ -208,10 +224,3 @@ def record(run: Path, step: str, seconds: float, **facts: Any) -> None:
     """Notes a finished step, with the time it took; the first record stands, since a repeat only reads caches."""
     if is_first() and step not in (before := records(run)):
         write_json(run / "progress.json", {**before, step: {"seconds": seconds, **facts}})
-
-
-def is_first() -> bool:
-    """Whether this is the one process, or the first of several, which writes."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from alter.errors import AlterError
 from alter.results import measured, overlap
-from alter.terminal import columns, narrowed, width
+from alter.terminal import columns, cut, narrowed, width
 from alter.yaml_file import read_yaml
 
 Metrics = Mapping[str, Mapping[str, Any]]
@@ -43,6 +43,18 @@ class Run:
         return fmean(next(iter(metrics.values()))["value"] for metrics in self.results["tasks"].values())
 
     @property
+    def seconds(self) -> float:
+        """Of its steps, and of its test."""
+        tested = (self.results["seconds"]["test"] or 0.0) if self.results else 0.0
+        return float(sum(record["seconds"] for record in self.progress.values()) + tested)
+
+    @property
+    def intervals(self) -> list[tuple[float, float, float]]:
+        """Of every metric of every task the value and its interval."""
+        entries = [entry for found in (self.results or {"tasks": {}})["tasks"].values() for entry in found.values()]
+        return [(float(entry["value"]), float(entry["low"]), float(entry["high"])) for entry in entries]
+
+    @property
     def tasks(self) -> list[str]:
         """Of its recipe, by name."""
         return [task["name"] for task in self.recipe["data"]["tasks"]]
@@ -65,7 +77,7 @@ def read_run(folder: Path) -> Run:
         recipe = read_yaml(folder / "recipe.yaml")
         found = [_json(folder / name) for name in ("progress.json", "results.json")]
         run = Run(folder, dict(recipe), found[0] or {}, found[1])
-        _ = run.score, run.state, run.tasks  # they read what else may be damaged
+        _ = run.score, run.state, run.tasks, run.seconds, run.intervals  # they read what else may be damaged
         return run
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AlterError) as error:
         raise AlterError(f"{folder}: a file of this run is damaged ({error}); run it again, or remove it.") from error
@@ -102,8 +114,6 @@ def runs_table(folder: Path) -> str:
     lines = [head]
     for run in runs:
         results = run.results or {}
-        seconds = [record["seconds"] for record in run.progress.values()]
-        seconds += [results["seconds"]["test"] or 0.0] if results else []
         trained = max((record.get("trainable_parameters", 0) for record in run.progress.values()), default=0)
         memory = max(
             [results.get("peak_memory_bytes", 0), *(r.get("peak_memory_bytes", 0) for r in run.progress.values())]
@@ -115,7 +125,7 @@ def runs_table(folder: Path) -> str:
                 run.state,
                 "-" if run.score is None else f"{run.score:.3f}",
                 str(len(run.tasks)),
-                f"{sum(seconds) / 60:.1f}",
+                f"{run.seconds / 60:.1f}",
                 f"{trained:,}" if trained else "-",
                 f"{memory / 2**30:.1f} GiB" if memory else "-",
                 f"{when:%Y-%m-%d %H:%M}",
@@ -170,11 +180,7 @@ def _where_they_differ(one: str, other: str, room: int) -> list[str]:
     """Two texts cut to a length, so that the first difference is seen."""
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     start = max(0, same - room // 3) if max(len(one), len(other)) > room else 0
-    return [_start(f"...{text[start + 3 :]}" if start else text, room) for text in (one, other)]
-
-
-def _start(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 3]}..."
+    return [cut(f"...{text[start + 3 :]}" if start else text, room) for text in (one, other)]
 
 
 def _end(text: str) -> str:

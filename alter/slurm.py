@@ -85,7 +85,7 @@ class Job:
         if cores := self.asked.get("cpus-per-task"):
             # srun does not take it from the job by itself
             environment += [f"export SRUN_CPUS_PER_TASK={cores}", f"export OMP_NUM_THREADS={cores}"]
-        words = [f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in command]
+        words = [f'"{word}"' if re.fullmatch(r"\$\w+", word) else shlex.quote(word) for word in command]
         run = f"srun --kill-on-bad-exit=1 --wait=0 {shlex.quote(sys.executable)} {' '.join(words)}"
         return "\n".join(["#!/bin/bash", *lines, "", *environment, *self.setup, run, ""])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 
@@ -16,12 +16,24 @@ def named_callbacks(trainer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
     The arguments are a mapping, or the parser's namespace.
     """
-    given = trainer.get("callbacks") or []
-    for callback in given if isinstance(given, list) else [given]:
+    for callback in _callbacks(trainer):
         if isinstance(callback, str):  # of a class alone
             yield callback, {}
         else:
             yield str(callback.get("class_path", "")), callback.get("init_args") or {}
+
+
+def _callbacks(trainer: Mapping[str, Any]) -> list[Any]:
+    given = trainer.get("callbacks") or []
+    return given if isinstance(given, list) else [given]
+
+
+def watching(trainer: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Any]:
+    """A trainer's arguments where these tasks alone train: without callbacks that watch ``val/loss/NAME`` of another, say."""
+    given = _callbacks(trainer)
+    watched = [str(arguments.get("monitor")).split("/", 2)[2:] for _, arguments in named_callbacks(trainer)]
+    kept = [callback for callback, task in zip(given, watched, strict=True) if set(task) <= set(tasks)]
+    return {**trainer, "callbacks": kept} if len(kept) < len(given) else dict(trainer)
 
 
 def stage_epochs(trainer: Mapping[str, Any]) -> int | None:

@@ -13,6 +13,11 @@ def width() -> int:
     return min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns)
 
 
+def cut(text: str, room: int) -> str:
+    """The text, or as much of its beginning as there is room for."""
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
 def columns(lines: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     """Lines of cells as a table, as narrow as its cells allow.
 

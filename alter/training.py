@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from alter.callbacks.preemption import KEPT
 from alter.checkpoints import CheckedCheckpoints, is_whole, last_whole
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
-from alter.machine import peak_memory_bytes
+from alter.machine import peak_device_memory_bytes, peak_memory_bytes, rank_variable
 from alter.nn.decoding import Generation
 from alter.requeue import REQUEUE
 from alter.stages import StageModule
@@ -152,6 +153,13 @@ def train(
         say(f"{folder.name}: goes on from {last}.")
         done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     cli = StageCLI(folder, arguments, done, generation)
+    if cli.trainer.world_size == 1 and (
+        variable := rank_variable()
+    ):  # then nobody would write what the first one writes
+        raise AlterError(
+            f"trainer: it has one process, and the variable {variable}={os.environ[variable]} says that this is one of several; "
+            "unset it, or set trainer.devices and trainer.num_nodes."
+        )
     _suit_small_data(cli.trainer, data)
     if last is None:
         cli.metrics.cut(0)  # of a run that was killed before its first checkpoint
@@ -177,6 +185,7 @@ def train(
         "seconds": cli.throughput.elapsed,
         "trainable_parameters": cli.model.trainable_parameters(),
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": peak_device_memory_bytes(),
         "tokens": cli.throughput.tokens,
         "step_seconds": cli.throughput.seconds,
         "validation_loss": best["value"] if best["metric"] == LOSS else None,

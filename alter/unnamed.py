@@ -12,9 +12,9 @@ from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
 from alter.evaluate import answers
 from alter.guess import Guess, fit_kinds, joined, shares
-from alter.metrics import bootstrap_interval, metric
 from alter.nn.task_predictor import TaskPredictor
 from alter.predict import Predictor, Text
+from alter.results import with_interval
 from alter.writing import write_json
 
 VIEWS = {
@@ -53,7 +53,10 @@ def measure_unnamed(run: Path, predictor: Predictor, data: MultiTaskDataModule, 
         print(f"{split} without names: {name}")
         task, rows = predictor.task(name), data.examples(name, split)
         targets, named = rows["target"][:], answers(predictor, data, name, split)
-        found: dict[str, Any] = {"named": _metrics(task.metrics, named, targets, task.choices), "n": len(targets)}
+        found: dict[str, Any] = {
+            "named": {key: with_interval(key, named, targets, task.choices) for key in task.metrics},
+            "n": len(targets),
+        }
         fields = [json.loads(text) for text in rows["input"]]
         single = len(task.fields) == 1
         views: dict[str, Sequence[Text]] = {
@@ -63,7 +66,7 @@ def measure_unnamed(run: Path, predictor: Predictor, data: MultiTaskDataModule, 
         for view, texts in views.items():
             guesses = predictor.guess(texts)
             guessed = _answers(predictor, name, view, texts, guesses, named)
-            measured = _metrics(task.metrics, guessed, targets, task.choices)
+            measured = {key: with_interval(key, guessed, targets, task.choices) for key in task.metrics}
             for key, entry in measured.items():
                 entry["loss"] = found["named"][key]["value"] - entry["value"]
             unknown = _unknown(predictor, train, validation, name, texts)
@@ -113,17 +116,6 @@ def _unknown(
         return shares(predictor.guess(texts), name)["unclear"]
     finally:
         predictor.task_predictor = before
-
-
-def _metrics(
-    names: Sequence[str], predictions: Sequence[str], targets: Sequence[str], choices: Sequence[str] | None
-) -> dict[str, dict[str, float]]:
-    found = {}
-    for name in names:
-        measured = metric(name, predictions, targets, choices)
-        low, high = bootstrap_interval(measured)
-        found[name] = {"value": measured.value(), "low": low, "high": high}
-    return found
 
 
 def table(results: Mapping[str, Any]) -> str:

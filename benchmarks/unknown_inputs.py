@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import alter
-from alter.data.sources import read_file
+from alter.data.files import read_file
 
 ROWS = 200  # of each file
 

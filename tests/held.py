@@ -23,6 +23,7 @@ class Held(Callback):
 def hold(folder, stage, whole, draw):
     """Has the next run of a recipe with the callback wait at a drawn step of a stage; ``whole`` is one that has ended."""
     last = (whole / stage / "metrics.csv").read_text().splitlines()[-1]
+    (folder / HELD).unlink(missing_ok=True)  # which the run before may have written while it was let go
     step = draw.randint(1, int(last.split(",")[0]) - 1)
     (folder / HOLD).write_text(f"{stage.capitalize()}Module {step}")
 

@@ -796,8 +796,21 @@ def test_all_mistakes_of_a_recipe_and_its_tasks_come_at_once_before_anything_is_
         ),
         ([], "fit: --config is missing; name a recipe"),
         (
+            ["recipe.yaml"],
+            "the command line: 'recipe.yaml' belongs to no flag; name a recipe by --config recipe.yaml.",
+        ),
+        (
+            ["--config", "recipe.yaml", "--data.seed", "3", "4"],
+            "the command line: '4' belongs to no flag; quote a value with blanks.",
+        ),
+        (
+            ["--config", "recipe.yaml", "--print_config=x"],
+            "the command line: --print_config=x: it takes skip_default, or",
+        ),
+        (["--config", "recipe.yaml", "--run", "/proc/x"], "/proc/x: the run folder cannot be made (No such file"),
+        (
             ["--config", "recipe.yaml", "--run", "recipe.yaml/run"],
-            "recipe.yaml/run: Not a directory; name another place",
+            "recipe.yaml/run: the run folder cannot be made (Not a directory); name another by --run.",
         ),
         (["--config", "recipe.yaml", "--data.temperature", "hot"], "temperature"),
     ],
@@ -805,6 +818,31 @@ def test_all_mistakes_of_a_recipe_and_its_tasks_come_at_once_before_anything_is_
 def test_a_bad_flag_is_one_sentence(project, capsys, flags, message):
     (sentence,) = refused(capsys, "fit", *flags)
     assert message in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (["predict", "--run", "run", "--tsk", "act", "--input", "x.csv"], "--task"),
+        (["test", "--run", "run", "--splt", "validation"], "--split"),
+        (["serve", "--run", "run", "--hots", "0.0.0.0"], "--host"),
+    ],
+)
+def test_a_verbs_unknown_flag_is_told_with_its_own_usage(capsys, arguments, nearest):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"usage: alter {arguments[0]} ")
+    assert f"unrecognized arguments: {' '.join(arguments[3:5])}" in said
+    assert f"Did you mean '{nearest}'?" in said
+
+
+def test_a_file_that_is_missing_is_told_once(project, capsys):
+    (project / "sort.train.jsonl").unlink()
+    sentences = refused(capsys, "fit", "--config", "recipe.yaml")
+    assert len(sentences) == 1
+    assert "sort.train.jsonl: no such file" in sentences[0]
 
 
 def test_a_file_that_is_not_yaml_names_its_line(project, capsys):
@@ -857,3 +895,56 @@ def test_stage_two_does_not_repeat_the_draws_of_stage_one(project, monkeypatch):
     monkeypatch.setattr(MixtureBatchSampler, "draws", lambda self, epoch: drawn.append(epoch) or draws(self, epoch))
     fit("--test", "false", "--stage2.trainer", '{"max_epochs": 3}')
     assert sorted(set(drawn)) == [0, 1, 2, 3, 4]  # two epochs of stage 1, three of stage 2
+
+
+def test_what_a_start_left_that_trained_nothing_is_not_the_next_ones(project, monkeypatch):
+    def failing(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("alter.run.train", failing)
+        with pytest.raises(MemoryError):
+            fit()
+    before = json.loads((project / "run" / "progress.json").read_text())["data"]
+    assert set(before["mixture"]) == {"echo", "sort"}
+    change(project, data__tasks=["tasks/sort.yaml"], data__examples_per_epoch=10)
+    fit("--test", "false")
+    known = json.loads((project / "run" / "progress.json").read_text())["data"]
+    assert set(known["mixture"]) == {"sort"}
+    assert known["draws"] == 10
+
+
+def test_numbers_of_the_stage_before_are_gone(project):
+    fit("--stages", "[stage1]", "--test", "false")
+    main(["test", "--run", "run", "--split", "validation"])
+    assert (project / "run" / "results.validation.json").is_file()
+    fit("--test", "false")
+    assert not (project / "run" / "results.validation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--stage1.model.expert", "alter.nn.Bottleneck"],
+        ["--stage1.model.router", "alter.nn.TopK", "--stage1.model.router.k", "1"],
+        ["--stage2.model.optimizer", "torch.optim.SGD", "--stage2.model.optimizer.lr", "0.5"],
+    ],
+)
+def test_what_print_config_prints_is_the_recipe_that_runs(project, capsys, flags):
+    change(project, stage1__model__init_args__expert={"class_path": "alter.nn.LoRA", "init_args": {"rank": 4}})
+    with pytest.raises(SystemExit):
+        fit(*flags, "--print_config")
+    (project / "printed.yaml").write_text(capsys.readouterr().out)
+    assert read_recipe(["--config", "printed.yaml"]).config == read_recipe(["--config", "recipe.yaml", *flags]).config
+
+
+@pytest.mark.parametrize("variable", ["NODE_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_a_rank_that_the_environment_gives_to_one_process_is_told(project, capsys, monkeypatch, variable):
+    """Else it would train, and leave the writing to a first process that is not there."""
+    monkeypatch.setenv(variable, "1")
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml")
+    assert (
+        f"trainer: it has one process, and the variable {variable}=1 says that this is one of several; unset"
+        in sentence
+    )

@@ -14,15 +14,17 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import alter
-from alter.card import model_card
+from alter.card import _task_table, model_card
 from alter.cli import main
 from alter.data import Task
+from alter.data.encode import prompt_ids
 from alter.export import _chat_template, _example, _quiet
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
-from alter.publish import write_recipe
+from alter.publish import _published, write_recipe
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.runs import add_newcomer, make_run
 from tests.test_cli import refused
@@ -126,10 +128,38 @@ def test_a_prompt_that_chats_would_render_otherwise_gets_no_chat_template(tmp_pa
         ("w9\n{% if text %}\n  {{ text }}\n{% endif %}\nw8", False),  # chat templates trim what stands around blocks
         ("w9 {{ row['a name'] }} :", False),
         ("{% for turn in turns %}{{ turn.said }} {% endfor %}:", False),
+        ("w9 {{ text }}", True),  # ALTER's prompts end in no blanks
+        ("w9 {{ text }} w8 {{ text }}", False),
+        ("{% if text | length > 40 %}\nw7\n{% endif -%}\nw9 {{ text }} :", False),  # and only long ones have a block
     ]:
         task = Task.from_dict(task_dict(tmp_path, "t", prompt=prompt, choices=None), "t.yaml")
         assert (_chat_template(tokenizer, task) is not None) == fits, prompt
         assert _example(task)  # for the card
+
+
+def test_a_chat_starts_with_what_the_tokenizer_puts_in_front(tmp_path, words):  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(words)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    front = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = front
+    task = Task.from_dict(task_dict(tmp_path, "t", prompt="w9 {{ text }} :", choices=None), "t.yaml")
+    chat = [{"role": "user", "content": "w11 w12"}]
+    made = tokenizer.apply_chat_template(chat, chat_template=_chat_template(tokenizer, task), tokenize=False)
+    ids = tokenizer(made, add_special_tokens=False).input_ids
+    assert ids == prompt_ids([task.render_prompt({"text": "w11 w12"})], tokenizer, seq2seq=False)[0]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_published_data_set_is_named_without_its_place(tmp_path):
+    for path, named in [
+        ("/home/me/patients/set", "set"),
+        ("~/set", "set"),
+        ("owner/set", "owner/set"),
+        (str(tmp_path), tmp_path.name),
+    ]:
+        source = {"class_path": "Hub", "init_args": {"path": path, "name": "all"}}
+        assert _published(source)["init_args"] == {"path": named, "name": "all"}
 
 
 @pytest.mark.parametrize("shared", [None, Polytropon()], ids=["stage1", "stage2"])
@@ -467,3 +497,11 @@ def test_llama_cpp_answers_a_merged_checkpoint_as_the_model_does(real_run, tmp_p
     with model.model.adapters_disabled():
         assert model.generate(BEGINNINGS, task="colour") != answers
     assert all(answers)
+
+
+def test_a_card_has_no_arguments_of_a_users_own_source():
+    arguments = {"path": "/srv/db/clinic.sqlite", "name": "patients of Dr Smith"}
+    own = Task("t", {"class_path": "my_module.my_rows", "init_args": arguments}, "{{ text }}", "{{ label }}")
+    assert list(_task_table([own]))[-1] == "| t | generation | my_module.my_rows | not stated in the task file |"
+    of_alter = Task("t", {"class_path": "alter.data.Hub", "init_args": arguments}, "{{ text }}", "{{ label }}")
+    assert "| alter.data.Hub clinic.sqlite patients of Dr Smith |" in list(_task_table([of_alter]))[-1]

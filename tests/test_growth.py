@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import alter
@@ -17,6 +18,8 @@ from alter.growth import newcomer_arguments
 from alter.nn import LoRA
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
+from alter.run_folder import LOCK
+from alter.stage_settings import watching
 from alter.training import train
 from tests.data.conftest import make_words, task_dict
 from tests.runs import inside
@@ -427,7 +430,7 @@ def test_consolidation_that_was_stopped_while_it_is_tested_trains_nothing_twice(
     main(add)
     assert same(before, load_file("run/model/adapters.safetensors"))
     assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == ["echo", "sort", "new"]
-    assert not list(Path("run/added").glob("consolidated-*"))
+    assert not list(Path("run/added").glob(".consolidated-*"))
 
 
 def test_a_task_that_learned_from_few_rows_is_consolidated_on_these(grown, monkeypatch):
@@ -491,10 +494,10 @@ def test_a_consolidation_of_another_model_is_not_gone_on_with(grown, capsys, mon
     """A task that left meanwhile and one of its name that came are not what it was begun with."""
     add = ["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"]
     stopped_while_it_consolidates(monkeypatch, [*add, "--consolidate"])
-    assert list((grown / "run" / "added").glob("consolidated-*"))
+    assert list((grown / "run" / "added").glob(".consolidated-*"))
     name = next(name for name in alter.load("run").tasks if name not in ("sort", "echo"))
     main(["remove-task", "--run", "run", "--task", name])
-    assert not list((grown / "run" / "added").glob("consolidated-*"))
+    assert not list((grown / "run" / "added").glob(".consolidated-*"))
 
 
 @pytest.mark.parametrize("task", ["echo", "new"])
@@ -554,3 +557,132 @@ def test_what_cannot_be_added_is_one_sentence(grown, capsys):
     (sentence,) = refused(capsys, "remove-task", "--run", "run", "--task", "snort")
     assert "Did you mean 'sort'?" in sentence
     assert outputs(grown / "run")
+
+
+def test_a_newcomer_is_chosen_by_its_own_validation_where_the_run_watched_one_of_its_tasks(grown):
+    watching = [
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"monitor": "val/loss/sort"}},
+        {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss/echo"}},
+    ]
+    change_recipe(grown / "run", trainer__callbacks=watching)
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
+    known = json.loads(Path("run/added/new/progress.json").read_text())["added"]
+    assert known["best"]["metric"] == "val/loss"
+    assert known["best"]["value"] == known["validation_loss"] > 0
+
+
+def test_a_newcomer_trains_as_stage_1_says(grown):
+    own = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 4, "precision": "bf16-mixed", "max_steps": 3}
+    change_recipe(grown / "run", stage1__trainer=own, trainer__devices=2)
+    content = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    trainer = newcomer_arguments(Path("run"), content, "new", Path(content["backbone"]), 40, None)["trainer"]
+    assert {key: trainer[key] for key in own} == {**own, "max_steps": -1}  # its length is its own
+    assert trainer["devices"] == 1
+
+
+def test_a_newcomer_is_scaled_for_the_runs_model_whatever_stages_its_recipe_first_named(grown):
+    content = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    scales = []
+    for stages in (["stage1", "stage2"], ["stage1"]):
+        asked = Path("run"), {**content, "stages": stages}, "new", Path(content["backbone"]), 40, None
+        scales.append(newcomer_arguments(*asked)["model"]["init_args"]["expert"]["init_args"]["alpha"])
+    assert scales[0] == scales[1]
+
+
+def test_what_was_measured_beside_the_test_is_gone_when_the_tasks_change(grown):
+    main(["test", "--run", "run", "--split", "validation"])
+    assert Path("run/results.validation.json").is_file()
+    main(["remove-task", "--run", "run", "--task", "echo"])
+    assert not Path("run/results.validation.json").exists()
+    assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == ["sort"]
+
+
+def test_only_callbacks_of_the_tasks_that_train_are_kept():
+    def watch(metric):
+        return {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": metric}}
+
+    metrics = ["val/loss", "val/loss/sort", "val/accuracy/echo", "val/loss/loss"]
+    trainer = {"callbacks": [*map(watch, metrics), "lightning.pytorch.callbacks.Timer"], "max_epochs": 3}
+    kept = watching(trainer, ["sort"])
+    assert kept == {"callbacks": [watch("val/loss"), watch("val/loss/sort"), trainer["callbacks"][-1]], "max_epochs": 3}
+    assert watching({"callbacks": watch("val/loss/echo")}, ["sort"]) == {"callbacks": []}
+    assert watching({"callbacks": watch("val/loss")}, ["loss"]) == {"callbacks": watch("val/loss")}
+    assert watching({}, ["sort"]) == {}
+
+
+def test_a_consolidation_goes_by_the_tasks_that_are_left(grown):
+    watching_removed = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"monitor": "val/loss/echo"},
+    }
+    change_recipe(grown / "run", trainer__callbacks=[watching_removed])
+    main(["remove-task", "--run", "run", "--task", "echo", "--consolidate"])
+    assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == ["sort"]
+
+
+def test_a_task_may_be_called_what_consolidations_are(grown):
+    (grown / "new.yaml").write_text((grown / "new.yaml").read_text().replace("name: new", "name: consolidated-claims"))
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
+    assert alter.load("run").tasks == ["echo", "sort", "consolidated-claims"]
+
+
+def test_few_rows_of_the_first_tasks_leave_a_newcomer_all_of_its_own(grown):
+    change_recipe(grown / "run", data__shots=2)
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
+    content = yaml.safe_load(Path("run/recipe.yaml").read_text())["data"]
+    assert {task["name"]: task.get("shots") for task in content["tasks"]} == {"echo": 2, "sort": 2, "new": None}
+    assert content["shots"] is None
+    main(["test", "--run", "run"])
+    data = growth._data(content, Path("backbone"))
+    assert {task.name: len(data.examples(task.name, "train")) for task in data.tasks} == {
+        "echo": 2,
+        "sort": 4,
+        "new": 40,
+    }
+
+
+def test_a_resumed_addition_keeps_what_the_run_was_calibrated_with_meanwhile(grown, monkeypatch):
+    for file in ("calibration.json", "task_predictor.safetensors"):
+        Path("run/model", file).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(growth, "_join", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            growth.add_task(Path("run"), Path("new.yaml"), draws=40)
+    main(["test", "--run", "run"])
+    assert alter.load("run").temperatures.keys() == {"sort"}
+    main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
+    model = alter.load("run")
+    assert model.temperatures.keys() == {"sort", "new"}
+    assert model.task_predictor is not None
+
+
+def stopped(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_removal_that_is_stopped_before_its_consolidation_trains_goes_on_with_it(grown, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(growth, "_data", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            growth.remove_task(Path("run"), "echo", consolidate=True)
+    before = Path("run/model/adapters.safetensors").read_bytes()
+    main(["remove-task", "--run", "run", "--task", "echo", "--consolidate"])
+    assert Path("run/model/adapters.safetensors").read_bytes() != before
+    assert not list(Path("run/added").glob(".consolidated-*"))
+
+
+def test_a_stage_does_not_train_over_a_task_that_left_and_came_back(grown, capsys):
+    main(["fit", "--config", "recipe.yaml", "--run", "one", "--stages", "[stage1]", "--test", "false"])
+    main(["remove-task", "--run", "one", "--task", "sort"])
+    main(["add-task", "--run", "one", "--task", "tasks/sort.yaml", "--draws", "40"])
+    before = Path("one/model/adapters.safetensors").read_bytes()
+    (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", "--run", "one")
+    assert "tasks have joined or left this run" in sentence
+    assert Path("one/model/adapters.safetensors").read_bytes() == before
+
+
+def test_a_run_is_not_tested_while_it_changes(grown, capsys, monkeypatch):
+    monkeypatch.setattr("alter.run_folder.PATIENCE", 0.1)
+    with FileLock(Path("run", LOCK)):
+        (sentence,) = refused(capsys, "test", "--run", "run")
+    assert "another process is changing this run" in sentence

@@ -186,7 +186,7 @@ def test_a_run_killed_at_chosen_moments_ends_as_an_uninterrupted_one(project):  
     shared.rename(project / "cache-whole")
     run, trunk = project / "cut", project / "home-cut" / "trunk"
     moments = {
-        "while tokens are prepared": seen(shared, ".sort-*.part/train/data.arrow"),
+        "while tokens are prepared": seen(shared, ".sort-*.new/train/data.arrow"),
         "while the trunk is cached": seen(trunk, "*/*.index"),
         "while the first checkpoint is written": while_writing(run / "stage1/checkpoints/.best.ckpt.part", seen(trunk, "*/*.index")),
         "while a later one is written": while_writing(run / "stage1/checkpoints/.last.ckpt.part", seen(run, "stage1/checkpoints/last.ckpt")),
@@ -201,5 +201,5 @@ def test_a_run_killed_at_chosen_moments_ends_as_an_uninterrupted_one(project):  
     runs.finish("cut")
     ends_as(run, project / "whole")
     assert not list(run.rglob("*.part"))
-    assert not list(shared.glob(".*.part"))
+    assert not list(shared.glob(".*.new"))
     assert {file.name for file in (run / "model").iterdir()} == {"adapters.safetensors", "alter.json"}

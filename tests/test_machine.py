@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from alter import machine
-from alter.machine import peak_device_memory_bytes, peak_memory_bytes
+from alter.machine import RANKS, is_first, peak_device_memory_bytes, peak_memory_bytes
 
 
 def peak_of(code):
@@ -33,6 +33,29 @@ def test_peak_memory_without_proc(monkeypatch):
 def test_no_device_memory_without_cuda(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert peak_device_memory_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("set_by_its_starter", "first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1", "GROUP_RANK": "0"}, False),
+        ({"RANK": "2", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
+        ({"NODE_RANK": "1"}, False),  # of a node whose other processes Lightning has yet to start
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "3"}, False),
+    ],
+)
+def test_the_first_of_several_processes_is_one_over_all_nodes(set_by_its_starter, first, monkeypatch):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_its_starter.items():
+        monkeypatch.setenv(name, value)
+    assert is_first() is first
 
 
 def test_importing_these_modules_brings_in_nothing_slow():

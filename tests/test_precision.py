@@ -88,6 +88,8 @@ def test_what_is_named_stays_and_what_was_begun_goes_on(machine, tmp_path):
     machine("avx512_bf16")
     assert choose_precision({**recipe(tmp_path), "precision": "int8"}) == "int8"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"precision": "fp32"}))
+    assert choose_precision(recipe(tmp_path)) == "bf16"  # a start that ended before a checkpoint
+    (tmp_path / "stage1" / "checkpoints").mkdir(parents=True)
     assert choose_precision(recipe(tmp_path)) == "fp32"
     (tmp_path / "recipe.yaml").write_text("[no, recipe]")
     assert choose_precision(recipe(tmp_path)) == "bf16"
@@ -97,6 +99,8 @@ def test_for_another_machine_auto_stays_open_until_the_run_has_begun_there(machi
     machine("avx2")
     assert choose_precision(recipe(tmp_path), here=False) == "auto"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"precision": "bf16"}))
+    assert choose_precision(recipe(tmp_path), here=False) == "auto"
+    (tmp_path / "stage1" / "checkpoints").mkdir(parents=True)
     assert choose_precision(recipe(tmp_path), here=False) == "bf16"
 
 

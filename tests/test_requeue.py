@@ -209,3 +209,15 @@ def test_a_run_signalled_at_any_time_goes_on_to_the_same_end(project, scontrol):
     runs.finish("cut")
     ends_as(run, project / "whole")
     assert (run / "report.html").is_file()
+
+
+def test_in_an_allocations_shell_a_run_is_a_process_like_any_other(job, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")
+    own = Requeue()
+    own.listen()
+    assert not own.listens
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    own.listen()
+    assert own.listens

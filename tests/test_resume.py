@@ -204,7 +204,7 @@ def test_a_finished_run_keeps_to_its_recipe_though_its_checkpoints_are_removed(p
 
 def test_a_run_folder_that_is_a_file_is_one_sentence(project, capsys):  # noqa: F811
     (sentence,) = refused(capsys, "fit", "--config", "recipe.yaml", "--run", "recipe.yaml")
-    assert "recipe.yaml: File exists; name another place" in sentence
+    assert "recipe.yaml: the run folder cannot be made (File exists); name another by --run." in sentence
 
 
 def test_a_run_may_be_named_from_home(project, monkeypatch):  # noqa: F811

@@ -54,7 +54,19 @@ def test_runs_are_told_best_first_and_the_unfinished_last(tmp_path, capsys, monk
     assert max(map(len, narrow)) <= 60
 
 
-@pytest.mark.parametrize("damage", ["", "{", "{}", "[1]", '{"tasks": {"a": {}}}', '{"tasks": {"a": {"accuracy": {}}}}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "{}",
+        "[1]",
+        '{"tasks": {"a": {}}}',
+        '{"tasks": {"a": {"accuracy": {}}}}',
+        '{"tasks": {}, "seconds": {}}',
+        '{"tasks": {"a": {"accuracy": {"value": 0.5}}}, "seconds": {"test": 1.0}}',
+    ],
+)
 def test_a_damaged_run_is_left_out_with_a_line(damage, tmp_path, capsys):
     write_run(tmp_path / "whole", scores={"a": 0.2, "b": 0.4})
     bad = write_run(tmp_path / "bad", scores={"a": 0.6, "b": 0.8})

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,31 @@ def test_two_processes_learn_what_one_does_on_the_same_global_batches(project, o
         torch.testing.assert_close(theirs[key], tensor, atol=1e-5, rtol=1e-5)
     read = [json.loads((project / run / "progress.json").read_text())["stage1"]["tokens"] for run in ("one", "two")]
     assert read[0] == read[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["torchrun", "a command on each node"])
+def test_two_nodes_train_one_run_together(project, starter):  # noqa: F811
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    trainer = {"strategy": "ddp", "accelerator": "cpu", "devices": 1, "num_nodes": 2, "max_epochs": 1}
+    command = [sys.executable, "-m", "alter", "fit", "--config", "recipe.yaml", "--run", "run"]
+    command += [f"--trainer.{key}={value}" for key, value in trainer.items()]
+    nodes = []
+    for node in ("0", "1"):
+        places = {"NODE_RANK": node}
+        if starter == "torchrun":
+            places = {"RANK": node, "GROUP_RANK": node, "LOCAL_RANK": "0"}
+            places |= {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **group, **places}
+        nodes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert (project / "run" / "report.html").is_file()
+    assert set(json.loads((project / "run" / "results.json").read_text())["tasks"]) == {"sort", "echo"}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import yaml
 
 from alter.cli import main
 from alter.recipe import read_recipe
-from alter.slurm import import_paths
+from alter.slurm import Job, import_paths
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.test_cli import change, fit, project, refused  # noqa: F401 (a fixture)
 
@@ -148,3 +148,11 @@ def test_import_paths_are_those_that_python_would_not_find_by_itself(monkeypatch
     ]
     monkeypatch.setattr(sys, "path", [*own, *beside, str(tmp_path)])
     assert import_paths() == [*beside, str(tmp_path)]
+
+
+def test_only_a_variable_of_its_own_is_expanded_by_the_script():
+    text = Job().script(
+        "x", Path("log.txt"), ["alter", "$SLURM_ARRAY_TASK_ID", "$(touch pwned) a/submit.yaml", "$HOME/x"]
+    )
+    (line,) = [line for line in text.splitlines() if line.startswith("srun")]
+    assert line.endswith("alter \"$SLURM_ARRAY_TASK_ID\" '$(touch pwned) a/submit.yaml' '$HOME/x'")

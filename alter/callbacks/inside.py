@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -66,7 +64,7 @@ class Inside(Callback):
         }
         for kind, layers in gates_by_task(predictor, data, ROWS).items():
             mean = torch.tensor(list(layers.values())).mean(0)  # [tasks, experts]
-            board.add_scalar(f"gates/{kind}/entropy", fmean(map(_entropy, mean.tolist())), step)
+            board.add_scalar(f"gates/{kind}/entropy", torch.special.entr(mean).sum(-1).mean(), step)
             for name, load in zip(names[kind], mean.mean(0).tolist(), strict=True):
                 board.add_scalar(f"gates/{kind}/load/{name}", load, step)
             figure = pictures.heatmaps({"mean over layers": mean.tolist()}, predictor.tasks, names[kind])
@@ -78,10 +76,6 @@ class Inside(Callback):
             parts = ("prompt", row["prompt"]), ("target", row["target"]), ("answer", answer.text)
             text = "\n\n".join(f"**{name}**\n\n" + _quoted(part) for name, part in parts)
             board.add_text(f"answers/{task.name}", text, step)
-
-
-def _entropy(shares: list[float]) -> float:
-    return -sum(share * math.log(share) for share in shares if share > 0)
 
 
 def _quoted(text: str) -> str:

@@ -56,4 +56,4 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Goes on from a checkpoint."""
         self.tokens, self.seconds = int(state_dict["tokens"]), state_dict["seconds"]
-        self._before = state_dict.get("elapsed", 0.0)  # not in older checkpoints
+        self._before = state_dict["elapsed"]

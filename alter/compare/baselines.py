@@ -20,7 +20,6 @@ from alter.nn.files import write_tensors
 from alter.nn.model import MTAModel
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
-from alter.stages.schedule import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,13 +137,9 @@ class BaselineModule(StageModule):
         kind: full, peft's LoRA or peft's Polytropon.
         rank: of the LoRA, or of each skill.
         optimizer: class and arguments.
-        schedule: of the learning rate after the warm-up.
-        warmup: share of the steps over which the learning rate rises.
-        loss_average: over target tokens, or over examples.
-        gradient_checkpointing: computes activations again in the backward pass, to save memory.
         trunk_cache: how the states below the first adapter are kept, set by the recipe's ``trunk_cache``; full
             fine-tuning moves them and keeps none.
-        skip_bad_batches: as `Stage1Module` takes it.
+        kwargs: as for ``StageModule``.
     """
 
     def __init__(
@@ -157,15 +152,10 @@ class BaselineModule(StageModule):
         kind: Kind = "lora",
         rank: int = 16,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
-        schedule: Schedule = "cosine",
-        warmup: float = 0.05,
-        loss_average: Literal["token", "example"] = "token",
-        gradient_checkpointing: bool = False,
         trunk_cache: TrunkCache | None = None,
-        skip_bad_batches: int = 0,
+        **kwargs: Any,
     ) -> None:
-        cache = None if kind == "full" else trunk_cache
-        super().__init__(optimizer, schedule, warmup, loss_average, gradient_checkpointing, cache, skip_bad_batches)
+        super().__init__(optimizer, trunk_cache=None if kind == "full" else trunk_cache, **kwargs)
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

@@ -25,7 +25,7 @@ from alter.errors import AlterError, Diverged
 from alter.evaluate import answers
 from alter.inside import gates_by_task
 from alter.loading import answering_device, load, made_on
-from alter.machine import hardware, peak_device_memory_bytes, peak_memory_bytes
+from alter.machine import hardware, is_first
 from alter.metrics import bootstrap, metric
 from alter.nn.backbone import load_backbone, load_tokenizer, resolve_backbone
 from alter.nn.decoding import Generation
@@ -33,7 +33,7 @@ from alter.nn.model import MTAModel
 from alter.predict import Predictor
 from alter.recipe import Recipe, read_recipe
 from alter.run import fit
-from alter.run_folder import is_first, stage_records
+from alter.run_folder import peak_memory, stage_records
 from alter.stopping import stoppable
 from alter.writing import write_json
 
@@ -130,11 +130,11 @@ def _measure(recipes: Sequence[Recipe], plan: dict[str, Any], split: str) -> tup
         answered += _answer(recipe, plan, split, found)
     records = [record for recipe in recipes for record in stage_records(recipe.run).values()]
     ends = [list(stage_records(recipe.run).values())[-1] for recipe in recipes if records]
+    host, device = peak_memory(records)
     found |= {
         "tokens": sum(r["tokens"] for r in records),
         "step_seconds": sum(r["step_seconds"] for r in records),
-        "peak_memory_bytes": peak_device_memory_bytes()  # of a GPU, where one was used
-        or max([peak_memory_bytes(), *(r["peak_memory_bytes"] for r in records)]),
+        "peak_memory_bytes": device or host,
         "validation_loss": _mean(end["validation_loss"] for end in ends),
     }
     if ends:
@@ -152,8 +152,9 @@ def _answer(recipe: Recipe, plan: dict[str, Any], split: str, found: dict[str, A
     data = recipe.open_data(backbone)
     if not plan["trains"]:
         names = [task.name for task in recipe.tasks]
+        ffn = recipe.config["stage1"]["model"]["init_args"].get("ffn")
         precision, device = recipe.config["precision"], answering_device(recipe.config["trainer"]["accelerator"])
-        model = made_on(device, precision, lambda: MTAModel(load_backbone(str(backbone), precision), names, "all"))
+        model = made_on(device, precision, lambda: MTAModel(load_backbone(str(backbone), precision), names, "all", ffn))
         generation = Generation(**recipe.config["generation"])
         predictor = Predictor(model.eval(), load_tokenizer(backbone), recipe.tasks, generation)
     else:

@@ -12,6 +12,7 @@ from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
 from alter.recipe_file import read_content
 from alter.schema import find_classes_in, same_class
+from alter.stage_settings import watching
 
 Config = dict[str, Any]
 Runner = Literal["alter", "adapter_fusion"]
@@ -137,7 +138,7 @@ def _router(name: str, **init_args: Any) -> Callable[[Config, Budget], list[Trai
     return _stage1(router={"class_path": f"alter.nn.{name}", "init_args": init_args})
 
 
-def _two_stage(config: Config, budget: Budget) -> list[Training]:
+def _as_it_is(config: Config, budget: Budget) -> list[Training]:
     return [Training(copy.deepcopy(config))]
 
 
@@ -159,15 +160,13 @@ def _alone(config: Config, budget: Budget) -> list[Training]:
     for task in config["data"]["tasks"]:
         own = one_stage_of(config, max(1, round(budget.draws * budget.rates[task["name"]])))
         own["data"]["tasks"] = [task]
+        own["trainer"] = watching(own["trainer"], [task["name"]])
+        own["stage1"]["trainer"] = watching(own["stage1"]["trainer"], [task["name"]])
         own["stage1"]["model"]["init_args"]["router"] = copy.deepcopy(HARD)
         own["stage1"]["model"]["init_args"].pop("num_experts", None)  # one a task
         _usual_scale(own)
         runs.append(Training(own, task["name"], budget.parameters / len(config["data"]["tasks"])))
     return runs
-
-
-def _untouched(config: Config, budget: Budget) -> list[Training]:
-    return [Training(copy.deepcopy(config))]
 
 
 def _baseline(kind: str) -> Callable[[Config, Budget], list[Training]]:
@@ -221,7 +220,7 @@ def _adapter_fusion(config: Config, budget: Budget) -> list[Training]:
 OWN_LR = {"full": 2e-4, "poly": 2e-2}
 
 METHODS: dict[str, Method] = {
-    "untouched": Method("the backbone as it came", _untouched, baseline=True, trains=False),
+    "untouched": Method("the backbone as it came", _as_it_is, baseline=True, trains=False),
     "full": Method("all weights of the backbone, on the mixture", _baseline("full"), baseline=True),
     "shared": Method("one adapter for all tasks", _shared, baseline=True),
     "alone": Method("an adapter a task, each trained alone", _alone, baseline=True),
@@ -230,7 +229,7 @@ METHODS: dict[str, Method] = {
     "adapter_fusion": Method("AdapterFusion, by the adapters library", _adapter_fusion, baseline=True),
     "stage1": Method("MTA, stage 1 alone", _stage1()),
     "one_stage": Method("MTA, all parts at once", _one_stage),
-    "two_stage": Method("MTA, both stages: the recipe itself", _two_stage),
+    "two_stage": Method("MTA, both stages: the recipe itself", _as_it_is),
     "task_gate": Method("a linear gate a task, at every token", _router("TaskGate")),
     "token_gate": Method("one linear gate, at every token", _router("TokenGate")),
     "top_k": Method("the two likeliest experts of a token", _router("TopK", k=2)),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from alter.data.sources import Row, stable_fraction
+from alter.data.files import Row
+from alter.data.sources import stable_fraction
 from alter.data.task import Task
 from alter.errors import AlterError
 
@@ -60,9 +62,10 @@ def draw_shots(task: Task, shots: int, seed: int) -> Shots:
     """Draws a K-shot split: K training rows of each class to learn from, and K others of each to validate on.
 
     Both come from the training split, in place of any ``limit`` on train or validation; a task without choices is one
-    class. Rows with the same prompt and target count once, so that none is on both sides. The draw is a pure function of
-    the rows, K and the seed. A class with fewer than 2 K rows is short on the side that validates, and only with K or fewer on
-    the other too: it keeps one to validate on. Source: Gao et al. 2021 (LM-BFF), arXiv 2012.15723, section 3.
+    class. Rows with the same prompt and target count once, so that none is on both sides; nor is any of a source's groups,
+    half of which are on either side. The draw is a pure function of the rows, K and the seed. A class with fewer than 2 K
+    rows is short on the side that validates, and only with K or fewer on the other too: it keeps one to validate on.
+    Source: Gao et al. 2021 (LM-BFF), arXiv 2012.15723, section 3.
 
     Args:
         task: the task.
@@ -70,28 +73,44 @@ def draw_shots(task: Task, shots: int, seed: int) -> Shots:
         seed: of the draw.
 
     Raises:
-        AlterError: a class has fewer than 2 different rows, or a row does not fit the task.
+        AlterError: a class has fewer than 2 different rows, or all of its groups on one side; or a row does not fit the task.
     """
-    first: dict[str, dict[float, int]] = {label: {} for label in task.choices or [""]}  # class -> random key -> row
+    first: defaultdict[tuple[str, str], dict[float, int]] = defaultdict(dict)  # class, side -> random key -> row
     for number, row in task.opened.numbered("train"):
         place = f"train row {number}"
         prompt, target = task.render_prompt(row, place), task.render_target(row, place)
-        label = target if task.choices else ""
-        first[label].setdefault(stable_fraction(f"{seed}:{json.dumps([prompt, target])}"), number)
-        if len(first[label]) > 4 * shots:  # so that memory stays flat
-            first[label] = dict(sorted(first[label].items())[: 2 * shots])
-    problems = [
-        f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots needs 2 different training "
-        f"rows or more, one to learn from and one to validate on, and there are {len(rows)}; add rows or leave the task out."
-        for label, rows in first.items()
-        if len(rows) < 2
-    ]
+        group = task.opened.group_of(row)
+        side = "either" if group is None else "train" if stable_fraction(f"side:{seed}:{group}") < 0.5 else "validation"
+        key = target if task.choices else "", side
+        rows = first[key]
+        rows.setdefault(stable_fraction(f"{seed}:{json.dumps([prompt, target])}"), number)
+        if len(rows) > 4 * shots:  # so that memory stays flat
+            first[key] = dict(sorted(rows.items())[: 2 * shots])
+    found, problems = Shots(set(), set(), []), []
+    for label in task.choices or [""]:
+        either, train, validation = (first[label, side] for side in ("either", "train", "validation"))
+        learned = dict(sorted({**either, **train}.items())[:shots])
+        rest = {key: row for key, row in {**either, **validation}.items() if key not in learned}
+        if not rest and len(learned) > 1 and (spare := max(learned.keys() & either.keys(), default=None)) is not None:
+            del learned[spare]
+            rest = {spare: either[spare]}
+        validated = dict(sorted(rest.items())[:shots])
+        if not (learned and validated):
+            what = f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots needs"
+            different = len(either.keys() | train.keys() | validation.keys())
+            if different > 1:
+                problems.append(
+                    f"{what} rows of one group to learn from and of another to validate on, and by data.seed {seed} all are on one "
+                    "side; add rows, take another seed or leave the task out."
+                )
+            else:
+                problems.append(
+                    f"{what} 2 different training rows or more, one to learn from and one to validate on, and there are "
+                    f"{different}; add rows or leave the task out."
+                )
+        found.train.update(learned.values())
+        found.validation.update(validated.values())
+        found.scarce.extend([label] if len(learned) + len(validated) < 2 * shots else [])
     if problems:
         raise AlterError(*problems[:MAX_MESSAGES])
-    found = Shots(set(), set(), [label for label, rows in first.items() if len(rows) < 2 * shots])
-    for rows in first.values():
-        numbers = [number for _, number in sorted(rows.items())]
-        learned = min(shots, len(numbers) - 1)
-        found.train.update(numbers[:learned])
-        found.validation.update(numbers[learned : learned + shots])
     return found

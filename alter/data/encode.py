@@ -7,22 +7,25 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from alter.data.draw import MAX_MESSAGES, draw_shots, limited_rows, numbered_rows
-from alter.data.sources import SPLITS, Fields, Row, Source, writable
+from alter.data.files import Row, writable
+from alter.data.sources import SPLITS, Fields, Source
 from alter.data.task import Task
 from alter.errors import AlterError
+from alter.writing import made_whole
 
-VERSION = 7  # raise whenever the same task would be encoded differently
+VERSION = 8  # raise whenever the same task would be encoded differently
 CHUNK = 1000
+Item = TypeVar("Item")
 
 
 def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: int, shots: int | None = None) -> Path:
@@ -48,14 +51,9 @@ def encode_task(task: Task, tokenizer: Any, seq2seq: bool, cache: Path, seed: in
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "stats.json").is_file():
-            beside = cache / f".{folder.name}.part"  # one writer at a time, by the lock
-            shutil.rmtree(beside, ignore_errors=True)
-            try:
+            shutil.rmtree(folder, ignore_errors=True)  # without its last file
+            with made_whole(folder) as beside:
                 _encode(task, tokenizer, seq2seq, beside, seed, shots)
-                shutil.rmtree(folder, ignore_errors=True)
-                beside.rename(folder)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
@@ -85,13 +83,13 @@ def _encode(task: Task, tokenizer: Any, seq2seq: bool, folder: Path, seed: int, 
         writer = datasets.arrow_writer.ArrowWriter(path=str(folder / split / "data.arrow"), features=features)
         try:
             with writer:
-                for chunk in _chunks(rows):
+                for chunk in batched(rows, CHUNK):
                     if examples := list(encoder.encode(chunk)):
                         writer.write_batch({name: [example[name] for example in examples] for name in features})
                 encoder.finish()
                 writer.finalize()
         except AlterError as error:
-            problems += error.messages
+            problems += [message for message in error.messages if message not in problems]  # of what splits share
         stats[split] = encoder.stats
     if problems:
         raise AlterError(*problems)
@@ -122,38 +120,37 @@ class _Encoder:
                 self._add(error, place)
         if not good:
             return
-        prompts = self._ids([prompt for _, prompt, _, _ in good], prompt=True)
-        targets = self._ids([target for _, _, target, _ in good], prompt=False)
-        for (row, prompt, target, place), prompt_ids, target_ids in zip(good, prompts, targets, strict=True):
+        prompts = prompt_ids([prompt for _, prompt, _, _ in good], self.tokenizer, self.seq2seq)
+        targets = target_ids([target for _, _, target, _ in good], self.tokenizer, self.seq2seq)
+        for (row, prompt, target, place), read, wanted in zip(good, prompts, targets, strict=True):
             try:
-                if len(target_ids) > self.task.max_target_tokens and self.task.truncate_target:
+                if len(wanted) > self.task.max_target_tokens and self.task.truncate_target:
                     # Without eos: an answer that is cut here has not ended. The text stays whole for the metrics.
-                    target_ids = target_ids[: self.task.max_target_tokens]
+                    wanted = wanted[: self.task.max_target_tokens]
                     self.stats["cut_targets"] += 1
-                elif len(target_ids) > self.task.max_target_tokens:
+                elif len(wanted) > self.task.max_target_tokens:
                     raise AlterError(
-                        f"{self.task.where}: task '{self.task.name}', {place}: the target has {len(target_ids)} tokens, more than "
+                        f"{self.task.where}: task '{self.task.name}', {place}: the target has {len(wanted)} tokens, more than "
                         f"max_target_tokens {self.task.max_target_tokens}; raise it, shorten the target or set truncate_target: true."
                     )
-                if len(prompt_ids) > self.task.max_prompt_tokens:
-                    prompt, prompt_ids = shorten(self.task, row, self.tokenizer, self.seq2seq, place)
+                if len(read) > self.task.max_prompt_tokens:
+                    prompt, read = shorten(self.task, row, self.tokenizer, self.seq2seq, place)
                     self.stats["truncated"] += 1
-                _require_some(prompt_ids, self.task, place)
+                _require_some(read, self.task, place)
             except AlterError as error:
                 self._add(error, place)
                 continue
-            size = len(prompt_ids) + len(target_ids)
+            size = len(read) + len(wanted)
             self.stats["rows"] += 1
             self.stats["several_lines"] += "\n" in target
-            if (
-                not self.task.choices
-            ):  # one of which is the answer, whatever its tokens; the last token is eos, often the same
-                self.stats["unknown_signs"] += self.tokenizer.unk_token_id in target_ids[:-1]
+            if not self.task.choices:  # one of which is the answer, whatever its tokens
+                text = wanted[:-1]  # before eos, which is often the same token
+                self.stats["unknown_signs"] += self.tokenizer.unk_token_id in text
             self.stats["tokens"] += size
             self.stats["longest"] = max(self.stats["longest"], size)
             yield {
-                "prompt_ids": prompt_ids,
-                "target_ids": target_ids,
+                "prompt_ids": read,
+                "target_ids": wanted,
                 "choice": self.task.choices.index(target) if self.task.choices else -1,
                 "prompt": prompt,
                 "input": writable(json.dumps(self.task.inputs(row), ensure_ascii=False, default=str)),
@@ -171,10 +168,6 @@ class _Encoder:
                 f"{self.task.where}: task '{self.task.name}', key 'source': the {self.split} split has no rows; name a file or "
                 "split that has some, or raise its share of the training rows."
             )
-
-    def _ids(self, texts: list[str], prompt: bool) -> list[list[int]]:
-        make = prompt_ids if prompt else target_ids
-        return make(texts, self.tokenizer, self.seq2seq)
 
     def _add(self, error: AlterError, place: str) -> None:
         for message in error.messages:
@@ -258,7 +251,7 @@ def shorten(task: Task, row: Fields, tokenizer: Any, seq2seq: bool, place: str) 
             f"{name}: the prompt has more than max_prompt_tokens {limit} tokens and the key 'truncate' names '{task.truncate}', which "
             "has parts of its own; name a field that is a text or a list of words, or raise max_prompt_tokens."
         )
-    whole = field if isinstance(field, list) else str(field)
+    whole = list(field) if isinstance(field, (list, tuple)) else str(field)
     ends = range(1, len(whole) + 1) if isinstance(whole, list) else _token_ends(whole, tokenizer)
     low, high = 0, len(ends)  # the most of the field that fits; tokens at the seam may merge, so search
     best: tuple[str, list[int]] | None = None
@@ -286,8 +279,10 @@ def _token_ends(text: str, tokenizer: Any) -> list[int]:
     return [end for _, end in offsets]
 
 
-def _chunks(rows: Iterator[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    while chunk := list(islice(rows, CHUNK)):
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of up to ``size`` items."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
         yield chunk
 
 

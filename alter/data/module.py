@@ -18,7 +18,7 @@ from alter.data.collate import Collator
 from alter.data.encode import encode_task
 from alter.data.loader import make_loader
 from alter.data.mixture import mixture_rates, rate_problems
-from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches, share_out
+from alter.data.sampler import MixtureBatchSampler, Pair, eval_batches, in_turn, share_out
 from alter.data.sources import SPLITS
 from alter.data.task import Task, limit_problems, load_tasks
 from alter.errors import AlterError
@@ -72,22 +72,6 @@ class MultiTaskDataModule(LightningDataModule):
         limit: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
-        settings = {
-            "temperature": temperature,
-            "cap": cap,
-            "examples_per_epoch": examples_per_epoch,
-            "max_tokens": max_tokens,
-            "eval_max_tokens": eval_max_tokens,
-            "num_workers": num_workers,
-            "seed": seed,
-            "shots": shots,
-            "limit": limit,
-        }
-        if problems := list(data_problems(settings)):
-            raise AlterError(*problems)
-        self.tasks: list[Task] = [
-            _limited(task, limit or {}) for task in load_tasks(tasks or [], Path(root or "."), root)
-        ]
         self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self.temperature = temperature
@@ -99,6 +83,12 @@ class MultiTaskDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.shots = shots
+        self.limit = limit
+        if problems := list(data_problems(vars(self))):
+            raise AlterError(*problems)
+        self.tasks: list[Task] = [
+            _limited(task, limit or {}) for task in load_tasks(tasks or [], Path(root or "."), root)
+        ]
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else alter_home() / "tokens"
         self.first_epoch = 0
         self._resumed = (0, 0)  # epoch, batches taken of it
@@ -181,7 +171,9 @@ class MultiTaskDataModule(LightningDataModule):
         draws = self.rates * self.draws * max(epochs, 1)
         total = np.zeros(2)
         for task, drawn in zip(self.tasks, draws, strict=True):
-            train, validation = (_lengths(self.examples(task.name, split), True) for split in ("train", "validation"))
+            train, validation = (
+                example_lengths(self.examples(task.name, split), True) for split in ("train", "validation")
+            )
             total += min(1.0, drawn / len(train)) * train.sum(0) + validation.sum(0)
         prompts, targets = total.round().astype(int).tolist()
         return prompts, targets
@@ -254,7 +246,7 @@ class MultiTaskDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the mixture, each process its own share; a resumed epoch goes on after its last batch."""
         rank, world = self._place()
-        lengths = [_lengths(self.examples(task.name, "train"), self.seq2seq) for task in self.tasks]
+        lengths = [example_lengths(self.examples(task.name, "train"), self.seq2seq) for task in self.tasks]
         sampler = MixtureBatchSampler(
             lengths,
             self.rates,
@@ -270,14 +262,18 @@ class MultiTaskDataModule(LightningDataModule):
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation example once, sorted by length, shared out over the processes."""
+        """Every validation example once, in batches of like length, shared out over the processes.
+
+        Batches of every length take turns, as in training, so that a part of them is a part of every task.
+        """
         rank, world = self._place()
         pairs, lengths = [], []
         for index, task in enumerate(self.tasks):
-            own = _lengths(self.examples(task.name, "validation"), self.seq2seq)
+            own = example_lengths(self.examples(task.name, "validation"), self.seq2seq)
             pairs += [(index, row) for row in range(len(own))]
             lengths += own.tolist()
-        batches = [[pairs[i] for i in rows] for rows in eval_batches(lengths, self.eval_max_tokens)]
+        sorted_batches = eval_batches(lengths, self.eval_max_tokens)
+        batches = [[pairs[i] for i in sorted_batches[place]] for place in in_turn(len(sorted_batches), 0.0)]
         return self._loader("validation", share_out(batches, rank, world))
 
     def state_dict(self) -> dict[str, int]:
@@ -345,7 +341,7 @@ class _Mixture(Dataset[dict[str, Any]]):
         return sum(map(len, self.tasks))
 
 
-def _lengths(examples: Any, apart: bool) -> np.ndarray:
+def example_lengths(examples: Any, apart: bool) -> np.ndarray:
     """Tokens of each example, or of its prompt and its target; read from Arrow's offsets without making lists."""
     import pyarrow.compute
 

@@ -19,6 +19,7 @@ from jinja2 import TemplateSyntaxError, UndefinedError, meta, nodes
 from jinja2.exceptions import SecurityError
 
 from alter.data import sources, template
+from alter.data.files import writable
 from alter.data.sources import SPLITS, Fields, Function, Source
 from alter.errors import AlterError, did_you_mean
 from alter.metrics import recalled_choice
@@ -101,8 +102,8 @@ class Task:
             elif name not in known:
                 kind = "classification" if self.choices else "generation"
                 yield f"{where}, key 'metrics': '{name}' is not a {kind} metric; known are {', '.join(known)}.{did_you_mean(name, known)}"
-        if not self.name or self.name.startswith(".") or {"/", "\\", "\0"} & set(self.name):
-            yield f"{where}, key 'name': files are named by it; give one without / and \\ that starts with no dot."
+        if not self.name or self.name.startswith((".", "-")) or {"/", "\\", "\0"} & set(self.name):
+            yield f"{where}, key 'name': files are named by it; give one without / and \\ that starts with no dot or dash."
         if self.name == AUTO:
             yield f"{where}, key 'name': a client of alter serve writes it where it names no task; give another."
         yield from limit_problems(self.limit, f"{where}, key 'limit'")
@@ -173,10 +174,12 @@ class Task:
         if inspect.isclass(found) and issubclass(found, Source):
             if problems := check(found, arguments, where):
                 raise AlterError(*problems)
-            return found(**arguments)
-        if not (
-            callable(found) and hasattr(found, "__qualname__")
-        ):  # such as functools.partial, whose code is not known
+            try:
+                return found(**arguments)
+            except AlterError as error:
+                raise AlterError(*(f"{where}: {message}" for message in error.messages)) from error
+        has_known_code = callable(found) and hasattr(found, "__qualname__")  # unlike functools.partial
+        if not has_known_code:
             raise AlterError(f"{where}: '{class_path}' is neither a Source nor a function; name one.")
         try:
             inspect.signature(found).bind("train", **arguments)
@@ -218,7 +221,7 @@ class Task:
 
     def _render(self, key: str, row: Fields, place: str) -> str:
         try:
-            return sources.writable(self._compiled[key].render({**row, "row": row}))
+            return writable(self._compiled[key].render({**row, "row": row}))
         except UndefinedError as error:
             # "'x' is undefined", or of row['x']: "'dict object' has no attribute 'x'"
             name = (re.findall(r"'([^']*)'", str(error)) or [""])[-1]

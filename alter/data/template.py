@@ -15,7 +15,7 @@ from jinja2 import StrictUndefined, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from alter.data.sources import is_missing
+from alter.data.files import is_missing
 
 MAX_LOOPS = 2  # within one another
 MAX_CHARACTERS = 10_000_000  # of what a replacement makes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from alter import terminal
-from alter.data import MultiTaskDataModule, Task
+from alter.data import Files, MultiTaskDataModule, Task
 from alter.data.sources import SPLITS
 from alter.errors import AlterError
 from alter.nn.backbone import QUANTISED
@@ -62,11 +62,11 @@ def disjoint(task: Task, data: MultiTaskDataModule) -> Line:
     counts = ", ".join(f"{count:,} of {len(prompts[split]):,} {split} prompts" for split, count in repeated.items())
     worst = max(count / max(len(prompts[split]), 1) for split, count in repeated.items())
     if worst > MOST_REPEATED:
+        remedy = "remove repeated rows from one of the splits."
+        if isinstance(task.opened, Files) and any(repeated[split] for split in task.opened.shares):
+            remedy = "remove repeated rows, or name the column that tells them apart as the source's group."
         return Line(
-            False,
-            "splits",
-            f"{task.name}: {counts} are in train too, so that results would be too good; remove repeated rows, or name the "
-            "column that tells them apart as the source's group.",
+            False, "splits", f"{task.name}: {counts} are in train too, so that results would be too good; {remedy}"
         )
     return Line(True, "splits", f"{task.name}: {counts} are in train too")
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from alter import references
 from alter.data import MultiTaskDataModule, eval_batches
+from alter.data.module import example_lengths
 from alter.loading import load
 from alter.machine import peak_device_memory_bytes, peak_memory_bytes
 from alter.nn.backbone import is_seq2seq, resolve_backbone
@@ -61,7 +62,7 @@ class Sample(MultiTaskDataModule):
         batches: list[Any] = list(loader.batch_sampler or ())
         batches = batches[: _share(self.limits.get(split), len(batches))]
         self.batches[split] = len(batches)
-        lengths = [self._lengths(task.name, split) for task in self.tasks]
+        lengths = [example_lengths(self.examples(task.name, split), apart=False) for task in self.tasks]
 
         def size(batch: Sequence[tuple[int, int]]) -> int:
             return len(batch) * max(lengths[task][row] for task, row in batch)
@@ -70,10 +71,6 @@ class Sample(MultiTaskDataModule):
         rest = sorted(set(range(len(batches))) - set(largest))
         drawn = random.Random(self.seed).sample(rest, min(DRAWN, len(rest)))
         return self._loader(split, [batches[i] for i in largest + drawn])
-
-    def _lengths(self, task: str, split: str) -> list[int]:
-        examples = self.examples(task, split)
-        return [len(p) + len(t) for p, t in zip(examples["prompt_ids"], examples["target_ids"], strict=True)]
 
 
 class Clock(Callback):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from alter.data.sources import is_missing
+from alter.data.files import is_missing
 
 NO_ANSWER = "none"  # what is written where a row's mapping of answers has none
 TAG = re.compile(r"O|[BI]-.+")  # of a word: outside, at the beginning of a span, or inside one

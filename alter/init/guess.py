@@ -241,9 +241,8 @@ def _useless(column: Column, rows: int) -> str | None:
         return "not the same kind of list in every row" if column.lists < column.filled or column.others else None
     is_id = re.search(r"(?i:(^|[_\W])(id|uuid|guid|mrn|index|idx|key)$)|(?<=[a-z])(Id|ID)$|^Unnamed|^$", column.name)
     counted = sum(column.values.values())  # rows of the values that are kept
-    most = (
-        counted - 1 if PERSON.search(column.name) else 0.8 * counted
-    )  # a person's rows belong together however few they are
+    # A person's rows belong together however few they are.
+    most = counted - 1 if PERSON.search(column.name) else 0.8 * counted
     if is_id and 10 <= column.kinds <= most:
         return "group"
     if is_id:

@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from alter import terminal
-from alter.data.sources import SPLITS, Files, Row, is_chat, read_chats, read_file
+from alter.data.files import Row, is_chat, read_chats, read_file
+from alter.data.sources import SPLITS, Files
 from alter.data.task import AUTO
 from alter.errors import AlterError, did_you_mean
 from alter.init.columns import NO_ANSWER, read_columns
@@ -183,10 +184,16 @@ def _said(proposal: Proposal) -> list[str]:
         facts["choices"] = f"{len(counts)}: {shown}"
         if alike := _alike(guess.choices):
             facts["alike"] = f"{' and '.join(alike)} may be one answer in two spellings"
-    origin = "files of their own" if len(proposal.files) == len(SPLITS) else "shares drawn by a seed"
+    shares = [split for split in SPLITS if split not in proposal.files]
+    if len(shares) == 1:
+        origin = f"{shares[0]} a share of train drawn by a seed, {next(s for s in SPLITS[1:] if s not in shares)} as its file has it"
+    else:
+        origin = "shares drawn by a seed" if shares else "files of their own"
     facts["rows"] = " / ".join(f"{proposal.rows[split]:,} {split}" for split in SPLITS) + f" ({origin})"
     if "group" in proposal.arguments:
         facts["together"] = f"rows of the same {_names(proposal.arguments['group'])} stay in one split"
+        if len(shares) == 1:
+            facts["together"] += f" of what {proposal.files['train'].name} is shared out to"
         if guess.ungrouped:
             facts["together"] += f"; {guess.ungrouped:,} rows have none"
     facts |= {f"not {name}": reason for name, reason in guess.left_out.items()}
@@ -199,10 +206,11 @@ def _said(proposal: Proposal) -> list[str]:
 
 
 def _alike(choices: Sequence[str]) -> list[str]:
-    """The first choices that differ by case, blanks or the words for yes and no alone."""
+    """The first choices that differ by case, blanks, how a letter or a number is written, or the words for yes and no alone."""
     by_meaning: dict[str, list[str]] = {}
     for choice in choices:
-        plain = " ".join(choice.casefold().split())
+        plain = " ".join(unicodedata.normalize("NFC", choice.casefold()).split())
+        plain = re.sub(r"^(-?\d+)\.0+$", r"\1", plain)
         by_meaning.setdefault({"true": "yes", "false": "no"}.get(plain, plain), []).append(choice)
     return next((names for names in by_meaning.values() if len(names) > 1), [])
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from alter.errors import AlterError, did_you_mean
+from alter.errors import AlterError, did_you_mean, in_short
 from alter.nn.embedded import EMBEDDED, fetch
 from alter.nn.hub import cached_snapshot, check_folder, download_snapshot, read_json, weight_files
 
@@ -99,7 +99,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here
-        raise AlterError(f"{path}: its tokenizer cannot be loaded ({_short(error)}); copy the whole folder.") from error
+        raise AlterError(
+            f"{path}: its tokenizer cannot be loaded ({in_short(error)}); copy the whole folder."
+        ) from error
     if tokenizer.eos_token is None:
         raise AlterError(f"{path}: its tokenizer names no eos_token, which ends every target; set it and save again.")
     if tokenizer.pad_token is None:
@@ -150,7 +152,7 @@ def load_backbone(name_or_path: str | Path, precision: str = "fp32") -> PreTrain
                 **_precision_options(precision),
             )
     except Exception as error:  # transformers raises many kinds here
-        raise AlterError(f"{path}: it cannot be loaded as a language model ({_short(error)}).") from error
+        raise AlterError(f"{path}: it cannot be loaded as a language model ({in_short(error)}).") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise AlterError(
@@ -198,11 +200,6 @@ def _keep_gradients(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # torch's types know no flags
 
 
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def _model_class(path: Path) -> Any:
     """The class that loads this folder.
 
@@ -220,7 +217,9 @@ def _model_class(path: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise AlterError(f"{path / 'config.json'}: transformers does not know this model ({_short(error)}).") from error
+        raise AlterError(
+            f"{path / 'config.json'}: transformers does not know this model ({in_short(error)})."
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise AlterError(f"{path}: its weights are quantised already; take the plain ones and set precision instead.")
     seq2seq = getattr(config, "is_encoder_decoder", False)

@@ -30,9 +30,7 @@ def write_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[st
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, state)
-    beside = (
-        folder / f".{CONFIG_FILE}.part"
-    )  # always the same name, so that a killed run leaves nothing behind in the end
+    beside = folder / f".{CONFIG_FILE}.part"  # always of this name, so that a killed run leaves nothing in the end
     beside.write_text(json.dumps({"format": FORMAT, **config}, indent=2) + "\n")
     os.replace(beside, folder / CONFIG_FILE)
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from alter.errors import AlterError, first_line
+from alter.errors import AlterError, in_short
 
 # Weights as safetensors only (a pickle can run code), and no Python files. Sub-folders hold other formats.
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -123,7 +123,7 @@ def download_snapshot(repo_id: str, into: Path | None = None) -> Path:
             )
         )
     except Exception as error:  # 401, 404, gated, broken connection: all mean that this source has not delivered
-        raise AlterError(f"the hub did not deliver '{repo_id}' ({first_line(error)}).") from error
+        raise AlterError(f"the hub did not deliver '{repo_id}' ({in_short(error)}).") from error
     check_folder(folder)
     return folder
 
@@ -154,5 +154,5 @@ def check_reachable() -> None:
     thread.start()
     thread.join(PROBE_SECONDS + 2)
     if thread.is_alive() or failures:
-        reason = first_line(failures[0]) if failures else "no answer"
+        reason = in_short(failures[0]) if failures else "no answer"
         raise AlterError(f"the hub at {constants.ENDPOINT} is not reachable ({reason}).")

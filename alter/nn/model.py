@@ -82,7 +82,7 @@ class MTAModel(nn.Module):
         self.is_seq2seq = bool(backbone.config.is_encoder_decoder)
         embeddings = cast(Tensor, backbone.get_input_embeddings().weight)
         self.routing = Routing(prompt=torch.zeros(1, embeddings.shape[-1]))
-        self._layers_setting, self._ffn_setting = layers, ffn
+        self.placement = layers, ffn
         adapted = select_layers(find_feed_forwards(backbone, ffn), layers)
         self.body = Body(backbone, adapted)
         # A plain dict: the layers are already registered as parts of the backbone.
@@ -304,11 +304,6 @@ class MTAModel(nn.Module):
         """Takes over the trained backbone of a model with adapters in the same places."""
         self.own_backbone()
         self._set_backbone({name: value.detach().clone() for name, value in other._backbone_parameters().items()})
-
-    @property
-    def placement(self) -> tuple[str | list[int], str | None]:
-        """The arguments ``layers`` and ``ffn``."""
-        return self._layers_setting, self._ffn_setting
 
     def set_examples(self, batch: Mapping[str, Tensor]) -> None:
         """Says which examples the next calls are about.

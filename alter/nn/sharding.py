@@ -30,9 +30,8 @@ def shard(model: MTAModel, mesh: DeviceMesh) -> None:
     Raises:
         AlterError: a weight stayed whole.
     """
-    blocks = set(
-        cast("list[str] | None", model.backbone._no_split_modules) or ()
-    )  # where Hugging Face's own device maps never cut
+    # Where Hugging Face's own device maps never cut.
+    blocks = set(cast("list[str] | None", model.backbone._no_split_modules) or ())
     for module in model.backbone.modules():
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh)

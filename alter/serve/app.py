@@ -95,9 +95,8 @@ class Server:
         self.predictor, self.limits = predictor, limits
         self.metrics = Metrics()
         self.batcher = Batcher(predictor, self.metrics, limits.max_batch, limits.max_waiting)
-        self._reader = ThreadPoolExecutor(
-            1, "alter-reading"
-        )  # off the event loop, and one bounds how much is read at once
+        # Off the event loop, and one bounds how much is read at once.
+        self._reader = ThreadPoolExecutor(1, "alter-reading")
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -385,9 +384,8 @@ def create_app(
     """
     limits = limits or Limits()
     server = Server(predictor, limits)
-    app = FastAPI(
-        title="ALTER", lifespan=server.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
-    )  # their pages load from elsewhere
+    # Without FastAPI's own pages, which load from elsewhere.
+    app = FastAPI(title="ALTER", lifespan=server.lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("GET", "/", server.index),
         ("GET", "/health", server.health),

@@ -23,7 +23,6 @@ from alter.errors import AlterError, Diverged
 from alter.nn.backbone import backbone_fingerprint, check_trainable, resolve_backbone
 from alter.nn.body import IGNORED
 from alter.nn.model import MTAModel
-from alter.nn.processes import gather_objects, world_size
 from alter.nn.sharding import gather, local_numel, shard, slice_like
 from alter.nn.trunk_cache import TrunkCache
 from alter.stages.schedule import Schedule, make_scheduler
@@ -53,11 +52,11 @@ class StageModule(LightningModule):
     def __init__(
         self,
         optimizer: OptimizerCallable,
-        schedule: Schedule,
-        warmup: float,
-        loss_average: Literal["token", "example"],
-        gradient_checkpointing: bool,
-        trunk_cache: TrunkCache | None,
+        schedule: Schedule = "cosine",
+        warmup: float = 0.05,
+        loss_average: Literal["token", "example"] = "token",
+        gradient_checkpointing: bool = False,
+        trunk_cache: TrunkCache | None = None,
         skip_bad_batches: int = 0,
     ) -> None:
         super().__init__()
@@ -85,9 +84,8 @@ class StageModule(LightningModule):
     def backbone_identity(self) -> str:
         """Tells the function that this backbone computes from any other's."""
         fingerprint = backbone_fingerprint(resolve_backbone(self.backbone))
-        mixed = (
-            "32-true" if self._trainer is None else self._trainer.precision
-        )  # what the blocks below the adapters compute in
+        # What the blocks below the adapters compute in.
+        mixed = "32-true" if self._trainer is None else self._trainer.precision
         return f"{fingerprint} {self.precision} {mixed} transformers {version('transformers')}"
 
     def configure_model(self) -> None:
@@ -358,7 +356,10 @@ class StageModule(LightningModule):
                 "task_sums": self._task_window.cpu(),
                 "taken": self._taken,
             }
-            checkpoint["unfinished_step"] = gather_objects(own)
+            everyones: list[Any] = [own] * self.trainer.world_size
+            if len(everyones) > 1:
+                torch.distributed.all_gather_object(everyones, own)
+            checkpoint["unfinished_step"] = everyones
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads what trains and checks that every key matched, which ``strict_loading=False`` would not.
@@ -369,7 +370,7 @@ class StageModule(LightningModule):
         self.model.load_trained_state(checkpoint["state_dict"], "the checkpoint")
         self.skipped = checkpoint.get("skipped", 0)
         everyones = checkpoint.get("unfinished_step", [])
-        if len(everyones) == world_size():
+        if self._trainer and len(everyones) == self._trainer.world_size:
             self._unfinished = everyones[self.global_rank]
 
 

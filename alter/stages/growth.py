@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from alter.nn.experts import Expert
 from alter.nn.model import MTAModel
-from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
-from alter.stages.schedule import Schedule
 
 
 class GrowthModule(StageModule):
@@ -25,13 +23,7 @@ class GrowthModule(StageModule):
         precision: of the frozen backbone.
         start_from: the model's folder.
         optimizer: class and arguments (default AdamW, lr 2e-3).
-        schedule: of the learning rate after the warm-up.
-        warmup: share of the steps over which the learning rate rises.
-        loss_average: over target tokens, or over examples.
-        gradient_checkpointing: computes activations again in the backward pass, to save memory.
-        trunk_cache: how the states below the first adapter are kept.
-        skip_bad_batches: how many batches may be left out whose loss is not finite, and steps whose gradient is not; the
-            next one stops the run.
+        kwargs: as for ``StageModule``.
     """
 
     def __init__(
@@ -41,16 +33,9 @@ class GrowthModule(StageModule):
         precision: str = "fp32",
         start_from: str = "",
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=2e-3, weight_decay=0.0),
-        schedule: Schedule = "cosine",
-        warmup: float = 0.05,
-        loss_average: Literal["token", "example"] = "token",
-        gradient_checkpointing: bool = False,
-        trunk_cache: TrunkCache | None = None,
-        skip_bad_batches: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            optimizer, schedule, warmup, loss_average, gradient_checkpointing, trunk_cache, skip_bad_batches
-        )
+        super().__init__(optimizer, **kwargs)
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -11,9 +11,7 @@ from alter.nn.backbone import load_backbone
 from alter.nn.experts import Expert, LoRA
 from alter.nn.model import MTAModel
 from alter.nn.routers import Router, TaskSelector
-from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
-from alter.stages.schedule import Schedule
 
 
 class Stage1Module(StageModule):
@@ -33,13 +31,7 @@ class Stage1Module(StageModule):
         backbone_lr: factor on the backbone's learning rate; 0 freezes it. Above 0 all of it trains, without dropout, in
             fp32; checkpoints and the model hold it whole, and the trunk cache is off.
         optimizer: class and arguments (default AdamW, lr 3e-3).
-        schedule: of the learning rate after the warm-up.
-        warmup: share of the steps over which the learning rate rises.
-        loss_average: over target tokens, or over examples.
-        gradient_checkpointing: computes activations again in the backward pass, to save memory.
-        trunk_cache: how the states below the first adapter are kept, set by the recipe's ``trunk_cache``.
-        skip_bad_batches: how many batches may be left out whose loss is not finite, and steps whose gradient is not; the
-            next one stops the run.
+        kwargs: as for ``StageModule``.
     """
 
     def __init__(
@@ -56,16 +48,9 @@ class Stage1Module(StageModule):
         router_lr: float = 1.0,
         backbone_lr: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.0),
-        schedule: Schedule = "cosine",
-        warmup: float = 0.05,
-        loss_average: Literal["token", "example"] = "token",
-        gradient_checkpointing: bool = False,
-        trunk_cache: TrunkCache | None = None,
-        skip_bad_batches: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            optimizer, schedule, warmup, loss_average, gradient_checkpointing, trunk_cache, skip_bad_batches
-        )
+        super().__init__(optimizer, **kwargs)
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

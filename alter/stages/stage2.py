@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -10,9 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from alter.nn.experts import Expert, LoRA
 from alter.nn.model import MTAModel
 from alter.nn.routers import Router, SharedGate
-from alter.nn.trunk_cache import TrunkCache
 from alter.stages.base import StageModule
-from alter.stages.schedule import Schedule
 
 
 class Stage2Module(StageModule):
@@ -31,13 +29,7 @@ class Stage2Module(StageModule):
         task_expert_lr: factor on the task experts' learning rate; 0 freezes them and their router.
         backbone_lr: factor on the backbone's learning rate; 0 freezes it, as stage 1 left it. See stage 1.
         optimizer: class and arguments (default AdamW, lr 1e-3).
-        schedule: of the learning rate after the warm-up.
-        warmup: share of the steps over which the learning rate rises.
-        loss_average: over target tokens, or over examples.
-        gradient_checkpointing: computes activations again in the backward pass, to save memory.
-        trunk_cache: how the states below the first adapter are kept, set by the recipe's ``trunk_cache``.
-        skip_bad_batches: how many batches may be left out whose loss is not finite, and steps whose gradient is not; the
-            next one stops the run.
+        kwargs: as for ``StageModule``.
     """
 
     def __init__(
@@ -53,16 +45,9 @@ class Stage2Module(StageModule):
         task_expert_lr: float = 0.0,
         backbone_lr: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0),
-        schedule: Schedule = "cosine",
-        warmup: float = 0.05,
-        loss_average: Literal["token", "example"] = "token",
-        gradient_checkpointing: bool = False,
-        trunk_cache: TrunkCache | None = None,
-        skip_bad_batches: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            optimizer, schedule, warmup, loss_average, gradient_checkpointing, trunk_cache, skip_bad_batches
-        )
+        super().__init__(optimizer, **kwargs)
         self.backbone = backbone
         self.tasks = tasks or []
         self.precision = precision

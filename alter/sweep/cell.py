@@ -21,8 +21,9 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     leave_allocation()
     REQUEUE.listen()
-    from alter.cells import is_helper, only_one
+    from alter.cells import only_one
     from alter.errors import AlterError
+    from alter.machine import is_first
     from alter.sweep.plan import FAILED, RESULT, read_sweep
     from alter.writing import write_json
 
@@ -33,10 +34,9 @@ def main() -> None:
             return
         (cell / FAILED).unlink(missing_ok=True)
         try:
-            known = _run(
-                sweep.recipe(options.number), [*flags, "--run", str(cell.absolute())]
-            )  # wherever the sweep has moved
-            if not is_helper():
+            place = ["--run", str(cell.absolute())]  # wherever the sweep has moved
+            known = _run(sweep.recipe(options.number), [*flags, *place])
+            if is_first():
                 write_json(cell / RESULT, known)
         except Exception as error:
             traceback.print_exc()

@@ -15,7 +15,7 @@ from alter.schema import find_classes_in, import_name
 from alter.slurm import import_paths
 from alter.stage_settings import named_callbacks, stage_trainer
 from alter.sweep.points import Config, Point, check_points
-from alter.writing import write_json, write_text
+from alter.writing import write_text
 from alter.yaml_file import dump
 
 SWEEP, JOBS = "sweep.json", "jobs.json"
@@ -105,7 +105,8 @@ def plan(folder: Path, recipe: Recipe, points: Sequence[Point], base: Path, dry_
         for number, config in zip(sweep.numbers, configs, strict=True):
             sweep.cell(number).mkdir(parents=True, exist_ok=True)
             write_text(sweep.recipe(number), dump(config | {"run": str(sweep.cell(number).absolute()), "test": False}))
-        write_json(file, known)  # last: it says that the recipes are there
+        # Last: it says that the recipes are there. With infinities, which a recipe may have and ``write_json`` has not.
+        write_text(file, json.dumps(known, indent=2) + "\n")
     return sweep
 
 
@@ -119,7 +120,6 @@ def read_sweep(folder: Path) -> Sweep:
     if not file.is_file():
         raise AlterError(f"{folder}: no sweep is there (it has no {SWEEP}); name the folder that `alter sweep` told.")
     known = json.loads(file.read_text())
-    known = {"paths": [], **known}  # which earlier ones did not note
     for path in known["paths"]:
         find_classes_in(Path(path))
     names = ("points", "metric", "mode", "start", "test", "paths")

@@ -16,8 +16,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from alter.cli import main
+from alter.compare.cell import _measure
 from alter.compare.cell import _write_answers as write_answers
 from alter.compare.grid import Grid, Planner, run_grid
 from alter.compare.grid import _plan as plan_cell
@@ -29,6 +31,7 @@ from alter.errors import AlterError
 from alter.home import alter_home
 from alter.nn.backbone import backbone_fingerprint, resolve_backbone
 from alter.recipe import read_recipe
+from alter.run import fit
 from alter.run_folder import stage_records
 from alter.stage_settings import stage_trainer
 from tests.data.conftest import words  # noqa: F401 (a fixture)
@@ -598,3 +601,40 @@ def test_what_cannot_be_compared_is_refused(compared, capsys, arguments, said):
     lines = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", *arguments)
     assert said in lines[0]
     assert not Path("out/compare.json").exists()
+
+
+def test_a_task_alone_is_not_chosen_by_another_ones_validation(compared):
+    def watch(task):
+        return {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"monitor": f"val/loss/{task}"},
+        }
+
+    change(compared, trainer__callbacks=[watch("sort"), watch("echo")])
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    planned = METHODS["alone"].plan(copy.deepcopy(recipe.config), Planner(recipe).budget)
+    watched = {t.name: [c["init_args"]["monitor"] for c in t.config["trainer"]["callbacks"]] for t in planned}
+    assert watched == {"echo": ["val/loss/echo"], "sort": ["val/loss/sort"]}
+
+
+def test_the_memory_of_a_cell_is_that_of_its_training_too(compared, monkeypatch):
+    """Where another process has trained it, as with ``--tune``."""
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    fit(recipe)
+    monkeypatch.setattr("alter.run_folder.peak_device_memory_bytes", lambda: 123)
+    plan = {"trains": True, "recipes": ["x"]}
+    assert _measure([recipe], plan, "trained")[0]["peak_memory_bytes"] == 123
+    progress = json.loads((recipe.run / "progress.json").read_text())
+    progress["stage1"]["peak_device_memory_bytes"] = 10**10
+    (recipe.run / "progress.json").write_text(json.dumps(progress))
+    assert _measure([recipe], plan, "trained")[0]["peak_memory_bytes"] == 10**10
+
+
+def test_a_backbone_whose_blocks_the_recipe_names_is_compared_untouched(compared, cells_here):
+    config = BloomConfig(
+        vocab_size=600, hidden_size=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1, pad_token_id=0
+    )
+    BloomForCausalLM(config).save_pretrained("bloom")
+    AutoTokenizer.from_pretrained(read_recipe(["--config", "recipe.yaml"]).config["backbone"]).save_pretrained("bloom")
+    change(compared, backbone="bloom", stage1__model__init_args__ffn="*.mlp")
+    assert compare("--methods", "untouched", "--seeds", "1")["methods"]["untouched"]["trainable_parameters"] == 0

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alter.data import Task, encode_choices
-from alter.data.encode import encode_prompt, encode_task, prompt_ids, target_ids
+from alter.data.encode import encode_prompt, encode_task, prompt_ids, shorten, target_ids
 from alter.errors import AlterError
 from tests.data.conftest import rows, task_dict, write_jsonl
 
@@ -70,6 +70,9 @@ def test_a_long_prompt_loses_the_last_items_of_a_list(tmp_path, tokenizer):
     write_jsonl(tmp_path / "t.train.jsonl", [{"text": [f"w{i}" for i in range(50, 80)], "label": "no"}])
     found, _ = encode(task, tokenizer, tmp_path / "cache")
     assert found["train"][0]["prompt"] == "w1 w50 w51 w52 w3 :"
+    words = tuple(f"w{i}" for i in range(50, 80))  # as a function may give them
+    prompt, _ = shorten(task, {"text": words}, tokenizer, False, "train row 1")
+    assert prompt == "w1 w50 w51 w52 w3 :"
 
 
 @pytest.mark.parametrize("seq2seq", [False, True])

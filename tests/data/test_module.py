@@ -7,7 +7,7 @@ from lightning import LightningModule, Trainer
 
 from alter.data import MultiTaskDataModule
 from alter.errors import AlterError
-from tests.data.conftest import task_dict
+from tests.data.conftest import task_dict, write_jsonl
 
 
 def make(tmp_path, words, **changes):
@@ -31,6 +31,21 @@ def test_an_epoch_draws_what_it_says_and_validation_sees_every_example_once(tmp_
     counts = Counter(t for batch in data.train_dataloader() for t in batch["task_ids"].tolist())
     assert counts == {0: 30, 1: 60}
     assert Counter(t for batch in data.val_dataloader() for t in batch["task_ids"].tolist()) == {0: 6, 1: 6}
+
+
+def test_a_part_of_the_validation_batches_has_rows_of_every_task(tmp_path, words):
+    """As ``trainer.limit_val_batches`` takes; sorted by length, the first half of them would be of one task."""
+    write = {"long": 14, "short": 2}
+    tasks = [task_dict(tmp_path, name, 40, validation=60) for name in write]
+    for name, length in write.items():
+        lines = [{"text": " ".join(f"w{i + j}" for j in range(length)), "label": "yes"} for i in range(60)]
+        write_jsonl(tmp_path / f"{name}.validation.jsonl", lines)
+    data = make(tmp_path, words, tasks=tasks, eval_max_tokens=64)
+    batches = [batch["task_ids"].tolist() for batch in data.val_dataloader()]
+    assert Counter(task for batch in batches for task in batch) == {0: 60, 1: 60}
+    half = Counter(task for batch in batches[: len(batches) // 2] for task in batch)
+    assert half[0] == pytest.approx(30, abs=8)
+    assert half[1] == pytest.approx(30, abs=15)  # batches of some 12 rows
 
 
 def test_the_tokens_of_what_is_drawn_are_told(tmp_path, words):

@@ -149,3 +149,48 @@ def test_a_bad_row_is_told_by_its_number_in_the_training_split(tmp_path, tokeniz
 def test_shots_below_one_are_refused():
     with pytest.raises(AlterError, match=r"data\.shots: 0 is below 1"):
         MultiTaskDataModule(shots=0)
+
+
+@settings(deadline=None)
+@given(patients=st.integers(8, 40), shots=st.integers(1, 4), seed=st.integers(0, 20))
+def test_rows_of_one_group_are_on_one_side(tmp_path_factory, patients, shots, seed):
+    visits = [(patient, visit) for patient in range(patients) for visit in range(3)]
+    rows = [{"text": f"row {p} {v}", "label": CHOICES[v], "patient": p} for p, v in visits]
+    rows.append({**rows[0], "patient": patients - 1})  # equal but for the patient
+    file = str(write_jsonl(tmp_path_factory.mktemp("groups") / "x.jsonl", rows))
+    arguments = {"train": file, "validation": file, "test": file, "group": "patient"}
+    source = {"class_path": "Files", "init_args": arguments}
+    task = Task("t", source, "{{ text }}", "{{ label }}", choices=CHOICES)
+    try:
+        drawn = draw_shots(task, shots, seed)
+    except AlterError as error:
+        assert all(f"by data.seed {seed} all are on one side" in message for message in error.messages)  # noqa: PT017
+        assert patients < 20
+        return
+    sides = [[rows[number - 1] for number in numbers] for numbers in (drawn.train, drawn.validation)]
+    for key in ("patient", "text"):
+        learned, checked = ({row[key] for row in side} for side in sides)
+        assert not learned & checked
+    for side in sides:
+        assert all(1 <= Counter(row["label"] for row in side)[label] <= shots for label in CHOICES)
+
+
+def test_groups_are_halved_though_the_sources_shares_are_drawn_by_the_same_seed(tmp_path):
+    rows = [{"text": f"row {n}", "label": CHOICES[n % 3], "patient": n // 3} for n in range(600)]
+    file = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    arguments = {"train": file, "validation": 0.3, "test": 0.3, "group": "patient", "seed": 13}
+    source = {"class_path": "Files", "init_args": arguments}
+    drawn = draw_shots(Task("t", source, "{{ text }}", "{{ label }}", choices=CHOICES), 20, 13)
+    assert len(drawn.train) == len(drawn.validation) == 60
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_equal_row_without_a_group_does_not_take_one_apart(tmp_path, seed):
+    rows = [{"text": "same", "patient": None}, {"text": "same", "patient": "d"}, {"text": "other", "patient": "d"}]
+    file = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    source = {
+        "class_path": "Files",
+        "init_args": dict.fromkeys(("train", "validation", "test"), file) | {"group": "patient"},
+    }
+    drawn = draw_shots(Task("t", source, "{{ text }}", "{{ text }}", metrics=["rougeL"]), 2, seed)
+    assert {"train": {1}, "validation": {3}}.items() <= drawn._asdict().items() or drawn.train == {3}

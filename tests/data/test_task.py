@@ -86,7 +86,10 @@ def test_paths_of_a_file_are_relative_to_it(tmp_path, monkeypatch):
         ({"prompt": "{{ text"}, r"key 'prompt': not a Jinja template"),
         ({"limit": {"trian": 3}}, r"key 'limit': 'trian' is not a split.*Did you mean 'train'"),
         ({"limit": {"train": 0}}, r"key 'limit': train is 0, below 1"),
-        *(({"name": name}, r"key 'name': files are named by it") for name in ("", "a/b", "..", ".a", "a\\b", "a\0b")),
+        *(
+            ({"name": name}, r"key 'name': files are named by it")
+            for name in ("", "a/b", "..", ".a", "-n", "a\\b", "a\0b")
+        ),
         ({"name": "auto"}, r"task 'auto', key 'name': a client of alter serve writes it where it names no task"),
         ({"choices": ["yes"]}, r"at least two choices"),
         *(({"weight": weight}, r"key 'weight'") for weight in (0, -1.0, float("inf"), float("nan"))),

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from alter.cli import main
+from alter.data import MultiTaskDataModule
 from alter.doctor import checks
-from tests.data.conftest import rows, words, write_jsonl  # noqa: F401 (a fixture)
+from tests.data.conftest import rows, task_dict, words, write_jsonl  # noqa: F401 (a fixture)
 from tests.test_cli import change, project  # noqa: F401 (a fixture)
 
 
@@ -196,3 +197,17 @@ def test_the_estimated_memory_of_smollm2_is_within_a_fifth_of_the_measured(proje
     estimated = float(re.search(r"about ([\d.]+) GiB", texts(lines, "memory")[0])[1])
     print(f"estimated {estimated:.2f} GiB, measured {measured:.2f} GiB")
     assert abs(estimated / measured - 1) < 0.2
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_group_is_named_as_the_remedy_where_a_share_is_drawn(tmp_path, words, given):  # noqa: F811
+    lines = [{"text": f"w{n % 30} w5", "label": ["yes", "no"][n % 2], "id": str(n)} for n in range(120)]
+    files = {split: str(write_jsonl(tmp_path / f"{split}.jsonl", lines)) for split in ("train", "validation", "test")}
+    task = task_dict(tmp_path, "t")
+    task["source"] = {"class_path": "Files", "init_args": files if given else {"train": files["train"]}}
+    data = MultiTaskDataModule(tokenizer=str(words), tasks=[task], cache_dir=str(tmp_path / "cache"))
+    data.setup()
+    line = checks.disjoint(data.tasks[0], data)
+    assert line.good is False
+    assert ("source's group" in line.text) == (not given)
+    assert ("from one of the splits" in line.text) == given

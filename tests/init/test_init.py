@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from alter.cli import main
 from alter.data import Task
 from alter.errors import AlterError
-from alter.init.write import init
+from alter.init.write import _alike, init
 from tests.data.conftest import make_words, words, write_jsonl  # noqa: F401 (a fixture)
 from tests.test_cli import tiny_backbone
 
@@ -503,3 +503,28 @@ def test_the_answer_is_the_column_that_one_names_where_it_is_there(tmp_path, cap
     with pytest.raises(SystemExit):
         main(["init", str(tmp_path / "other"), *files, "--answer", "groop"])
     assert "--answer: no file has a column 'groop'. Did you mean 'group'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("choices", "alike"),
+    [
+        (["1", "2", "1.0"], ["1", "1.0"]),
+        (["1.5", "15", "1"], []),
+        (["Geb\u00fchr", "Karte", "Gebu\u0308hr"], ["Geb\u00fchr", "Gebu\u0308hr"]),
+        (["true", "yes", "no"], ["true", "yes"]),
+        (["a  b", "a b"], ["a  b", "a b"]),
+        (["v1", "v1.0"], []),
+    ],
+)
+def test_one_answer_in_two_spellings_is_told(choices, alike):
+    assert _alike(choices) == alike
+
+
+def test_a_file_that_is_given_is_not_called_a_share(tmp_path, capsys):
+    rows = [{"text": f"{text()} {n}", "label": "xy"[n % 2]} for n in range(60)]
+    files = {"a.train.jsonl": [*rows, *rows[:20]], "a.test.jsonl": rows[:10]}
+    paths = [str(write_jsonl(tmp_path / name, lines)) for name, lines in files.items()]
+    main(["init", str(tmp_path / "mine"), *paths])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "/ 10 test (validation a share of train drawn by a seed, test as its file has it)" in told
+    assert "stay in one split of what a.train.jsonl is shared out to" in told

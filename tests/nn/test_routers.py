@@ -47,6 +47,17 @@ def test_task_routers_start_at_the_prior_of_the_task(kind, temperature):
     torch.testing.assert_close(gates, PRIOR[tasks].unsqueeze(1).expand(3, 5, E))
 
 
+@pytest.mark.parametrize("kind", [*ALL, AdjacentSelector, FirstPositionGate])
+def test_routers_say_whether_they_start_at_their_prior(kind):
+    """Stage 2 makes up for the share that a gate leaves to the task experts where it does."""
+    prior = PRIOR[1:2].repeat(T, 1)
+    router = build(kind(), prior=prior).eval()
+    tasks = torch.arange(T).repeat(40)
+    gates = router(torch.randn(len(tasks), 5, D), Routing(tasks, prompt=torch.randn(len(tasks), P)))
+    starts = torch.allclose(gates.mean((0, 1)), router.first_gates(prior)[0], atol=0.05)
+    assert starts == router.starts_at_prior
+
+
 @pytest.mark.parametrize("kind", [MOELoRA, Polytropon, ModSquad])
 def test_other_routers_that_know_the_task_start_at_its_prior_too(kind):
     router = build(kind(k=E) if kind is ModSquad else kind()).eval()
@@ -429,3 +440,18 @@ def test_arguments_that_do_not_fit_are_one_sentence(router, message):
     with pytest.raises(AlterError) as error:
         build(router)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_batch_that_is_not_finite_does_not_stay_in_mod_squads_average(value):
+    router = build(ModSquad(k=2, noise=0.0)).train()
+    x = torch.randn(3, 5, D)
+    router(x, Routing(torch.tensor([0, 1, 1]), losses=[]))
+    before = router.after.clone()
+    x[0] = value  # of task 0 alone
+    router(x, Routing(torch.tensor([0, 1, 1]), losses=[]))
+    torch.testing.assert_close(router.after[0], before[0])
+    assert not torch.equal(router.after[1], before[1])
+    routing = Routing(torch.tensor([0, 1, 1]), losses=[])
+    router(torch.randn(3, 5, D), routing)
+    assert all(loss.isfinite() for loss in routing.losses)

@@ -1,6 +1,7 @@
 """`alter sweep` as a user calls it, on a tiny backbone; on SLURM in tests/slurm."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -304,3 +305,12 @@ def test_a_wrong_call_is_one_sentence_and_nothing_starts(project, capfd, flags, 
     (sentence,) = refused(capfd, *COMMAND, *flags)
     assert words_of_it in sentence
     assert not list(Path().glob("out/cells/*/log.txt"))
+
+
+def test_a_sweep_of_infinite_values_goes_on(project):  # noqa: F811
+    sets = ("trainer.gradient_clip_val=.inf,1.0",)
+    first = planned(*sets)
+    second = planned(*sets)
+    assert (
+        first.points == second.points == [{"trainer.gradient_clip_val": math.inf}, {"trainer.gradient_clip_val": 1.0}]
+    )

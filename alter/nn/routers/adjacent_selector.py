@@ -22,6 +22,7 @@ class AdjacentSelector(Router):
     """
 
     reads_tokens = False
+    starts_at_prior = False
     own: Tensor
 
     def __init__(self, temperature: float = 0.1, pair: float = 0.22, others: float = 0.2) -> None:

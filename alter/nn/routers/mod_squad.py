@@ -87,7 +87,8 @@ class ModSquad(Router):
         share = (1 - self.momentum) * (counts > 0)
         after = (1 - share) * self.before + share * sums / counts.clamp_min(1)
         if routing.losses is not None:
-            self.after.copy_(after.detach())
+            # A batch that is not finite, which may be left out, must not stay in the average.
+            self.after.copy_(torch.where(after.isfinite().all(-1, keepdim=True), after, self.before).detach())
         return after
 
 

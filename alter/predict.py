@@ -128,11 +128,12 @@ class Predictor(Answerer):
     def hf(self) -> PreTrainedModel:
         """The backbone with its adapters, for ``transformers.pipeline`` and ``generate``; ``use`` says for which task.
 
-        Prompts are as the task's template makes them: ``model.prompt(text, task)``. It is not for writing: transformers
-        would read the backbone's weights without its adapters.
+        A model of one task, or whose routers do not read the task, such as ``Description``, answers without. Prompts are as the
+        task's template makes them: ``model.prompt(text, task)``. It is not for writing: transformers would read the backbone's
+        weights without its adapters.
         """
         if self.model.standing is None:
-            self.use(self._only_task("model.use"))
+            self.use(self._only_task("model.use") if self.model.reads_task else next(iter(self._tasks)))
         for name in ("save_pretrained", "push_to_hub"):
             setattr(self.model.backbone, name, _refuse_to_write)
         return self.model.backbone

@@ -82,7 +82,7 @@ def _rows(name: str) -> Iterator[dict[str, Any]]:
     from alter.data.files import TABLES, read_file
 
     if Path(name).suffix.lower() in TABLES and Path(name).is_file():
-        yield from read_file(Path(name))
+        yield from read_file(Path(name), holes=True)
     else:
         with _open(name) as stream:
             try:

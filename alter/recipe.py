@@ -186,7 +186,7 @@ def read_recipe(arguments: Sequence[str], here: bool = True) -> Recipe:
             raise SystemExit
         plain = config.as_dict()
         problems += check_values(plain)
-        problems += [] if problems else check_ranges(plain)
+        problems += [] if problems else check_ranges(plain, len(tasks))
     if problems or config is None:
         raise AlterError(*dict.fromkeys(problems))
     return _complete(parser, config, tasks, here)

@@ -67,11 +67,12 @@ def check_values(config: Config) -> list[str]:
     return problems
 
 
-def check_ranges(config: Config) -> list[str]:
+def check_ranges(config: Config, num_tasks: int) -> list[str]:
     """What is out of its range in a complete recipe whose values have their types.
 
     Args:
         config: plain.
+        num_tasks: how many its ``data.tasks`` name.
     """
     problems = list(data_problems(config["data"]))
     if not 0 <= config["seed_everything"] <= LARGEST_SEED:
@@ -89,7 +90,7 @@ def check_ranges(config: Config) -> list[str]:
             problems += _check_length(stage_trainer(config, stage), stage)
         problems += [
             f"{where}.{message}" if message[0].islower() else f"{where}: {message}"
-            for message in _refused(_check_adapters, arguments, where)
+            for message in _refused(_check_adapters, arguments, num_tasks, where)
         ]
     return problems
 
@@ -179,7 +180,7 @@ def _stage_problems(given: Config) -> Iterator[str]:
         yield f"optimizer.init_args.lr: {lr} is below 0; give a positive learning rate."
 
 
-def _check_adapters(given: Config, where: str) -> None:
+def _check_adapters(given: Config, num_tasks: int, where: str) -> None:
     """Makes a stage's templates, of which its model will be asked the same.
 
     Raises:
@@ -193,4 +194,4 @@ def _check_adapters(given: Config, where: str) -> None:
     if {"num_shared", "keep"} <= given.keys():
         check_shared_experts(given["num_shared"], given["keep"], *templates)
     elif {"own", "num_experts"} <= given.keys():
-        check_task_experts(given["own"], given["num_experts"], *templates)
+        check_task_experts(given["own"], given["num_experts"], num_tasks, *templates)

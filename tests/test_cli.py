@@ -592,7 +592,10 @@ def test_routers_and_experts_named_in_the_recipe_with_their_weights_train_and_an
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"router": template("TopK", k=3)}, "TopK: k is 3; give 1 to 2, the number of experts."),
+        (
+            {"router": template("TopK", k=3)},
+            "stage1.model.init_args: TopK: k is 3; give 1 to 2, the number of experts.",
+        ),
         (
             {"router": template("TopK", load_balance=-1.0)},
             "TopK: load_balance is -1.0; give 0 to leave it out, or more.",
@@ -601,6 +604,7 @@ def test_routers_and_experts_named_in_the_recipe_with_their_weights_train_and_an
         ({"own": 1.5}, "stage1.model.init_args.own: 1.5 is no share; give 0 to 1, such as 0.9."),
         ({"expert": template("LoRA", rank=0)}, "stage1.model.init_args: LoRA: rank is 0; give 1 or more."),
         ({"expert": template("Bottleneck", rank=-1)}, "Bottleneck: rank is -1; give 1 or more."),
+        ({"expert": template("LoRA", alpha=0.0)}, "LoRA: alpha is 0.0; give a number above 0, or none for the rank."),
         ({"expert": template("MTLLoRA", rank=0, alpha=8.0)}, "MTLLoRA: rank is 0; give 1 or more."),
     ],
 )
@@ -608,6 +612,7 @@ def test_arguments_of_stage_one_that_do_not_fit_are_one_sentence(project, capsys
     change(project, **{f"stage1__model__init_args__{key}": value for key, value in arguments.items()})
     (sentence,) = refused(capsys)
     assert message in sentence
+    assert not (project / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import yaml
 
 import alter
 from alter.errors import AlterError
-from alter.nn import Bottleneck, Description, FirstPositionGate, MTAModel
+from alter.nn import Bottleneck, Description, FirstPositionGate, LoRA, MTAModel, MTLLoRA, SharedGate
 from alter.nn.decoding import Generation
 from tests.data.conftest import words  # noqa: F401 (a fixture)
 from tests.runs import add_newcomer, make_run
@@ -150,6 +150,27 @@ def test_hf_goes_through_a_pipeline(model):
     assert model.tokenizer.batch_decode(both, skip_special_tokens=True) == [
         model.generate("w11", task=task, max_new_tokens=3)[0] for task in ("sort", "echo")
     ]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("gate", [Description(), SharedGate(hidden=8), None], ids=["prompt", "token", "one stage"])
+def test_hf_needs_no_task_where_no_router_reads_one(family, gate, tmp_path, words):  # noqa: F811
+    model = alter.load(make_run(tmp_path, words, family, LoRA(rank=4), Description(), gate))
+    inputs = model.tokenizer("w3 w7 w5 :", return_tensors="pt")
+    found = [model.hf(**inputs, **({"decoder_input_ids": inputs.input_ids} if family == "t5" else {})).logits]
+    for task in model.tasks:
+        model.use(task)
+        found.append(model.hf(**inputs, **({"decoder_input_ids": inputs.input_ids} if family == "t5" else {})).logits)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("expert", [MTLLoRA(rank=4), None], ids=["its own matrix", "a newcomer"])
+def test_hf_asks_for_a_task_where_something_else_reads_one(expert, tmp_path, words):  # noqa: F811
+    model = alter.load(make_run(tmp_path, words, "llama", expert, Description(), Description()))
+    if expert is None:
+        model.model.add_newcomer("new")
+    with pytest.raises(AlterError, match="several tasks"):
+        _ = model.hf
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

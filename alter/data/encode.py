@@ -23,7 +23,7 @@ from alter.data.task import Task
 from alter.errors import AlterError
 from alter.writing import made_whole
 
-VERSION = 8  # raise whenever the same task would be encoded differently
+VERSION = 9  # raise whenever the same task would be encoded differently
 CHUNK = 1000
 Item = TypeVar("Item")
 

@@ -18,8 +18,13 @@ CHATS = (["user", "assistant"], ["system", "user", "assistant"])  # the roles of
 Row = dict[str, Any]
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def read_file(path: Path, holes: bool = False) -> Iterator[Row]:
     """Streams the rows of a CSV, TSV, JSONL, Parquet or Excel file.
+
+    Args:
+        path: of the file.
+        holes: whether the empty rows of a table that have others behind them come too, as empty texts, so that rows keep their
+            places; else they are passed over.
 
     Raises:
         AlterError: the file is missing, of another kind, or damaged; says the line where there is one.
@@ -33,7 +38,15 @@ def read_file(path: Path) -> Iterator[Row]:
     if reader is None:
         raise AlterError(f"{path}: the ending is not one of {', '.join(readers)}; convert the file to one of these.")
     try:
-        yield from reader(path)
+        empty = 0
+        for row in reader(path):
+            if row is None:
+                empty += 1
+                continue
+            if holes:
+                yield from (dict.fromkeys(row, "") for _ in range(empty))
+            empty = 0
+            yield row
     except UnicodeDecodeError as error:
         raise AlterError(f"{path}{_first_not_utf8(path)}: not UTF-8; save the file as UTF-8.") from error
 
@@ -82,7 +95,8 @@ def near(path: Path) -> str:
     return did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row | None]:
+    """None for a row of separators alone; a line of nothing is no row."""
     csv.field_size_limit(2**31 - 1)  # a text may be longer than the library's 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as stream:
         header = _first_record(_lines(stream, path))
@@ -100,9 +114,10 @@ def _read_csv(path: Path) -> Iterator[Row]:
             _require_names(names, f"{path}, line {ended}")
             for record in reader:
                 ended = reader.line_num
-                if (
-                    not any(record) and len(record) != 1
-                ):  # a line, or separators, where a row of one column may be empty
+                if not record:
+                    continue
+                if not any(record) and len(record) > 1:
+                    yield None
                     continue
                 if len(record) < len(names) or len(record) > len(columns):
                     raise AlterError(
@@ -195,6 +210,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _require_names(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(1000):
                 for row in batch.to_pylist():
                     yield {name: _text_where_it_is(value) for name, value in row.items()}
@@ -210,8 +226,8 @@ def _text_where_it_is(value: Any) -> Any:
         return value
 
 
-def _read_excel(path: Path) -> Iterator[Row]:
-    """The first sheet; its first row names the columns. An empty cell is an empty text, as in CSV."""
+def _read_excel(path: Path) -> Iterator[Row | None]:
+    """The first sheet; its first row names the columns. An empty cell is an empty text, as in CSV; None for an empty row."""
     try:
         import openpyxl
     except ImportError as error:
@@ -230,10 +246,12 @@ def _read_excel(path: Path) -> Iterator[Row]:
         first, header = next(named, (1, ()))
         names = _without_empty_end(["" if name is None else str(name) for name in header])
         _require_names(names, f"{path}, row {first}")
-        for line in lines:
+        for number, line in enumerate(lines, first + 1):
+            if any(cell not in (None, "") for cell in line[len(names) :]):
+                raise AlterError(f"{path}, row {number}: a text in a column without a name; write one into the header.")
             cells = ["" if cell is None else cell for cell in line[: len(names)]]
-            if any(cell != "" for cell in cells):
-                yield dict(zip(names, cells + [""] * (len(names) - len(cells)), strict=True))
+            filled = any(cell != "" for cell in cells)
+            yield dict(zip(names, cells + [""] * (len(names) - len(cells)), strict=True)) if filled else None
     finally:
         book.close()
 

@@ -112,7 +112,7 @@ class Files(Source):
         if split != "train" and isinstance(place, str):
             yield from enumerate(self._read(place), 1)
             return
-        unseen, columns = set(self._group_columns) if self.shares else set(), dict[str, None]()
+        unseen, columns = set(self._group_columns), dict[str, None]()
         for number, row in enumerate(self._read(str(self.splits["train"])), 1):
             if unseen:
                 unseen -= row.keys()

@@ -34,7 +34,10 @@ OF_TEXT = (  # filters that make or take a text
     "capitalize", "d", "default", "e", "escape", "lower", "replace", "safe", "string", "title", "trim", "truncate", "upper",
     "wordcount",
 )  # fmt: skip
-AS_TEXT = "as text"  # a filter that no template can name
+AS_TEXT, FILLED = "as text", "or empty"  # filters that no template can name
+JUDGED: dict[type[nodes.Node], str] = {  # what of them is true or false
+    nodes.If: "test", nodes.CondExpr: "test", nodes.For: "test", nodes.And: "left", nodes.Or: "left", nodes.Not: "node",
+}  # fmt: skip
 OF_MAPPINGS = ("get", "items", "keys", "values")
 METHODS = (
     "capitalize", "count", "endswith", "find", "get", "index", "isalpha", "isdigit", "isnumeric", "items", "join", "keys", "lower",
@@ -54,6 +57,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _generate(self, source: nodes.Template, *arguments: Any, **options: Any) -> str:
         for concatenation in source.find_all(nodes.Concat):  # which would write None
             concatenation.nodes = [nodes.Filter(part, AS_TEXT, [], [], None, None) for part in concatenation.nodes]
+        for kind, key in JUDGED.items():  # where NaN would be true
+            for node in source.find_all(kind):
+                if (judged := getattr(node, key)) is not None:
+                    setattr(node, key, nodes.Filter(judged, FILLED, [], [], None, None))
         return super()._generate(source, *arguments, **options)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -127,7 +134,7 @@ def environment() -> _Environment:
     made.filters["replace"] = _replace
     made.filters |= {name: _of_text(made.filters[name]) for name in OF_TEXT}
     made.filters["join"] = _of_words(made.filters["join"])
-    made.filters[AS_TEXT] = _text
+    made.filters |= {AS_TEXT: _text, FILLED: _filled}
     made.filters["tojson"] = _json
     return made
 

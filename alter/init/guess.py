@@ -28,19 +28,8 @@ ALIKE = 2  # how many times as long the longer is, at the most
 TYPE_KEYS = ("type", "label", "slot", "entity", "tag", "category", "class")
 TEXT_KEYS = ("text", "value", "span", "mention", "word", "name", "entity")
 NO_VARIABLES = {
-    "and",
-    "else",
-    "false",
-    "if",
-    "in",
-    "is",
-    "none",
-    "not",
-    "or",
-    "row",
-    "self",
-    "true",
-}  # words of templates
+    "and", "e", "else", "false", "if", "in", "is", "loop", "none", "not", "or", "row", "self", "t", "true",
+}  # words of templates, and what those that are written here name  # fmt: skip
 PERSON = re.compile(r"(?i)patient|subject|person|mrn|customer|client|user|member|account")  # whose rows belong together
 MOST_CHOICES = 200
 LONGEST_CHOICE = 60  # characters
@@ -220,8 +209,11 @@ def guess_task(
         found.group, found.ungrouped = group.name, rows - group.filled
         left_out |= {other.name: "an id, and not all rows of one stay together" for other in ids if other is not group}
     found.left_out, found.reason = left_out, reason
-    if group is None and all(column.filled == rows for column in found.inputs):
-        names = [column.name for column in found.inputs]  # rows of one text may differ in what is left out
+    if group is None:
+        told = [
+            column for column in found.inputs if column.codes < column.filled
+        ] or found.inputs  # not dates or amounts
+        names = [column.name for column in told]  # rows of one text may differ in what is left out
         found.group = names[0] if len(names) == 1 else names
     if words:
         found.kind, found.answer, found.metrics = "extraction", _spans(target.name, words.name), ["span_f1"]
@@ -248,7 +240,7 @@ def _useless(column: Column, rows: int) -> str | None:
     if is_id:
         return "it is an id"
     if column.kinds == 1:
-        return "the same in every row"
+        return "the same in every row" if column.filled == rows else "the same in every row that has one"
     if column.number == column.filled and column.kinds == min(rows, MOST_VALUES) and rows > 20:
         return "a number of its own in every row"
     return None

@@ -122,7 +122,7 @@ class MTAModel(nn.Module):
         Raises:
             AlterError: there would be no expert, or the router or the experts do not fit.
         """
-        check_task_experts(own, num_experts, expert, router)
+        check_task_experts(own, num_experts, len(self.tasks), expert, router)
         tasks, experts = len(self.tasks), num_experts or len(self.tasks)
         own = own if experts > 1 else 1.0
         prior = torch.full((tasks, experts), (1 - own) / max(experts - 1, 1))
@@ -151,7 +151,7 @@ class MTAModel(nn.Module):
         share = float(router.first_gates(row)[0])
         for layer in self.layers.values():
             layer.add_shared(expert, num_shared, router, row.repeat(len(self.tasks), 1))
-            if share > 0 and router.starts_at_prior:
+            if share > 0 and layer.shared_router.starts_at_prior:
                 layer.experts.strengthen(1 / share, layer.frozen)
         self._place_adapters()
 
@@ -169,7 +169,7 @@ class MTAModel(nn.Module):
         """
         if task in self.tasks and task not in self.retired:
             raise AlterError(f"name: the model has a task '{task}' already; give the new one another name.")
-        check_task_experts(own, None, *filter(None, [expert]))
+        check_task_experts(own, None, 1, *filter(None, [expert]))
         first = next(iter(self.layers.values()))
         for part in (first.experts, first.shared):
             if part is not None and part.holds_tasks:
@@ -324,6 +324,14 @@ class MTAModel(nn.Module):
         for layer in self.layers.values():
             yield from (router for router in (layer.router, layer.shared_router) if router is not None)
 
+    @property
+    def reads_task(self) -> bool:
+        """Whether what it computes depends on which task an example is of."""
+        layer = next(iter(self.layers.values()))
+        experts = [part for part in (layer.experts, layer.shared) if part is not None]
+        routers = any(router.reads_task for router in self.routers())
+        return routers or any(part.holds_tasks for part in experts) or bool(len(layer.newcomers))
+
     @torch.no_grad()
     def _pooled_prompt(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The mean of the frozen input embeddings over each prompt's tokens, [batch, d]; targets are left out."""
@@ -446,7 +454,7 @@ class MTAModel(nn.Module):
         return restore(cls, Path(folder), backbone, precision)
 
 
-def check_task_experts(own: float, num_experts: int | None, *templates: Template) -> None:
+def check_task_experts(own: float, num_experts: int | None, num_tasks: int, *templates: Template) -> None:
     """Says what makes no sense in how task experts start; see ``MTAModel.add_experts``.
 
     Raises:
@@ -458,6 +466,8 @@ def check_task_experts(own: float, num_experts: int | None, *templates: Template
         raise AlterError(f"own: {own} is no share; give 0 to 1, such as 0.9.")
     for template in templates:
         template.check()
+        if isinstance(template, Router):
+            template.check_experts(num_experts or num_tasks)
 
 
 def check_shared_experts(num_shared: int, keep: float, *templates: Template) -> None:

@@ -68,7 +68,8 @@ class MixtureOfTaskAdapters(nn.Module):
         self.experts, self.router = expert.fresh(), router.fresh()
         self.num_tasks, self.num_experts = prior.shape
         self.experts.build(self.frozen, self.num_experts, self.num_tasks)
-        self.router.build(self._shape(prior, self.frozen.hidden_size))
+        own = torch.arange(self.num_tasks) % self.num_experts
+        self.router.build(self._shape(prior, self.frozen.hidden_size, own))
 
     def add_shared(self, expert: Expert, num_shared: int, router: Router, prior: Tensor) -> None:
         """Adds stage 2's shared experts and the gate over the task experts' mixture and them.
@@ -81,7 +82,8 @@ class MixtureOfTaskAdapters(nn.Module):
         """
         self.shared, self.shared_router, self.num_shared = expert.fresh(), router.fresh(), num_shared
         self.shared.build(self.frozen, num_shared, len(prior))
-        self.shared_router.build(self._shape(prior, self.frozen.hidden_size * (1 + num_shared)))
+        mixture = torch.zeros(len(prior), dtype=torch.long)
+        self.shared_router.build(self._shape(prior, self.frozen.hidden_size * (1 + num_shared), mixture))
         self.router.join_shared()
 
     def add_newcomer(self, expert: Expert, own: float, keep: float) -> None:
@@ -96,9 +98,8 @@ class MixtureOfTaskAdapters(nn.Module):
             Newcomer(expert, self.frozen, self.num_experts, self.num_shared, own, keep)
         )
 
-    def _shape(self, prior: Tensor, hidden_size: int) -> RouterShape:
-        num_tasks, num_experts = prior.shape
-        return RouterShape(num_tasks, num_experts, hidden_size, prior, prompt_size=self.routing.prompt.shape[-1])
+    def _shape(self, prior: Tensor, hidden_size: int, own: Tensor) -> RouterShape:
+        return RouterShape(*prior.shape, hidden_size, prior, own, prompt_size=self.routing.prompt.shape[-1])
 
     def templates(self) -> dict[str, Template]:
         """The modules that all tasks were trained with, by name: experts, router, shared, shared_router."""

@@ -314,7 +314,7 @@ def _check_part(config: Config, point: Point) -> list[str]:
 def _check_whole(config: Config, point: Point, base: Path) -> list[str]:
     """Checks what a point's values mean together."""
     whole = lay_over(config, point, base)
-    return check_values(whole) or check_ranges(whole)
+    return check_values(whole) or check_ranges(whole, len(whole["data"]["tasks"]))
 
 
 def _copy(source: Any, target: Config, place: Sequence[str]) -> None:

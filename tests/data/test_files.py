@@ -46,6 +46,15 @@ def test_a_sheet_keeps_numbers_and_skips_what_is_empty(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.xlsx"])
+def test_empty_rows_between_others_keep_their_places_where_asked(tmp_path, name):
+    nothing = {"text": "", "label": ""}
+    rows = [nothing, {"text": "a", "label": "1"}, nothing, nothing, {"text": "b", "label": "2"}, nothing]
+    file = write(tmp_path / name, rows)
+    assert list(read_file(file, holes=True)) == rows[:-1]
+    assert list(read_file(file)) == [rows[1], rows[4]]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.xlsx"])
 def test_empty_lines_before_the_names_are_passed_over(tmp_path, name):
     rows = [{"text": "a; b", "label": "x"}, {"text": "c", "label": "y"}]
     if name == "x.csv":
@@ -79,6 +88,22 @@ def test_a_sheet_is_read_whole_whatever_size_the_file_tells(tmp_path):
         for name, content in parts.items():
             book.writestr(name, content)
     assert [row["text"] for row in read_file(file)] == [f"w{i}" for i in range(30)]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.xlsx"])
+def test_a_text_beside_the_named_columns_is_told(tmp_path, name):
+    file = write(tmp_path / name, [{"text": "a", "label": "b", "": None}, {"text": "c", "label": "d", "": "lost?"}])
+    with pytest.raises(
+        AlterError, match=rf"{name}, (row|line) 3: a text in a column without a name; write one into the"
+    ):
+        list(read_file(file))
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(AlterError, match=r"x\.parquet: every column needs a name of its own"):
+        list(read_file(tmp_path / "x.parquet"))
 
 
 def test_a_sheet_without_names_or_a_file_that_is_none_is_refused(tmp_path):

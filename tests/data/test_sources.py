@@ -153,6 +153,8 @@ def test_a_misspelt_group_names_the_columns(tmp_path):
         list(Files(str(file), group="patiant").rows("train"))
     with pytest.raises(AlterError, match=r"no column 'patiant'.*Did you mean 'patient'"):
         list(Files(str(file), group=["text", "patiant"]).rows("train"))
+    with pytest.raises(AlterError, match=r"no column 'patiant'"):  # by which a K-shot split is drawn
+        list(Files(*[str(file)] * 3, group="patiant").rows("train"))
 
 
 def test_of_a_subclass_the_remedy_is_its_own_argument(tmp_path):

@@ -203,6 +203,11 @@ def test_nothing_is_an_empty_text(tmp_path):
             "{% for word in words %}{{ word | upper }};{% endfor %}{{ words | first | trim }}{{ words | map('trim') | join('+') }}:",
             ";A;+a:",
         ),
+        (
+            "{{ text or 'none' }}{% if text %}y{% endif %}{{ 'y' if text and label else '' }}{{ not text }}:",
+            "noneTrue:",
+        ),
+        ("{% for word in words if word %}{{ word }}{% endfor %}{% if label and text %}y{% endif %}:", "a:"),
         ("{% for name, value in part.items() %}{{ name ~ '=' ~ value }};{% endfor %}", "text=;"),
     ],
 )

@@ -366,6 +366,39 @@ def test_pairs_that_come_twice_stay_in_one_split(tmp_path, capsys):
     assert [sum(map(len, sides)), len(set.union(*sides))] == [60, 60]
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda n: {"history": "" if n % 3 else f"none known {n % 2}"},  # an empty cell among what is read
+        lambda n: {"date": f"2024-{n % 12 + 1:02d}-{n % 27 + 1:02d}"},
+        lambda n: {"amount": f"{n * 37 % 900},{n % 90 + 10}"},
+    ],
+)
+def test_texts_that_come_more_than_once_stay_in_one_split_whatever_else_is_read(beside, tmp_path, capsys):
+    notes = [text(60) for _ in range(60)]
+    rows = [{"note": notes[n * n % 60], **beside(n), "label": "xy"[n % 5 % 2]} for n in range(400)]
+    _, task = told_of(rows, tmp_path, capsys)
+    train, test = ({task.render_prompt(r) for r in task.opened.rows(split)} for split in ("train", "test"))
+    assert test
+    assert not train & test
+    if "history" not in rows[0]:
+        sides = [{r["note"] for r in task.opened.rows(split)} for split in ("train", "test")]
+        assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("name", ["t", "e", "loop", "row"])
+def test_a_column_may_be_called_as_the_templates_own_variables(name, tmp_path, capsys):
+    tags = [["B-X", "I-X", "O"], ["O", "O", "B-Y"]]
+    for columns in ((name, "tags"), ("tokens", name)):
+        rows = [dict(zip(columns, ([f"a{n}", "b", "c"], tags[n % 2]), strict=True)) for n in range(60)]
+        folder = tmp_path / columns[0]
+        folder.mkdir()
+        _, task = told_of(rows, folder, capsys)
+        for row in task.opened.rows("train"):
+            expected = f"X: {row[columns[0]][0]} b" if row[columns[1]][0] == "B-X" else "Y: c"
+            assert task.render_target(row) == expected
+
+
 def test_pairs_of_few_values_are_split_by_rows(tmp_path, capsys):
     pairs = [("red", "large"), ("blue", "small")]
     rows = [{"id": n, "colour": pairs[n % 2][0], "size": pairs[n % 2][1], "label": "xy"[n % 3 // 2]} for n in range(90)]

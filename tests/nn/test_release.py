@@ -120,7 +120,7 @@ def test_losses_and_gradients_of_a_batch_are_those_of_the_equations(family, stag
 
 def test_a_task_starts_on_two_adjacent_experts_and_wraps_around():
     router = AdjacentSelector()
-    router.build(RouterShape(7, E, 4, torch.zeros(7, E)))
+    router.build(RouterShape(7, E, 4, torch.zeros(7, E), torch.arange(7) % E))
     gates = router(torch.randn(7, 2, 4), Routing(torch.arange(7)))
     assert gates.shape == (7, 1, E)
     high, low = torch.tensor([2.2, 2.0]).exp()
@@ -141,7 +141,7 @@ def test_a_task_starts_on_two_adjacent_experts_and_wraps_around():
 @pytest.mark.parametrize("experts", [1, 2])
 def test_few_experts_are_all_the_tasks_pair(experts):
     router = AdjacentSelector()
-    router.build(RouterShape(3, experts, 4, torch.zeros(3, experts)))
+    router.build(RouterShape(3, experts, 4, torch.zeros(3, experts), torch.arange(3) % experts))
     router.join_shared()
     assert router.active == experts
     gates = router(torch.randn(3, 2, 4), Routing(torch.arange(3)))

@@ -1,6 +1,7 @@
 """Routers against references written from their equations."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -29,10 +30,11 @@ PRIOR = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.6, 0.2, 0.1], [0.25, 0.25, 0
 ALL = [TaskSelector, TokenGate, TaskGate, SharedGate, TopK, ModSquad, Polytropon, MOELoRA, Description]
 
 
-def build(router, noise=0.0, prior=PRIOR):
+def build(router, noise=0.0, prior=PRIOR, own=None):
     torch.manual_seed(0)
     router.check()
-    router.build(RouterShape(*prior.shape, D, prior, prompt_size=P))
+    own = torch.arange(len(prior)) % prior.shape[1] if own is None else own
+    router.build(RouterShape(*prior.shape, D, prior, own, prompt_size=P))
     for parameter in router.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return router
@@ -47,7 +49,7 @@ def test_task_routers_start_at_the_prior_of_the_task(kind, temperature):
     torch.testing.assert_close(gates, PRIOR[tasks].unsqueeze(1).expand(3, 5, E))
 
 
-@pytest.mark.parametrize("kind", [*ALL, AdjacentSelector, FirstPositionGate])
+@pytest.mark.parametrize("kind", [*ALL, AdjacentSelector, FirstPositionGate, partial(MOELoRA, embedding_size=1)])
 def test_routers_say_whether_they_start_at_their_prior(kind):
     """Stage 2 makes up for the share that a gate leaves to the task experts where it does."""
     prior = PRIOR[1:2].repeat(T, 1)
@@ -56,6 +58,14 @@ def test_routers_say_whether_they_start_at_their_prior(kind):
     gates = router(torch.randn(len(tasks), 5, D), Routing(tasks, prompt=torch.randn(len(tasks), P)))
     starts = torch.allclose(gates.mean((0, 1)), router.first_gates(prior)[0], atol=0.05)
     assert starts == router.starts_at_prior
+
+
+@pytest.mark.parametrize("kind", [*ALL, AdjacentSelector, FirstPositionGate])
+def test_routers_say_whether_they_read_the_task(kind):
+    router = build(kind(), noise=1.0).eval()
+    x, prompt = torch.randn(1, 5, D), torch.randn(1, P)
+    first, second = (router(x, Routing(torch.tensor([task]), prompt=prompt)) for task in (0, 1))
+    assert torch.equal(first, second) != router.reads_task
 
 
 @pytest.mark.parametrize("kind", [MOELoRA, Polytropon, ModSquad])
@@ -104,7 +114,7 @@ def test_a_shared_gate_decides_alike_however_large_what_it_reads_is():
     torch.testing.assert_close(router(1000 * x, routing), router(x, routing), atol=1e-3, rtol=1e-3)
 
 
-def test_a_hard_selector_takes_the_likeliest_expert_alone_and_learns_nothing():
+def test_a_hard_selector_takes_the_tasks_own_expert_alone_and_learns_nothing():
     router = build(TaskSelector(hard=True))
     gates = router(torch.randn(2, 5, D), Routing(torch.tensor([1, 0])))
     assert gates.squeeze(1).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
@@ -357,7 +367,7 @@ def test_description_equals_its_equations(supervision):
         centred = prompt[b] - prompt[b].mean()
         p = softmax((router.gate.weight @ (centred / (centred.square().mean() + 1e-5).sqrt()) + router.gate.bias) / 0.5)
         expected.append(p.expand(4, E))
-        loss = loss - supervision * torch.log(p[PRIOR[TASKS[b]].argmax()]) / 3
+        loss = loss - supervision * torch.log(p[TASKS[b]]) / 3
     found = run(router, x, prompt=prompt)
     assert_same(router, x, found, (torch.stack(expected), loss if supervision else None))
     for tasks in (TASKS, TASKS * 0):  # an answer does not look at the task
@@ -369,8 +379,18 @@ def test_description_is_supervised_by_itself_only_where_each_task_has_an_expert_
     stage2 = torch.tensor([0.9, 0.05, 0.05]).repeat(3, 1)
     assert build(Description(), prior=own).weight == 0.01
     assert build(Description(supervision=0.0), prior=own).weight == 0
-    assert build(Description(), prior=stage2).weight == 0
+    assert build(Description(), prior=stage2, own=torch.zeros(3, dtype=torch.long)).weight == 0
     assert build(Description(), prior=PRIOR).weight == 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_own_expert_is_the_tasks_own_though_it_starts_with_the_smaller_share(share):
+    prior = torch.full((2, 2), 1 - share).fill_diagonal_(share)
+    described = build(Description(), prior=prior)
+    assert (described.own.tolist(), described.weight) == ([0, 1], 0.01)
+    hard = build(TaskSelector(hard=True), prior=prior)
+    gates = hard(torch.randn(2, 5, D), Routing(torch.tensor([0, 1])))
+    assert gates.squeeze(1).tolist() == [[1, 0], [0, 1]]
 
 
 @pytest.mark.parametrize(

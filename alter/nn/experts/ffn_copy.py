@@ -84,6 +84,6 @@ class FFNCopy(Expert):
 
         def linear(role: str, x: Tensor) -> Tensor:
             y = F.grouped_mm(x.contiguous(), self.weight[role].to(x.dtype), offs=ends)
-            return y + self.bias[role][expert] if role in self.bias else y
+            return y + self.bias[role][expert].to(y.dtype) if role in self.bias else y
 
         return linear

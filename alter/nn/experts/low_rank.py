@@ -41,6 +41,7 @@ class LowRank(Expert):
 
     def check(self) -> None:
         self._require("rank", self.rank >= 1, "give 1 or more")
+        self._require("alpha", self.alpha is None or self.alpha > 0, "give a number above 0, or none for the rank")
 
     b: nn.ParameterDict  # the outer factor of each role
 

@@ -105,6 +105,7 @@ class RouterShape:
         num_experts: experts to choose from.
         hidden_size: width of the router's input.
         prior: [tasks, experts], the gates to start from, each row summing to one.
+        own: [tasks], each task's own expert; in stage 2 always 0, the task experts' mixture.
         prompt_size: width of ``Routing.prompt``.
     """
 
@@ -112,6 +113,7 @@ class RouterShape:
     num_experts: int
     hidden_size: int
     prior: Tensor
+    own: Tensor
     prompt_size: int = 0
 
 
@@ -123,16 +125,18 @@ class Router(Template):
 
     Attributes:
         normalised: whether the gates of a token sum to one.
+        reads_task: whether the gates depend on the task; a model all of whose routers say False answers whatever the task is.
         reads_tokens: whether a token's gates depend on its hidden state; False lets a model be collapsed to one task.
         reads_prompt: whether it needs ``Routing.prompt``, which is not made otherwise.
         reads_sequence: whether a token's gates depend on other tokens too, so that the layer must always hand over all.
-        starts_at_prior: whether the first gates are the prior's, at least on average.
+        starts_at_prior: whether the first gates are the prior's, at least on average; known once it is built.
         reads_linearly: whether nothing but one linear map reads what stage 2's gate is given, which then is handed to it as
             ``alter.nn.outputs.Outputs``, whose ``read`` applies that map.
     """
 
     temperature: float
     normalised = True
+    reads_task = True
     reads_tokens = True
     reads_prompt = False
     reads_sequence = False

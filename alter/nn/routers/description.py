@@ -26,6 +26,7 @@ class Description(Router):
         AlterError: by ``check``, where the temperature is not above 0, or the weight is negative.
     """
 
+    reads_task = False
     reads_tokens = False
     reads_prompt = True
     own: Tensor
@@ -44,8 +45,8 @@ class Description(Router):
         self.gate = nn.Linear(shape.prompt_size, shape.num_experts)
         start_small(self.gate.weight)
         self.gate.bias.data = shape.prior.mean(0).clamp_min(1e-6).log() * self.temperature
-        self.register_buffer("own", shape.prior.argmax(1), persistent=False)
-        # Never so in stage 2, where a row has the same prior for all tasks.
+        self.register_buffer("own", shape.own, persistent=False)
+        # Never so in stage 2, where all tasks have the same.
         apart = shape.num_tasks == shape.num_experts == len(self.own.unique())
         self.weight = self.supervision if self.supervision is not None else 0.01 * apart
 

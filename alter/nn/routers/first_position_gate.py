@@ -16,9 +16,10 @@ class FirstPositionGate(Router):
     first position are kept for the steps that follow, so that decoding computes what training did.
 
     Args:
-        hidden: units between the two layers; None for as many as the backbone is wide.
+        hidden: units between the two layers; None for ``hidden_size / experts``: in stage 2 the backbone's width.
     """
 
+    reads_task = False
     reads_sequence = True
     starts_at_prior = False
 

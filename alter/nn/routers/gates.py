@@ -17,6 +17,8 @@ class TokenGate(Router):
         temperature: below 1 sharpens.
     """
 
+    reads_task = False
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature

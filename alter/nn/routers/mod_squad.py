@@ -87,8 +87,10 @@ class ModSquad(Router):
         share = (1 - self.momentum) * (counts > 0)
         after = (1 - share) * self.before + share * sums / counts.clamp_min(1)
         if routing.losses is not None:
-            # A batch that is not finite, which may be left out, must not stay in the average.
-            self.after.copy_(torch.where(after.isfinite().all(-1, keepdim=True), after, self.before).detach())
+            # A batch that is not finite, which may be left out, must not stay in the average. Detached before it is looked
+            # at: what autograd keeps has to be the same in activation checkpointing's second pass.
+            found = after.detach()
+            self.after.copy_(torch.where(found.isfinite().all(-1, keepdim=True), found, self.before))
         return after
 
 

@@ -33,6 +33,7 @@ class MOELoRA(Router):
     def build(self, shape: RouterShape) -> None:
         self.embedding = nn.Embedding(shape.num_tasks, self.embedding_size)
         self.gate = nn.Linear(self.embedding_size, shape.num_experts, bias=False)
+        self.starts_at_prior = self.embedding_size >= shape.num_tasks
         log_prior = shape.prior.clamp_min(1e-6).log()
         self.gate.weight.data = (torch.linalg.pinv(self.embedding.weight.detach()) @ log_prior).T.contiguous()
 

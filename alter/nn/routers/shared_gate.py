@@ -21,6 +21,7 @@ class SharedGate(Router):
         hidden: units between the two layers.
     """
 
+    reads_task = False
     reads_linearly = True
 
     def __init__(self, hidden: int = 64) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from alter.nn.routers.base import Router, RouterShape, Routing
+from alter.nn.routers.base import Router, RouterShape, Routing, keep_largest
 
 
 class TaskSelector(Router):
@@ -15,7 +15,7 @@ class TaskSelector(Router):
 
     Args:
         temperature: below 1 sharpens, and speeds up how fast theta moves the gates.
-        hard: the likeliest expert alone, nothing to learn; one expert a token runs.
+        hard: the task's own expert alone, whatever the prior, and nothing to learn; one expert a token runs.
     """
 
     reads_tokens = False
@@ -33,19 +33,14 @@ class TaskSelector(Router):
         self._require_temperature()
 
     def first_gates(self, prior: Tensor) -> Tensor:
-        return _largest_alone(prior) if self.hard else prior
+        return keep_largest(prior, 1) if self.hard else prior
 
     def build(self, shape: RouterShape) -> None:
-        theta = shape.prior.clamp_min(1e-6).log() * self.temperature
+        prior = F.one_hot(shape.own, shape.num_experts) if self.hard else shape.prior
+        theta = prior.float().clamp_min(1e-6).log() * self.temperature
         self.theta = nn.Parameter(theta, requires_grad=not self.hard)
 
     def forward(self, hidden_states: Tensor, routing: Routing) -> Tensor:
         theta = self.theta[routing.rows(hidden_states.shape[0])].unsqueeze(1)
-        if self.hard:
-            return _largest_alone(theta)
-        return (theta / self.temperature).softmax(-1)
-
-
-def _largest_alone(values: Tensor) -> Tensor:
-    """1 at the largest of the last dimension, 0 elsewhere."""
-    return torch.zeros_like(values).scatter(-1, values.argmax(-1, keepdim=True), 1.0)
+        gates = (theta / self.temperature).softmax(-1)
+        return keep_largest(gates, 1) if self.hard else gates

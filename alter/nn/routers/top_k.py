@@ -31,6 +31,8 @@ class TopK(Router):
         AlterError: by ``check`` and ``build``, where an argument is negative, or there are fewer than k experts.
     """
 
+    reads_task = False
+
     def __init__(self, k: int = 2, load_balance: float = 0.01, z_loss: float = 0.001, noise: float = 0.0) -> None:
         super().__init__()
         self.k = k

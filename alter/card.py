@@ -17,6 +17,8 @@ from alter.schema import foreign_module
 
 ALTER = "alter-mta"  # the library, as the hub names them
 UNKNOWN = "not stated in the task file"
+PLACES = ("folder", "root")  # arguments of a source that name folders of the machine it was trained on
+FILES = ("train", "validation", "test")  # those that name files, or say a share
 
 
 def model_card(
@@ -130,10 +132,26 @@ def _task_table(tasks: Sequence[Task]) -> Iterator[str]:
 
 
 def _origin(task: Task) -> str:
-    """Where the rows come from, without this machine's folders, and of a source that is not ALTER's without its arguments."""
-    arguments = {} if foreign_module(task.source) else task.source.get("init_args") or {}
-    named = [Path(str(value)).name for key, value in arguments.items() if key in ("train", "path", "name") and value]
-    return " ".join([str(task.source.get("class_path", "")), *named])
+    """Where the rows come from, as the published recipe tells."""
+    source = published(task.source)
+    arguments = source.get("init_args") or {}
+    named = [str(value) for key, value in arguments.items() if key in ("train", "path", "name") and value]
+    return " ".join([str(source.get("class_path", "")), *named])
+
+
+def _is_place(path: Any) -> bool:
+    return isinstance(path, str) and (path.startswith(("/", ".", "~")) or "\\" in path or Path(path).is_dir())
+
+
+def published(source: dict[str, Any]) -> dict[str, Any]:
+    """A source with files by name alone; of one that is not ALTER's, whose arguments may say anything, no more than its name."""
+    if foreign_module(source):
+        return {"class_path": source["class_path"]}
+    arguments = {key: value for key, value in (source.get("init_args") or {}).items() if key not in PLACES}
+    names = {key: Path(arguments[key]).name for key in FILES if isinstance(arguments.get(key), str)}
+    if _is_place(arguments.get("path")):  # of a data set's folder, where a hub has ``owner/name``
+        names["path"] = Path(arguments["path"]).name
+    return {**source, "init_args": {**arguments, **names}}
 
 
 def _metric_table(tasks: Sequence[Task], results: Mapping[str, Any]) -> Iterator[str]:

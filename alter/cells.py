@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alter.machine import GPUS, is_first, visible_gpus
+from alter.machine import GPUS, RANKS, cores, is_first, visible_gpus
 from alter.slurm import outside
 from alter.stopping import STATUS
 
@@ -138,7 +138,8 @@ def _shares(processes: int) -> list[dict[str, str]]:
     """For each of the cells that run at once the variables that give it its share of the cores and of the GPUs."""
     if processes == 1:
         return [{}]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    given = os.environ.get("OMP_NUM_THREADS")
+    threads = {"OMP_NUM_THREADS": given or str(max(1, cores() // processes))}
     gpus = visible_gpus()
     if len(gpus) < 2:
         return [threads] * processes
@@ -150,7 +151,9 @@ def _shares(processes: int) -> list[dict[str, str]]:
 def _child(command: Sequence[str], log: Path, share: Mapping[str, str], children: _Children) -> tuple[int, str]:
     """Runs a cell; returns the exit status and the last line that it wrote."""
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}  # a recipe's own classes are found as here
-    environment = {**outside(), **paths, **share}
+    # A process of its own, whatever number the one that starts it has among others.
+    alone = {name: value for name, value in outside().items() if name not in RANKS}
+    environment = {**alone, **paths, **share}
     with log.open("a", encoding="utf-8") as stream:
         status = children.run([sys.executable, *command], stdout=stream, stderr=subprocess.STDOUT, env=environment)
     if status < 0:  # it had no time to say why

@@ -29,7 +29,7 @@ from alter.results import render_table, run_results
 from alter.run import measure, quiet
 from alter.run_folder import ADDED, differences, measured_in, peak_memory, put_back, record, records, replace_model
 from alter.schema import refuse_foreign_sources
-from alter.stage_settings import stage_epochs, stage_trainer, trunk_cache, watching
+from alter.stage_settings import for_tasks, stage_epochs, stage_trainer, trunk_cache
 from alter.strategy import ONE_DEVICE
 from alter.training import release, say, train
 from alter.writing import write_json, write_text
@@ -144,7 +144,7 @@ def newcomer_arguments(
     arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
     whole = _drawn(run, content, draws)["examples_per_epoch"] is None
     length = {**WHOLE, "max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
-    trainer = watching(stage_trainer(content, "stage1"), [task])
+    trainer = for_tasks(stage_trainer(content, "stage1"), [task])
     arguments["trainer"] = {**trainer, **ONE_DEVICE, **length}
     return arguments
 
@@ -186,15 +186,17 @@ def remove_task(run: Path, name: str, consolidate: bool = False, backbone: str |
     answered = [task for task in model.tasks if task not in model.retired]
     if name in answered or name not in _names(content):  # else stopped after it had left the model
         _take_out(run, model, name, named)
-    left = [task for task in content["data"]["tasks"] if task["name"] != name]
-    write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": left}}))
-    if consolidate:  # from here on the same command goes on with it
-        _consolidation(run, [task["name"] for task in left]).mkdir(parents=True, exist_ok=True)
+    if not trained_together:
+        shutil.rmtree(run / ADDED / name, ignore_errors=True)
     _change_results(run, lambda before: {task: found for task, found in before.items() if task != name})
+    left = [task for task in content["data"]["tasks"] if task["name"] != name]
+    if consolidate:
+        _consolidation(run, [task["name"] for task in left]).mkdir(parents=True, exist_ok=True)
+    # Last: while it names the task, the same command begins again, and then goes on with the consolidation.
+    write_text(run / "recipe.yaml", dump({**content, "data": {**content["data"], "tasks": left}}))
     if trained_together:
         print(f"{name} is no longer answered. Its expert stays, since others may borrow from it: {', '.join(users)}.")
     else:
-        shutil.rmtree(run / ADDED / name, ignore_errors=True)
         print(f"{name} is gone, with all that it brought.")
     if consolidate:
         consolidate_run(run)
@@ -233,7 +235,7 @@ def consolidate_run(run: Path) -> None:
     stage2 = content["stage2"]["model"]["init_args"]
     own = {key: stage2[key] for key in ("task_expert_lr", "optimizer", "schedule", "warmup", *KEPT) if key in stage2}
     arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
-    arguments["trainer"] = {**watching(stage_trainer(content, "stage2"), names), **ONE_DEVICE}
+    arguments["trainer"] = {**for_tasks(stage_trainer(content, "stage2"), names), **ONE_DEVICE}
     train(folder, arguments, data, named, Generation(**content.get("generation", {})))
     release(data)
     replace_model(folder / "model", run / "model")

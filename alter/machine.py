@@ -23,6 +23,11 @@ def rank_variable() -> str | None:
     return next((rank for rank in RANKS if os.environ.get(rank, "0") != "0"), None)
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def peak_memory_bytes() -> int:
     """Returns the most memory this process ever held at once, in bytes, on the host.
 

@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from alter.card import model_card
+from alter.card import model_card, published
 from alter.data import Task
 from alter.guess import TASK_PREDICTOR_FILE
 from alter.loading import CALIBRATION_FILE, answered_tasks, model_folder, run_recipe
 from alter.nn.files import CONFIG_FILE, WEIGHTS_FILE, read_config
-from alter.schema import foreign_module
 from alter.writing import made_whole, write_json
 from alter.yaml_file import dump
 
@@ -28,8 +27,6 @@ model = alter.load("model")
 print({call})
 ```
 """
-PLACES = ("folder", "root")  # arguments of a source that name folders of the machine it was trained on
-FILES = ("train", "validation", "test")  # those that name files, or say a share
 
 
 def publish(run: Path, out: Path, stage: str | None = None) -> None:
@@ -74,22 +71,7 @@ def example_call(task: Task, named: bool = False) -> str:
 
 def write_recipe(out: Path, content: dict[str, Any], tasks: list[dict[str, Any]]) -> None:
     """Writes the part of a recipe that loading reads, without what only this machine's owner should know."""
-    tasks = [{**task, "where": "recipe.yaml", "source": _published(task["source"])} for task in tasks]
+    tasks = [{**task, "where": "recipe.yaml", "source": published(task["source"])} for task in tasks]
     kept: dict[str, Any] = {key: content[key] for key in ("precision", "generation") if key in content}
     text = dump({**kept, "data": {"tasks": tasks}})
     (out / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-def _is_place(path: Any) -> bool:
-    return isinstance(path, str) and (path.startswith(("/", ".", "~")) or "\\" in path or Path(path).is_dir())
-
-
-def _published(source: dict[str, Any]) -> dict[str, Any]:
-    """A source with files by name alone; of one that is not ALTER's, whose arguments may say anything, no more than its name."""
-    if foreign_module(source):
-        return {"class_path": source["class_path"]}
-    arguments = {key: value for key, value in (source.get("init_args") or {}).items() if key not in PLACES}
-    names = {key: Path(arguments[key]).name for key in FILES if isinstance(arguments.get(key), str)}
-    if _is_place(arguments.get("path")):  # of a data set's folder, where a hub has ``owner/name``
-        names["path"] = Path(arguments["path"]).name
-    return {**source, "init_args": {**arguments, **names}}

@@ -49,10 +49,15 @@ class Run:
         return float(sum(record["seconds"] for record in self.progress.values()) + tested)
 
     @property
-    def intervals(self) -> list[tuple[float, float, float]]:
-        """Of every metric of every task the value and its interval."""
-        entries = [entry for found in (self.results or {"tasks": {}})["tasks"].values() for entry in found.values()]
-        return [(float(entry["value"]), float(entry["low"]), float(entry["high"])) for entry in entries]
+    def trained(self) -> int:
+        """The most parameters that a step of it trained."""
+        return max((int(record.get("trainable_parameters", 0)) for record in self.progress.values()), default=0)
+
+    @property
+    def memory(self) -> int:
+        """The most memory that a step of it, or its test, took, in bytes."""
+        records = [self.results or {}, *self.progress.values()]
+        return max(int(record.get("peak_memory_bytes", 0)) for record in records)
 
     @property
     def tasks(self) -> list[str]:
@@ -77,7 +82,9 @@ def read_run(folder: Path) -> Run:
         recipe = read_yaml(folder / "recipe.yaml")
         found = [_json(folder / name) for name in ("progress.json", "results.json")]
         run = Run(folder, dict(recipe), found[0] or {}, found[1])
-        _ = run.score, run.state, run.tasks, run.seconds, run.intervals  # they read what else may be damaged
+        _ = run.score, run.state, run.tasks, run.seconds, run.trained, run.memory  # they read what else may be damaged
+        for entry in (entry for found in (run.results or {"tasks": {}})["tasks"].values() for entry in found.values()):
+            _ = [float(entry[key]) for key in ("value", "low", "high")]
         return run
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AlterError) as error:
         raise AlterError(f"{folder}: a file of this run is damaged ({error}); run it again, or remove it.") from error
@@ -113,11 +120,6 @@ def runs_table(folder: Path) -> str:
     head = ["run", "state", "mean", "tasks", "minutes", "trained", "memory", "when"]
     lines = [head]
     for run in runs:
-        results = run.results or {}
-        trained = max((record.get("trainable_parameters", 0) for record in run.progress.values()), default=0)
-        memory = max(
-            [results.get("peak_memory_bytes", 0), *(r.get("peak_memory_bytes", 0) for r in run.progress.values())]
-        )
         when = datetime.fromtimestamp((run.folder / "recipe.yaml").stat().st_mtime)
         lines.append(
             [
@@ -126,8 +128,8 @@ def runs_table(folder: Path) -> str:
                 "-" if run.score is None else f"{run.score:.3f}",
                 str(len(run.tasks)),
                 f"{run.seconds / 60:.1f}",
-                f"{trained:,}" if trained else "-",
-                f"{memory / 2**30:.1f} GiB" if memory else "-",
+                f"{run.trained:,}" if run.trained else "-",
+                f"{run.memory / 2**30:.1f} GiB" if run.memory else "-",
                 f"{when:%Y-%m-%d %H:%M}",
             ]
         )

@@ -28,11 +28,13 @@ def _callbacks(trainer: Mapping[str, Any]) -> list[Any]:
     return given if isinstance(given, list) else [given]
 
 
-def watching(trainer: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Any]:
+def for_tasks(trainer: Mapping[str, Any], tasks: Collection[str]) -> dict[str, Any]:
     """A trainer's arguments where these tasks alone train: without callbacks that watch ``val/loss/NAME`` of another, say."""
     given = _callbacks(trainer)
-    watched = [str(arguments.get("monitor")).split("/", 2)[2:] for _, arguments in named_callbacks(trainer)]
-    kept = [callback for callback, task in zip(given, watched, strict=True) if set(task) <= set(tasks)]
+    monitors = [str(arguments.get("monitor")) for _, arguments in named_callbacks(trainer)]
+    # A metric's name may hold a slash, a task's none.
+    watched = [name.rpartition("/")[2] if name.count("/") > 1 else None for name in monitors]
+    kept = [callback for callback, task in zip(given, watched, strict=True) if task is None or task in tasks]
     return {**trainer, "callbacks": kept} if len(kept) < len(given) else dict(trainer)
 
 

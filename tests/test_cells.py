@@ -69,7 +69,7 @@ SHARE = 'import os; print(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get
 )
 def test_cells_that_run_at_once_share_the_gpus_and_the_cores(tmp_path, monkeypatch, gpus, processes, shares):
     monkeypatch.setattr("alter.cells.visible_gpus", lambda: gpus)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("alter.cells.cores", lambda: 8)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cells = [tmp_path / str(number) for number in range(3 * processes)]
@@ -80,6 +80,17 @@ def test_cells_that_run_at_once_share_the_gpus_and_the_cores(tmp_path, monkeypat
     assert {share for share, _ in told} <= shares
     assert {threads for _, threads in told} == {"None" if processes == 1 else str(8 // processes)}
     assert {share["CUDA_VISIBLE_DEVICES"] for share in _shares(processes) if len(share) > 1} == shares - {"None"}
+
+
+def test_a_cell_is_the_first_of_its_processes_and_has_the_threads_that_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    cells = [tmp_path / "a", tmp_path / "b"]
+    for cell in cells:
+        cell.mkdir()
+    code = 'import os; print(os.environ.get("NODE_RANK"), os.environ["OMP_NUM_THREADS"])'
+    run_cells(cells, lambda cell: ["-c", code], lambda cell: cell.name, 2)
+    assert {(cell / LOG).read_text() for cell in cells} == {"None 7\n"}
 
 
 def test_a_cell_that_is_killed_is_told_so_and_not_by_its_last_words(tmp_path, capsys):

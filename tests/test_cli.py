@@ -844,6 +844,9 @@ def test_a_verbs_unknown_flag_is_told_with_its_own_usage(capsys, arguments, near
 
 
 def test_a_file_that_is_missing_is_told_once(project, capsys):
+    task = yaml.safe_load((project / "tasks" / "sort.yaml").read_text())
+    task["source"]["init_args"] |= {"validation": 0.1, "test": 0.1}  # the one file of all splits
+    (project / "tasks" / "sort.yaml").write_text(yaml.safe_dump(task))
     (project / "sort.train.jsonl").unlink()
     sentences = refused(capsys, "fit", "--config", "recipe.yaml")
     assert len(sentences) == 1

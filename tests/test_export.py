@@ -18,13 +18,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import alter
-from alter.card import _task_table, model_card
+from alter.card import _task_table, model_card, published
 from alter.cli import main
 from alter.data import Task
 from alter.data.encode import prompt_ids
 from alter.export import _chat_template, _example, _quiet
 from alter.nn import Bottleneck, Description, LoRA, Polytropon
-from alter.publish import _published, write_recipe
+from alter.publish import write_recipe
 from tests.data.conftest import task_dict, words  # noqa: F401 (a fixture)
 from tests.runs import add_newcomer, make_run
 from tests.test_cli import refused
@@ -151,15 +151,19 @@ def test_a_chat_starts_with_what_the_tokenizer_puts_in_front(tmp_path, words):  
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_published_data_set_is_named_without_its_place(tmp_path):
+def test_a_published_data_set_is_named_without_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store" / "set").mkdir(parents=True)
     for path, named in [
+        ("../set", "set"),
+        ("store/set", "set"),
         ("/home/me/patients/set", "set"),
         ("~/set", "set"),
         ("owner/set", "owner/set"),
         (str(tmp_path), tmp_path.name),
     ]:
         source = {"class_path": "Hub", "init_args": {"path": path, "name": "all"}}
-        assert _published(source)["init_args"] == {"path": named, "name": "all"}
+        assert published(source)["init_args"] == {"path": named, "name": "all"}
 
 
 @pytest.mark.parametrize("shared", [None, Polytropon()], ids=["stage1", "stage2"])
@@ -497,6 +501,11 @@ def test_llama_cpp_answers_a_merged_checkpoint_as_the_model_does(real_run, tmp_p
     with model.model.adapters_disabled():
         assert model.generate(BEGINNINGS, task="colour") != answers
     assert all(answers)
+
+
+def test_a_card_names_a_data_set_of_the_hub_with_its_owner():
+    hub = Task("t", {"class_path": "alter.data.Hub", "init_args": {"path": "owner/set"}}, "{{ text }}", "{{ label }}")
+    assert "| alter.data.Hub owner/set |" in list(_task_table([hub]))[-1]
 
 
 def test_a_card_has_no_arguments_of_a_users_own_source():

@@ -19,7 +19,7 @@ from alter.nn import LoRA
 from alter.nn.gates import newcomer_gates
 from alter.nn.model import MTAModel
 from alter.run_folder import LOCK
-from alter.stage_settings import watching
+from alter.stage_settings import for_tasks
 from alter.training import train
 from tests.data.conftest import make_words, task_dict
 from tests.runs import inside
@@ -500,13 +500,11 @@ def test_a_consolidation_of_another_model_is_not_gone_on_with(grown, capsys, mon
     assert not list((grown / "run" / "added").glob(".consolidated-*"))
 
 
+@pytest.mark.parametrize("step", ["_change_results", "write_text"])  # the model is without it, the recipe not yet
 @pytest.mark.parametrize("task", ["echo", "new"])
-def test_a_removal_that_was_stopped_goes_on(grown, capsys, monkeypatch, task):
+def test_a_removal_that_was_stopped_goes_on(grown, capsys, monkeypatch, task, step):
     main(["add-task", "--run", "run", "--task", "new.yaml", "--draws", "40"])
-
-    stopped_at(
-        monkeypatch, "write_text", ["remove-task", "--run", "run", "--task", task]
-    )  # the model is without it, the recipe not yet
+    stopped_at(monkeypatch, step, ["remove-task", "--run", "run", "--task", task])
     after = trained(grown / "run")
     left = [name for name in ("echo", "sort", "new") if name != task]
     assert alter.load("run").tasks == left
@@ -515,6 +513,7 @@ def test_a_removal_that_was_stopped_goes_on(grown, capsys, monkeypatch, task):
     assert alter.load("run").tasks == left
     assert [own["name"] for own in yaml.safe_load(Path("run/recipe.yaml").read_text())["data"]["tasks"]] == left
     assert list(json.loads(Path("run/results.json").read_text())["tasks"]) == left
+    assert Path("run/added/new").exists() == (task != "new")
     assert f"there is no task '{task}'" in " ".join(refused(capsys, "remove-task", "--run", "run", "--task", task))
 
 
@@ -603,11 +602,14 @@ def test_only_callbacks_of_the_tasks_that_train_are_kept():
 
     metrics = ["val/loss", "val/loss/sort", "val/accuracy/echo", "val/loss/loss"]
     trainer = {"callbacks": [*map(watch, metrics), "lightning.pytorch.callbacks.Timer"], "max_epochs": 3}
-    kept = watching(trainer, ["sort"])
+    kept = for_tasks(trainer, ["sort"])
     assert kept == {"callbacks": [watch("val/loss"), watch("val/loss/sort"), trainer["callbacks"][-1]], "max_epochs": 3}
-    assert watching({"callbacks": watch("val/loss/echo")}, ["sort"]) == {"callbacks": []}
-    assert watching({"callbacks": watch("val/loss")}, ["loss"]) == {"callbacks": watch("val/loss")}
-    assert watching({}, ["sort"]) == {}
+    assert for_tasks({"callbacks": watch("val/loss/echo")}, ["sort"]) == {"callbacks": []}
+    assert for_tasks({"callbacks": watch("val/loss")}, ["loss"]) == {"callbacks": watch("val/loss")}
+    assert for_tasks({"callbacks": watch("val/recall[n/a]/sort")}, ["sort"]) == {
+        "callbacks": watch("val/recall[n/a]/sort")
+    }
+    assert for_tasks({}, ["sort"]) == {}
 
 
 def test_a_consolidation_goes_by_the_tasks_that_are_left(grown):

@@ -48,6 +48,7 @@ def test_no_device_memory_without_cuda(monkeypatch):
         ({"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, True),
         ({"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}, False),
         ({"OMPI_COMM_WORLD_RANK": "3"}, False),
+        ({"JSM_NAMESPACE_RANK": "1"}, False),  # LSF's
     ],
 )
 def test_the_first_of_several_processes_is_one_over_all_nodes(set_by_its_starter, first, monkeypatch):

@@ -199,6 +199,8 @@ def test_a_confusion_counts_pairs_and_joins_rare_classes():
     drawn = confusion(many, many, most=5)
     assert drawn.axes[0].get_yticklabels()[-1].get_text() == "35 others"
     assert "35" in [text.get_text() for text in drawn.axes[0].texts]
+    drawn = confusion([*many, "7", "7", "33"], [*many, "7", "7", "33"], most=2)
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == ["33", "7", "38 others"]
 
 
 @given(st.lists(st.text("$_^5 %{\\", min_size=1, max_size=6), min_size=2, max_size=4, unique=True))

@@ -83,6 +83,15 @@ def test_a_damaged_run_is_left_out_with_a_line(damage, tmp_path, capsys):
     assert capsys.readouterr().err.count("a file of this run is damaged") == 2
 
 
+@pytest.mark.parametrize("record", [{"peak_memory_bytes": None}, {"trainable_parameters": "many"}])
+def test_a_run_with_a_damaged_record_is_left_out_with_a_line(record, tmp_path, capsys):
+    write_run(tmp_path / "whole", scores={"a": 0.2, "b": 0.4})
+    bad = write_run(tmp_path / "bad", scores={"a": 0.6, "b": 0.8})
+    (bad / "progress.json").write_text(json.dumps({"stage1": {"seconds": 1.0, **record}}))
+    main(["runs", str(tmp_path)])
+    assert f"left out: {bad}: a file of this run is damaged (" in capsys.readouterr().out
+
+
 def test_a_run_with_a_damaged_recipe_is_left_out_with_a_line(tmp_path, capsys):
     write_run(tmp_path / "whole", scores={"a": 0.2, "b": 0.4})
     (write_run(tmp_path / "bad") / "recipe.yaml").write_text("run: bad\n")

@@ -21,9 +21,10 @@ from alter.nn.model import MTAModel
 from alter.nn.template import make_template
 from alter.recipe import Recipe
 from alter.stage_settings import stage_epochs, stage_trainer
-from alter.writing import write_json
+from alter.writing import write_json, write_text
 from alter.yaml_file import dump
 
+MEASURED = [f"{part}.json" for part in (TRAINED, "validation", "test")]  # each with its own time
 SMALLEST = 64  # the largest reduction of a bottleneck that the paper of AdapterFusion tries
 PLACES = {"run", "folder", "root", "cache_dir", "where"}  # where things are, which changes no result
 SEEDS = (13, 21, 42, 87, 100)  # those of the few-shot literature (arXiv 2012.15723)
@@ -82,9 +83,9 @@ def run_grid(grid: Grid, planner: Planner) -> tuple[dict[str, dict[int, Path]], 
         every = len(trials) + len(grid.seeds) * len(grid.methods)
         missing = len(failed) + len(grid.seeds) * (len(chosen) - len(ready))
         raise AlterError(f"{missing} of {every} cells are not complete; the same command tries them again.", *failed)
-    done = [cell / f"{TRAINED}.json" for cell in trials] + [cell / f"{grid.split}.json" for cell in cells]
     found = {name: {seed: grid.cell(name, seed, factor) for seed in grid.seeds} for name, factor in ready.items()}
-    return found, sum(json.loads(file.read_text())["seconds"] for file in done)
+    measured = [file for cell in {*trials, *cells} for file in map(cell.joinpath, MEASURED) if file.is_file()]
+    return found, sum(json.loads(file.read_text())["seconds"] for file in measured)
 
 
 def _best_factor(grid: Grid, name: str, factors: Sequence[float]) -> float | None:
@@ -237,7 +238,7 @@ def _plan(grid: Grid, planner: Planner, name: str, seed: int, factor: float) -> 
             f"{file}: this cell was started with other {other}; give a new folder with --out, or remove {folder}."
         )
     for run in runs:
-        (folder / f"{run.name}.yaml").write_text(dump(run.config), encoding="utf-8")
+        write_text(folder / f"{run.name}.yaml", dump(run.config))  # whole, since a cell may be reading it
     write_json(file, plan)
     return folder
 

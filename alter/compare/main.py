@@ -30,7 +30,7 @@ def compare(arguments: Sequence[str]) -> None:
     options, flags = _parser().parse_known_args(arguments)
     if options.processes < 1:
         raise AlterError(f"--processes: {options.processes} is below 1; give how many cells run at once.")
-    methods = _methods(options.methods.split(","))
+    methods = _methods([method.strip() for method in options.methods.split(",")])
     recipe = read_recipe(recipe_arguments(options.config, flags), here=False)
     if recipe.config["stages"] != ["stage1", "stage2"]:
         raise AlterError("stages: a comparison starts from a recipe with both stages; leave the key out.")
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods", default=DEFAULT, help="names with commas between, or YAML files laid over the recipe; all but the "
         "router designs and adapter_fusion by default",
     )  # fmt: skip
-    parser.add_argument("--seeds", default="3", help="how many, or a list with commas")
+    parser.add_argument("--seeds", default="3", help="how many, or a list with commas (42, is one)")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation while tuning")
     parser.add_argument(
         "--tune", default="1", metavar="FACTORS",
@@ -119,13 +119,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _seeds(given: str) -> list[int]:
     try:
-        numbers = [int(part) for part in given.split(",")]
+        numbers = [int(part) for part in given.split(",") if part.strip()]
     except ValueError:
         numbers = []
     if "," in given and len(set(numbers)) == len(numbers) > 0:
         return numbers
     if len(numbers) != 1 or not 1 <= numbers[0] <= len(SEEDS):
-        raise AlterError(f"--seeds: '{given}' is neither a count from 1 to {len(SEEDS)} nor a list such as 13,21,42.")
+        raise AlterError(
+            f"--seeds: '{given}' is neither a count from 1 to {len(SEEDS)} nor a list such as 13,21,42 or 42,."
+        )
     return list(SEEDS[: numbers[0]])
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from alter.compare.handover import find_interpreter
 from alter.errors import AlterError, did_you_mean
-from alter.recipe_file import read_content
+from alter.recipe_file import check_content, read_content
 from alter.schema import find_classes_in, same_class
-from alter.stage_settings import watching
+from alter.stage_settings import for_tasks
 
 Config = dict[str, Any]
 Runner = Literal["alter", "adapter_fusion"]
@@ -83,6 +84,8 @@ def one_stage_of(config: Config, draws: int) -> Config:
     return config
 
 
+HELD = ("run", "test", "seed_everything", "backbone", "generation")  # what a method cannot change
+HELD_DATA = ("tasks", "root", "seed", "shots", "limit", "examples_per_epoch")
 HARD = {"class_path": "alter.nn.TaskSelector", "init_args": {"hard": True}}
 
 
@@ -156,12 +159,16 @@ def _one_stage(config: Config, budget: Budget) -> list[Training]:
 
 def _alone(config: Config, budget: Budget) -> list[Training]:
     """A task at a time, each with its share of the draws and an equal share of the parameters."""
+    config = copy.deepcopy(config)
+    for section in (
+        config,
+        config["stage1"],
+    ):  # what watches one task would choose it by another measure than the others
+        section["trainer"] = for_tasks(section["trainer"], [])
     runs = []
     for task in config["data"]["tasks"]:
         own = one_stage_of(config, max(1, round(budget.draws * budget.rates[task["name"]])))
         own["data"]["tasks"] = [task]
-        own["trainer"] = watching(own["trainer"], [task["name"]])
-        own["stage1"]["trainer"] = watching(own["stage1"]["trainer"], [task["name"]])
         own["stage1"]["model"]["init_args"]["router"] = copy.deepcopy(HARD)
         own["stage1"]["model"]["init_args"].pop("num_experts", None)  # one a task
         _usual_scale(own)
@@ -173,6 +180,10 @@ def _baseline(kind: str) -> Callable[[Config, Budget], list[Training]]:
     """One of `alter.compare.baselines`."""
 
     def plan(config: Config, budget: Budget) -> list[Training]:
+        if kind in ("lora", "poly") and find_spec("peft") is None:
+            raise AlterError(
+                '--methods: peft_lora and peft_poly need the peft package; pip install "alter-mta[compare]", or leave them out.'
+            )
         config = one_stage_of(config, budget.draws)
         given = config["stage1"]["model"]["init_args"]
         kept = (
@@ -246,13 +257,14 @@ def find_method(name: str) -> tuple[str, Method]:
     """A method by name, or a recipe overlay of the user's own by file.
 
     Args:
-        name: of a method, or a YAML file whose keys are laid over the recipe; it runs as the recipe does.
+        name: of a method, or a YAML file whose keys are laid over the recipe; it runs as the recipe does, or as the methods of
+            one stage do where it names stage 1 alone.
 
     Returns:
         the name for folders and tables, and the method.
 
     Raises:
-        AlterError: there is no such method or file.
+        AlterError: there is no such method or file, or the file has mistakes, or sets what is alike for all methods.
     """
     if name in METHODS:
         return name, METHODS[name]
@@ -262,13 +274,28 @@ def find_method(name: str) -> tuple[str, Method]:
             f"--methods: '{name}' is neither a method nor a YAML file to lay over the recipe; the methods are "
             f"{', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
         )
+    if file.stem in METHODS:
+        raise AlterError(f"--methods: {file} is called as the method '{file.stem}'; rename the file.")
     overlay = read_content(file)
     find_classes_in(file.parent)
+    if problems := [*check_content(overlay, str(file)), *_held(overlay, file)]:
+        raise AlterError(*problems)
 
     def plan(config: Config, budget: Budget) -> list[Training]:
-        return [Training(_laid_over(copy.deepcopy(config), overlay))]
+        config = _laid_over(copy.deepcopy(config), overlay)
+        return [Training(one_stage_of(config, budget.draws) if config.get("stages") == ["stage1"] else config)]
 
     return file.stem, Method(f"the recipe with {file.name}", plan)
+
+
+def _held(overlay: Mapping[str, Any], file: Path) -> Iterator[str]:
+    """What an overlay may not set."""
+    data = overlay.get("data")
+    found = [key for key in HELD if key in overlay]
+    found += [f"data.{key}" for key in HELD_DATA if isinstance(data, Mapping) and key in data]
+    yield from (
+        f"{file}: {key}: it is the same for all methods of a comparison; leave it out of this file." for key in found
+    )
 
 
 def _laid_over(config: Config, overlay: Mapping[str, Any]) -> Config:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from alter import markup
 from alter.metrics import RESAMPLES
@@ -209,5 +210,5 @@ def with_heatmaps(text: str, drawn: Mapping[str, Mapping[str, str]], folder: Pat
             file = Path("routing") / f"{name}.{kind}.svg"
             (folder / file).parent.mkdir(exist_ok=True)
             write_text(folder / file, svg)
-            lines += ["", f"![{name}: {kind}]({file.as_posix()})"]
+            lines += ["", f"![{name}: {kind}]({quote(file.as_posix())})"]
     return "\n".join([text, ROUTING, *lines, ""]) if lines else text

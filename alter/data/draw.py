@@ -13,6 +13,7 @@ from alter.data.sources import stable_fraction
 from alter.data.task import Task
 from alter.errors import AlterError
 
+Rows = dict[float, int]  # by random key
 MEASURED = 13  # the seed by which a limit draws validation and test rows, whatever that of the run
 MAX_MESSAGES = 5
 
@@ -50,7 +51,7 @@ class Shots(NamedTuple):
     Attributes:
         train: numbers of training rows, from 1, to learn from.
         validation: of others to validate on.
-        scarce: the classes that have fewer than 2 K different rows.
+        scarce: the classes that give fewer than 2 K rows, since they have no more or their groups leave no more.
     """
 
     train: set[int]
@@ -75,7 +76,7 @@ def draw_shots(task: Task, shots: int, seed: int) -> Shots:
     Raises:
         AlterError: a class has fewer than 2 different rows, or all of its groups on one side; or a row does not fit the task.
     """
-    first: defaultdict[tuple[str, str], dict[float, int]] = defaultdict(dict)  # class, side -> random key -> row
+    first: defaultdict[tuple[str, str], Rows] = defaultdict(dict)  # by class and side
     for number, row in task.opened.numbered("train"):
         place = f"train row {number}"
         prompt, target = task.render_prompt(row, place), task.render_target(row, place)
@@ -89,12 +90,7 @@ def draw_shots(task: Task, shots: int, seed: int) -> Shots:
     found, problems = Shots(set(), set(), []), []
     for label in task.choices or [""]:
         either, train, validation = (first[label, side] for side in ("either", "train", "validation"))
-        learned = dict(sorted({**either, **train}.items())[:shots])
-        rest = {key: row for key, row in {**either, **validation}.items() if key not in learned}
-        if not rest and len(learned) > 1 and (spare := max(learned.keys() & either.keys(), default=None)) is not None:
-            del learned[spare]
-            rest = {spare: either[spare]}
-        validated = dict(sorted(rest.items())[:shots])
+        learned, validated = _divided({**either, **train}, {**either, **validation}, shots)
         if not (learned and validated):
             what = f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots needs"
             different = len(either.keys() | train.keys() | validation.keys())
@@ -114,3 +110,12 @@ def draw_shots(task: Task, shots: int, seed: int) -> Shots:
     if problems:
         raise AlterError(*problems[:MAX_MESSAGES])
     return found
+
+
+def _divided(to_learn: Rows, to_validate: Rows, shots: int) -> tuple[Rows, Rows]:
+    """At most ``shots`` rows of either side, none on both; of few as many as can be to learn from, but one to validate on."""
+    both, own = to_learn.keys() & to_validate.keys(), to_validate.keys() - to_learn.keys()
+    kept = max(0, min(shots - len(own), max(0 if own else 1, len(to_learn) - shots)))
+    held = sorted(both)[len(both) - min(kept, len(both)) :]
+    learned = dict(sorted((key, row) for key, row in to_learn.items() if key not in held)[:shots])
+    return learned, dict(sorted((key, row) for key, row in to_validate.items() if key not in learned)[:shots])

@@ -108,7 +108,7 @@ def _read_csv(path: Path) -> Iterator[Row | None]:
         try:
             if declared:
                 next(filter(any, reader))
-            columns = next(filter(any, reader), [])  # lines without a text may come before
+            columns = next(filter(_has_text, reader), [])  # lines without a text may come before
             ended = reader.line_num
             names = _without_empty_end(columns)
             _require_names(names, f"{path}, line {ended}")
@@ -143,6 +143,10 @@ def _lines(stream: Iterable[str], path: Path) -> Iterator[str]:
                 f"{path}, line {number}: it has NUL characters, as UTF-16 has; save the file as UTF-8, or remove them."
             )
         yield line
+
+
+def _has_text(record: Sequence[str]) -> bool:
+    return any(field.strip() for field in record)
 
 
 def _without_empty_end(names: Sequence[str]) -> list[str]:
@@ -214,7 +218,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(1000):
                 for row in batch.to_pylist():
                     yield {name: _text_where_it_is(value) for name, value in row.items()}
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # the latter of a page that cannot be unpacked
         raise AlterError(f"{path}: not readable as Parquet ({in_short(error)}); write the file again.") from error
 
 
@@ -241,7 +245,7 @@ def _read_excel(path: Path) -> Iterator[Row | None]:
     try:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # as the file tells them, which some programs write wrongly; rows beyond would be lost
-        lines = sheet.iter_rows(values_only=True)
+        lines = _sheet_rows(sheet, path)
         named = ((number, line) for number, line in enumerate(lines, 1) if any(line))  # empty rows may come before
         first, header = next(named, (1, ()))
         names = _without_empty_end(["" if name is None else str(name) for name in header])
@@ -254,6 +258,13 @@ def _read_excel(path: Path) -> Iterator[Row | None]:
             yield dict(zip(names, cells + [""] * (len(names) - len(cells)), strict=True)) if filled else None
     finally:
         book.close()
+
+
+def _sheet_rows(sheet: Any, path: Path) -> Iterator[tuple[Any, ...]]:
+    try:
+        yield from sheet.iter_rows(values_only=True)
+    except Exception as error:  # what is read late may be damaged too
+        raise AlterError(f"{path}: not readable as Excel ({in_short(error)}); save it again as .xlsx.") from error
 
 
 TABLES = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".xlsx": _read_excel}

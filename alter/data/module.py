@@ -237,7 +237,8 @@ class MultiTaskDataModule(LightningDataModule):
         if scarce:
             classes = ", ".join(scarce)
             notes.append(
-                f"scarce: classes with fewer than 2 x {self.shots or 'shots'} different rows give what they have: {classes}"
+                f"scarce: classes that cannot give 2 x {self.shots or 'shots'} different rows, by number or by group, give what they "
+                f"have: {classes}"
             )
         return "\n".join([table, *notes])
 

@@ -210,10 +210,9 @@ def guess_task(
         left_out |= {other.name: "an id, and not all rows of one stay together" for other in ids if other is not group}
     found.left_out, found.reason = left_out, reason
     if group is None:
-        told = [
-            column for column in found.inputs if column.codes < column.filled
-        ] or found.inputs  # not dates or amounts
-        names = [column.name for column in told]  # rows of one text may differ in what is left out
+        # Not dates or amounts; rows of one text may differ in them, and in what is left out.
+        read = [column.name for column in found.inputs if column.codes < column.filled]
+        names = read or [column.name for column in found.inputs]
         found.group = names[0] if len(names) == 1 else names
     if words:
         found.kind, found.answer, found.metrics = "extraction", _spans(target.name, words.name), ["span_f1"]

@@ -99,7 +99,8 @@ class MixtureOfTaskAdapters(nn.Module):
         )
 
     def _shape(self, prior: Tensor, hidden_size: int, own: Tensor) -> RouterShape:
-        return RouterShape(*prior.shape, hidden_size, prior, own, prompt_size=self.routing.prompt.shape[-1])
+        num_tasks, num_experts = prior.shape
+        return RouterShape(num_tasks, num_experts, hidden_size, prior, own, prompt_size=self.routing.prompt.shape[-1])
 
     def templates(self) -> dict[str, Template]:
         """The modules that all tasks were trained with, by name: experts, router, shared, shared_router."""

@@ -344,7 +344,8 @@ def test_a_comparison_goes_on_where_it_was_killed(compared, cells_here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [("LoRA", {"alpha": 8}), ("alter.nn.LoRA", {"alpha": 8}), ("alter.nn.Bottleneck", {})]
+    ("name", "kept"),
+    [("alter.nn.experts.LoRA", {"alpha": 8}), ("alter.nn.LoRA", {"alpha": 8}), ("alter.nn.Bottleneck", {})],
 )
 def test_an_overlay_keeps_the_arguments_of_the_same_class_by_whichever_name(tmp_path, name, kept):
     expert = {"class_path": "alter.nn.LoRA", "init_args": {"rank": 4, "alpha": 8}}
@@ -433,6 +434,45 @@ def test_an_overlay_names_a_class_beside_it(compared, cells_here, tmp_path, monk
     monkeypatch.setattr(sys, "path", list(sys.path))
     result = compare("--methods", f"{mine / 'own.yaml'}", "--seeds", "1")
     assert result["methods"]["own"]["trainable_parameters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "mine.yaml",
+            {"seed_everything": 7},
+            "mine.yaml: seed_everything: it is the same for all methods of a comparison",
+        ),
+        ("mine.yaml", {"data": {"limit": {"test": 4}}}, "mine.yaml: data.limit: it is the same for all methods"),
+        ("mine.yaml", {"generation": {"num_beams": 2}}, "mine.yaml: generation: it is the same for all methods"),
+        ("mine.yaml", {"stage1": {"modle": {}}}, "unknown key 'modle'"),
+        ("alone.yaml", {}, "alone.yaml is called as the method 'alone'; rename the file"),
+    ],
+)
+def test_a_method_of_ones_own_is_read_before_anything_trains(compared, capsys, name, content, said):
+    Path(name).write_text(yaml.safe_dump(content))
+    lines = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", "--methods", f"untouched, {name}")
+    assert said in lines[0]
+    assert not Path("out").exists()
+
+
+def test_a_method_of_ones_own_with_stage_one_alone_has_the_draws_of_both(compared, tmp_path):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"stages": ["stage1"], "data": {"temperature": 1.0}}))
+    config, budget = read_recipe(["--config", "recipe.yaml"]).config, Budget(90, 1, {})
+    (own,) = find_method(str(tmp_path / "own.yaml"))[1].plan(config, budget)
+    (built_in,) = METHODS["stage1"].plan(config, budget)
+    assert own.config["data"].pop("temperature") == 1.0
+    built_in.config["data"].pop("temperature")
+    assert own.config == built_in.config
+
+
+def test_peft_is_missed_before_anything_trains(compared, capsys, monkeypatch):
+    monkeypatch.setattr("alter.compare.methods.find_spec", lambda name: None)
+    arguments = ["--methods", "stage1,peft_lora", "--seeds", "1"]
+    (line,) = refused(capsys, "compare", "--config", "recipe.yaml", "--out", "out", *arguments)
+    assert 'peft_lora and peft_poly need the peft package; pip install "alter-mta[compare]"' in line
+    assert not list(Path("out").glob("cells/*/*/test.json"))
 
 
 def test_a_failing_cell_is_told_and_the_others_go_on(compared, capsys):
@@ -569,6 +609,10 @@ def test_the_hours_are_those_of_all_starts(compared, cells_here, monkeypatch):
     spent = json.loads((cell / "test.json").read_text())["seconds"] - before
     assert 0 < spent < time.perf_counter() - started
     assert not (cell / "seconds.json").exists()
+    recipe = read_recipe(["--config", "recipe.yaml"])
+    grid = Grid(Path("out"), recipe, {"stage1": METHODS["stage1"]}, [13])
+    (cell / "validation.json").write_text(json.dumps({"seconds": 100}))  # of the same training, answered before
+    assert run_grid(grid, Planner(recipe))[1] == pytest.approx(spent + before + 100)
 
 
 def test_a_backbone_that_trains_is_counted(compared, cells_here):
@@ -603,7 +647,7 @@ def test_what_cannot_be_compared_is_refused(compared, capsys, arguments, said):
     assert not Path("out/compare.json").exists()
 
 
-def test_a_task_alone_is_not_chosen_by_another_ones_validation(compared):
+def test_tasks_alone_are_all_chosen_by_the_same_measure(compared):
     def watch(task):
         return {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -614,7 +658,7 @@ def test_a_task_alone_is_not_chosen_by_another_ones_validation(compared):
     recipe = read_recipe(["--config", "recipe.yaml"])
     planned = METHODS["alone"].plan(copy.deepcopy(recipe.config), Planner(recipe).budget)
     watched = {t.name: [c["init_args"]["monitor"] for c in t.config["trainer"]["callbacks"]] for t in planned}
-    assert watched == {"echo": ["val/loss/echo"], "sort": ["val/loss/sort"]}
+    assert watched == {"echo": [], "sort": []}  # all by the loss, of which one mean can be made
 
 
 def test_the_memory_of_a_cell_is_that_of_its_training_too(compared, monkeypatch):

@@ -106,6 +106,29 @@ def test_parquet_columns_of_one_name_are_refused(tmp_path):
         list(read_file(tmp_path / "x.parquet"))
 
 
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip"])
+def test_a_parquet_page_that_cannot_be_unpacked_is_told(tmp_path, compression):
+    file, texts = tmp_path / "x.parquet", [f"text {n * n % 977}" for n in range(3000)]
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, file, compression=compression, use_dictionary=False)
+    content = bytearray(file.read_bytes())
+    content[60:1000] = bytes(940)
+    file.write_bytes(content)
+    with pytest.raises(AlterError, match=r"x\.parquet: not readable as Parquet \(.+\); write the file again"):
+        list(read_file(file))
+
+
+def test_a_sheet_that_is_cut_short_is_told(tmp_path):
+    file = write(tmp_path / "x.xlsx", [{"text": f"w{i}", "label": "a"} for i in range(300)])
+    with zipfile.ZipFile(file) as book:
+        parts = {name: book.read(name) for name in book.namelist()}
+    with zipfile.ZipFile(file, "w") as book:
+        for name, content in parts.items():
+            book.writestr(name, content[: len(content) // 2] if "sheet1" in name else content)
+    with pytest.raises(AlterError, match=r"x\.xlsx: not readable as Excel \(.+\); save it again"):
+        list(read_file(file))
+
+
 def test_a_sheet_without_names_or_a_file_that_is_none_is_refused(tmp_path):
     twice = tmp_path / "x.xlsx"
     (book := openpyxl.Workbook()).active.append(["a", "a"])

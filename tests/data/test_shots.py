@@ -1,13 +1,14 @@
 """K-shot splits: counts by class, disjointness, seeds, classes with few rows, and one clear sentence where there are none."""
 
 from collections import Counter
+from itertools import islice
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alter.data import MultiTaskDataModule, Task
-from alter.data.draw import draw_shots
+from alter.data.draw import _divided, draw_shots
 from alter.data.encode import encode_task
 from alter.data.sources import Function
 from alter.errors import AlterError
@@ -104,7 +105,10 @@ def test_a_class_without_any_row_is_told_too():
 def test_the_summary_says_where_rows_are_scarce(tmp_path, words):
     assert "scarce" not in make(tmp_path, words, shots=2).summary()
     data = make(tmp_path, words, shots=16)
-    assert "scarce: classes with fewer than 2 x 16 different rows give what they have: " in data.summary()
+    assert (
+        "scarce: classes that cannot give 2 x 16 different rows, by number or by group, give what they have: "
+        in data.summary()
+    )
     task = next(task for task in data.tasks if task.choices)
     assert f"{task.name} ({data.statistics(task.name)['train']['scarce']})" in data.summary()
 
@@ -173,6 +177,27 @@ def test_rows_of_one_group_are_on_one_side(tmp_path_factory, patients, shots, se
         assert not learned & checked
     for side in sides:
         assert all(1 <= Counter(row["label"] for row in side)[label] <= shots for label in CHOICES)
+
+
+@given(
+    both=st.integers(0, 8),
+    train=st.integers(0, 5),
+    validation=st.integers(0, 5),
+    shots=st.integers(1, 5),
+    data=st.data(),
+)
+def test_rows_without_a_group_go_where_they_are_missed(both, train, validation, shots, data):
+    """Against all ways to divide them: as many to learn from as can be, if one is left to validate on."""
+    keys = iter(data.draw(st.permutations(range(both + train + validation))))
+    either, left, right = ({float(key): key for key in islice(keys, n)} for n in (both, train, validation))
+    learned, validated = _divided({**either, **left}, {**either, **right}, shots)
+    assert not learned.keys() & validated.keys()
+    assert learned.items() <= {**either, **left}.items()
+    assert validated.items() <= {**either, **right}.items()
+    ways = [(min(shots, train + n), min(shots, validation + both - n)) for n in range(both + 1)]
+    possible = [way for way in ways if min(way) > 0]
+    found = len(learned), len(validated)
+    assert found == max(possible) if possible else min(found) == 0
 
 
 def test_groups_are_halved_though_the_sources_shares_are_drawn_by_the_same_seed(tmp_path):

@@ -141,12 +141,10 @@ def newcomer_arguments(
         optimizer["init_args"]["lr"] = lr
     given = {"expert": _newcomer_expert(run, content), "own": OWN, "keep": KEEP, "optimizer": optimizer}
     given |= {key: stage1[key] for key in KEPT if key in stage1}  # its schedule is its own: stage 1's may never fall
-    arguments = _arguments(content, "AddTaskModule", [task], run, backbone, given)
     whole = _drawn(run, content, draws)["examples_per_epoch"] is None
     length = {**WHOLE, "max_epochs": _epochs(content) if whole else 1, "val_check_interval": CHECKS}
-    trainer = for_tasks(stage_trainer(content, "stage1"), [task])
-    arguments["trainer"] = {**trainer, **ONE_DEVICE, **length}
-    return arguments
+    trainer = {**for_tasks(stage_trainer(content, "stage1"), [task]), **ONE_DEVICE, **length}
+    return _arguments(content, "AddTaskModule", [task], run, backbone, given, trainer)
 
 
 def _newcomer_expert(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,8 +232,8 @@ def consolidate_run(run: Path) -> None:
     print(data.summary())
     stage2 = content["stage2"]["model"]["init_args"]
     own = {key: stage2[key] for key in ("task_expert_lr", "optimizer", "schedule", "warmup", *KEPT) if key in stage2}
-    arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own)
-    arguments["trainer"] = {**for_tasks(stage_trainer(content, "stage2"), names), **ONE_DEVICE}
+    trainer = {**for_tasks(stage_trainer(content, "stage2"), names), **ONE_DEVICE}
+    arguments = _arguments(content, "ConsolidateModule", names, run, backbone, own, trainer)
     train(folder, arguments, data, named, Generation(**content.get("generation", {})))
     release(data)
     replace_model(folder / "model", run / "model")
@@ -341,6 +339,7 @@ def _arguments(
     run: Path,
     backbone: Path,
     own: Mapping[str, Any],
+    trainer: Mapping[str, Any],
 ) -> dict[str, Any]:
     init_args = {
         "backbone": str(backbone),
@@ -352,7 +351,7 @@ def _arguments(
     }
     return {
         "seed_everything": content["seed_everything"],
-        "trainer": {**content["trainer"], **ONE_DEVICE},
+        "trainer": trainer,
         "model": {"class_path": f"alter.stages.{module}", "init_args": init_args},
     }
 
@@ -369,9 +368,8 @@ def _join(run: Path, folder: Path, tasks: list[dict[str, Any]]) -> None:
     content = run_recipe(run)
     if [task["name"] for task in content["data"]["tasks"]] != [task["name"] for task in tasks]:
         names = {task["name"]: task for task in tasks}
-        shots = content["data"][
-            "shots"
-        ]  # are of the tasks that were there; the new one has learned from all that it was given
+        # Of the tasks that were there; the new one has learned from all that it was given.
+        shots = content["data"]["shots"]
         earlier = {
             task["name"]: {**task, "shots": task.get("shots") or shots} for task in content["data"]["tasks"] if shots
         }

@@ -153,9 +153,8 @@ def train(
         say(f"{folder.name}: goes on from {last}.")
         done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     cli = StageCLI(folder, arguments, done, generation)
-    if cli.trainer.world_size == 1 and (
-        variable := rank_variable()
-    ):  # then nobody would write what the first one writes
+    variable = rank_variable()
+    if cli.trainer.world_size == 1 and variable:  # then nobody would write what the first one writes
         raise AlterError(
             f"trainer: it has one process, and the variable {variable}={os.environ[variable]} says that this is one of several; "
             "unset it, or set trainer.devices and trainer.num_nodes."

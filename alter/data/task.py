@@ -311,9 +311,9 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that ``from_dict`` takes back."""
         content = asdict(self)
-        return {
-            key: value for key, value in content.items() if key != "shots" or value is not None
-        }  # as before there was it
+        if self.shots is None:  # as before there was it
+            del content["shots"]
+        return content
 
 
 def load_tasks(entries: Sequence[str | dict[str, Any] | Task], folder: Path, root: str | None = None) -> list[Task]:

@@ -193,7 +193,7 @@ def _said(proposal: Proposal) -> list[str]:
     if "group" in proposal.arguments:
         facts["together"] = f"rows of the same {_names(proposal.arguments['group'])} stay in one split"
         if len(shares) == 1:
-            facts["together"] += f" of what {proposal.files['train'].name} is shared out to"
+            facts["together"] += f" where {proposal.files['train'].name} is divided"
         if guess.ungrouped:
             facts["together"] += f"; {guess.ungrouped:,} rows have none"
     facts |= {f"not {name}": reason for name, reason in guess.left_out.items()}

@@ -560,4 +560,4 @@ def test_a_file_that_is_given_is_not_called_a_share(tmp_path, capsys):
     main(["init", str(tmp_path / "mine"), *paths])
     told = " ".join(capsys.readouterr().out.split())
     assert "/ 10 test (validation a share of train drawn by a seed, test as its file has it)" in told
-    assert "stay in one split of what a.train.jsonl is shared out to" in told
+    assert "stay in one split where a.train.jsonl is divided" in told

@@ -92,17 +92,17 @@ def draw_shots(task: Task, shots: int, seed: int) -> Shots:
         either, train, validation = (first[label, side] for side in ("either", "train", "validation"))
         learned, validated = _divided({**either, **train}, {**either, **validation}, shots)
         if not (learned and validated):
-            what = f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}: data.shots needs"
+            what = f"{task.where}: task '{task.name}'{f', class {label!r}' if label else ''}"
             different = len(either.keys() | train.keys() | validation.keys())
             if different > 1:
                 problems.append(
-                    f"{what} rows of one group to learn from and of another to validate on, and by data.seed {seed} all are on one "
-                    "side; add rows, take another seed or leave the task out."
+                    f"{what}: data.shots needs rows of one group to learn from and of another to validate on, and by data.seed "
+                    f"{seed} all are on one side; add rows, take another seed or leave the task out."
                 )
             else:
                 problems.append(
-                    f"{what} 2 different training rows or more, one to learn from and one to validate on, and there are "
-                    f"{different}; add rows or leave the task out."
+                    f"{what}: data.shots needs 2 different training rows or more, one to learn from and one to validate on, and "
+                    f"there are {different}; add rows or leave the task out."
                 )
         found.train.update(learned.values())
         found.validation.update(validated.values())

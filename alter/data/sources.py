@@ -137,12 +137,15 @@ class Files(Source):
     def _read(self, name: str) -> Iterator[Row]:
         path = self._path(name)
         if not path.is_file():
-            folder = (
-                f"name the folder that holds {name} by the recipe's key data.root (--data.root FOLDER)"
+            key = (
+                "the recipe's key data.root (--data.root FOLDER)"
                 if type(self) is Files
-                else f"name the folder that holds {name} by the source's argument folder"
+                else "the source's argument folder"
             )
-            raise AlterError(f"{path}: no such file; {folder}, or correct the path in the task's source.{near(path)}")
+            raise AlterError(
+                f"{path}: no such file; name the folder that holds {name} by {key}, or correct the path in the task's source."
+                f"{near(path)}"
+            )
         yield from read_file(path) if self.chat is None else read_chats(path, self.chat)
 
     def _drawn_split(self, row: Row) -> str:
